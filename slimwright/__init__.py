@@ -1,0 +1,3 @@
+"""Slimwright: fit a pretrained model to a budget."""
+
+__version__ = "0.1.0"

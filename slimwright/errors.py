@@ -1,0 +1,23 @@
+"""The errors that a user sees: one sentence, an exit code, no traceback (DESIGN §7)."""
+
+
+class SlimwrightError(Exception):
+    """The job failed for a reason that one sentence can tell (exit code 1)."""
+
+    exit_code = 1
+
+
+class InputError(SlimwrightError, ValueError):
+    """What the user gave cannot work: the sentence says what is wrong, where, and what to do (exit code 2)."""
+
+    exit_code = 2
+
+
+class NotBuiltError(InputError):
+    """An option, target or method that is designed but not built in this version: refused by name (exit code 2)."""
+
+
+class QualityError(SlimwrightError):
+    """A quality floor was missed (exit code 3)."""
+
+    exit_code = 3
