@@ -1,0 +1,1 @@
+"""Quantization: solvers that put weights on grids."""

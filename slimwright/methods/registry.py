@@ -1,0 +1,224 @@
+"""The registry of methods, their knobs, and the bases they subclass (DESIGN §5).
+
+A method is one frozen dataclass in one file. Its knobs are fields made by :func:`knob`, which carries the range; a bad
+value is refused when the method is made. ``slimwright.method("quantize/rtn", grid=...)`` makes one by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from slimwright.errors import InputError
+from slimwright.weights import Compressed, Grid, parse_grid
+
+M = TypeVar("M", bound="type[Method]")
+_METHODS: dict[str, type[Method]] = {}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SiteStatistics:
+    """What the calibration knows of one site. Without data: :meth:`none`.
+
+    Args:
+        tokens: how many tokens were seen (masked and padded ones never count).
+        gram: (in, in) float32, the sum over tokens of ``x xᵀ`` divided by ``tokens``; None without data.
+        survey: what the grid's ``survey`` found over the whole matrix when ``solve`` sees only a tile of it.
+    """
+
+    tokens: int = 0
+    gram: Tensor | None = None
+    survey: Any = None
+
+    @classmethod
+    def none(cls) -> SiteStatistics:
+        """No data."""
+        return cls()
+
+    @classmethod
+    def from_inputs(cls, x: Tensor) -> SiteStatistics:
+        """Statistics of the inputs ``x`` (tokens, in) of one site.
+
+        Raises:
+            InputError: ``x`` is not two-dimensional, is empty or holds NaN or Inf.
+        """
+        if x.ndim != 2 or not x.numel():
+            raise InputError(f"Inputs must be (tokens, in) and not empty, but have shape {tuple(x.shape)}.")
+        x = x.float()
+        if not torch.isfinite(x).all():
+            raise InputError("Inputs hold NaN or Inf.")
+        return cls(tokens=x.shape[0], gram=x.T @ x / x.shape[0])
+
+    @property
+    def importance(self) -> Tensor | None:
+        """(in,) mean squared input, the diagonal of the Gram; None without data."""
+        return None if self.gram is None else self.gram.diagonal()
+
+
+def knob(
+    default: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+    help: str = "",
+) -> Any:
+    """A dataclass field with a range (inclusive) or a set of choices, checked when the method is made."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices, "help": help})
+
+
+def _checked(name: str, field: dataclasses.Field[Any], value: Any) -> Any:
+    default, rule = field.default, field.metadata
+    where = f"{name}: knob '{field.name}'"
+    if isinstance(default, Grid):
+        if isinstance(value, str):
+            return parse_grid(value)
+        if not isinstance(value, Grid):
+            raise InputError(f"{where} takes a grid such as int4:g128, not {value!r}.")
+        return value
+    if isinstance(value, str) and not isinstance(default, str):  # from a command line
+        try:
+            value = {"true": True, "false": False}[value.lower()] if isinstance(default, bool) else type(default)(value)  # type: ignore[misc]
+        except (KeyError, ValueError, TypeError):
+            raise InputError(f"{where} takes {type(default).__name__}, not {value!r}.") from None
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if default is not None and (type(value) is not type(default)):
+        raise InputError(f"{where} takes {type(default).__name__}, not {value!r}.")
+    if rule.get("choices") is not None and value not in rule["choices"]:
+        raise InputError(f"{where} takes one of {', '.join(map(str, rule['choices']))}, not {value!r}.")
+    low, high = rule.get("low"), rule.get("high")
+    if (low is not None or high is not None) and not (
+        (low is None or value >= low) and (high is None or value <= high)  # written so that NaN is refused
+    ):
+        raise InputError(f"{where} is {value!r}; it must lie in [{low}, {high}].")
+    return value
+
+
+class Method(ABC):
+    """Base of all methods: frozen dataclasses whose fields are knobs."""
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Statistics that must be there, by name (``gram``); empty: works without data."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, field.name, _checked(self.name, field, getattr(self, field.name)))
+
+    @property
+    def spec(self) -> str:
+        """The method in writing: its name and the knobs that differ from their defaults, the grid left out."""
+        words = [self.name]
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if not isinstance(value, Grid) and value != field.default:
+                words.append(f"{field.name}={value}")
+        return ",".join(words)
+
+
+class WeightSolver(Method):
+    """Puts one weight on a grid. Subclasses are frozen dataclasses with a ``grid`` knob."""
+
+    family = "quantize"
+    grid: Grid
+    row_independent: ClassVar[bool] = True
+    """Whether solving a tile of rows gives the rows of solving the whole matrix (given ``stats.survey``)."""
+
+    @abstractmethod
+    def solve(self, weight: Tensor, stats: SiteStatistics) -> Compressed:
+        """Compress ``weight`` (out, in), any float dtype, computing in float32.
+
+        Raises:
+            InputError: the grid cannot hold this shape, a statistic in ``needs`` is missing, or NaN or Inf.
+        """
+
+    def checked(self, weight: Tensor, stats: SiteStatistics) -> tuple[Tensor, Any]:
+        """The weight in float32 and the grid's survey, after the checks that every solver makes."""
+        if weight.ndim != 2 or not weight.numel():
+            raise InputError(f"{self.name} takes a weight (out, in), not one of shape {tuple(weight.shape)}.")
+        reason = self.grid.illegal(*weight.shape)
+        if reason:
+            raise InputError(f"The grid {self.grid} cannot hold a weight of {tuple(weight.shape)}: {reason}.")
+        for need in self.needs:
+            if getattr(stats, need) is None:
+                raise InputError(f"{self.name} needs the statistic '{need}': give data.")
+        weight = weight.float()
+        if not torch.isfinite(weight).all():
+            raise InputError("The weight holds NaN or Inf.")
+        return weight, self.grid.survey(weight) if stats.survey is None else stats.survey
+
+
+def register(name: str, *, paper: str) -> Callable[[M], M]:
+    """Class decorator: makes a method known under ``name`` (``family/method``)."""
+
+    def decorate(cls: M) -> M:
+        cls.name, cls.paper = name, paper
+        _METHODS[name] = cls
+        return cls
+
+    return decorate
+
+
+def _load_all() -> None:
+    import slimwright.methods as package
+
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+
+
+def methods() -> dict[str, type[Method]]:
+    """All registered methods by name."""
+    _load_all()
+    return dict(sorted(_METHODS.items()))
+
+
+def method_class(name: str) -> type[Method]:
+    """The class registered as ``name``.
+
+    Raises:
+        InputError: unknown, with the nearest name.
+    """
+    known = methods()
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.3)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise InputError(f"Unknown method '{name}'{hint} Known: {', '.join(known)}.")
+    return known[name]
+
+
+def method(name: str, **knobs: Any) -> Any:
+    """Make a method by name, e.g. ``method("quantize/rtn", grid=Int(4, group=128))``.
+
+    Raises:
+        InputError: unknown method or knob (with the nearest name), or a knob out of its range.
+    """
+    cls = method_class(name)
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for given in knobs:
+        if given not in known:
+            near = difflib.get_close_matches(given, known, n=1, cutoff=0.3)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise InputError(f"{name} has no knob '{given}'{hint} It has: {', '.join(known)}.")
+    return cls(**knobs)
+
+
+def parse_method(spec: str, **knobs: Any) -> Any:
+    """Read ``quantize/rtn,clip=mse`` (what :attr:`Method.spec` writes) and make the method."""
+    name, *words = spec.split(",")
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise InputError(f"'{spec}': '{word}' is not of the form knob=value.")
+        knobs[key.strip()] = value.strip()
+    return method(name.strip(), **knobs)

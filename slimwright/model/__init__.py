@@ -1,0 +1,1 @@
+"""Structure of a model: discovery, names, groups."""

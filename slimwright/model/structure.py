@@ -1,0 +1,162 @@
+"""What a model is made of: stacks, blocks, sites, groups, ties (DESIGN §5, RUNTIME §2-3).
+
+Two name spaces: *disk names* are the checkpoint's tensor names, *module names* those of the transformers model. Plans,
+ledgers and files use disk names; :class:`Structure` carries the map.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["linear", "conv1d", "embedding", "experts"]
+
+ROLES = (
+    "embed",
+    "q",
+    "k",
+    "v",
+    "qkv",
+    "o",
+    "gate",
+    "up",
+    "gate_up",
+    "down",
+    "experts",
+    "router",
+    "norm",
+    "head",
+    "other",
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One compressible weight: one tensor on disk.
+
+    Attributes:
+        name: disk name of the tensor, e.g. ``model.layers.0.self_attn.q_proj.weight``.
+        module: module path of the owner in the transformers model, without the parameter's name.
+        parameter: the owner's attribute that holds it: ``weight``, or ``gate_up_proj`` of fused experts.
+        role: one of :data:`ROLES`; experts' matrices have gate, up, gate_up or down here and kind ``experts``.
+        kind: how the owner uses it.
+        shape: as stored on disk: (out, in); (in, out) if ``transposed``; (experts, out, in) or (experts, in, out) if
+            fused experts are stored as one tensor.
+        transposed: whether the two last dimensions on disk are (in, out).
+        block: module path of the block that holds it; None outside blocks.
+        expert: for experts stored one tensor each while the module fuses them: (index of the expert, which of the
+            tensors concatenated into the module's parameter, how many are); None otherwise.
+        gram_group: name shared by the sites that are fed the same input tensor.
+        choice_group: name shared by the sites that must have the same grid because runtimes fuse them.
+    """
+
+    name: str
+    module: str
+    parameter: str
+    role: str
+    kind: Kind
+    shape: tuple[int, ...]
+    transposed: bool = False
+    block: str | None = None
+    expert: tuple[int, int, int] | None = None
+    gram_group: str = ""
+    choice_group: str = ""
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(out, in) or (experts, out, in): the shape of the compressed weight."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+
+    @property
+    def rows(self) -> int:
+        """Rows of the logical matrix, experts stacked."""
+        return math.prod(self.weight_shape[:-1])
+
+    @property
+    def columns(self) -> int:
+        """Inputs."""
+        return self.weight_shape[-1]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer layer: module path, class name, index in its stack."""
+
+    module: str
+    class_name: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A sequence of blocks: encoder, decoder, vision, ...; ``module`` is the path of the module list."""
+
+    module: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class FoldGroup:
+    """Neighbours between which a scale (or rotation) can be moved without changing the function.
+
+    ``producer`` is a norm's gain or a linear's output; ``consumers`` are sites fed by it; ``kind`` is ``norm``, ``v_o``
+    (with GQA: ``repeat`` query heads share one key/value head) or ``up_down``. All are disk names.
+    """
+
+    kind: str
+    producer: str
+    consumers: tuple[str, ...]
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model's structure.
+
+    Attributes:
+        family: ``model_type`` of the config.
+        architecture: the transformers class that was built.
+        stacks: in forward order.
+        sites: by disk name, in checkpoint order.
+        kept: every other disk tensor: name → why it is not a site (``norm``, ``bias``, ``functional use``, ...).
+        roles: role of every disk tensor, sites and kept alike.
+        ties: disk or module name of a tied weight → disk name of the weight it is tied to (tied ones own no bytes).
+        folds: fold groups.
+        to_module: disk name → module-space name of the parameter it ends in.
+        parameters: unique parameters (ties counted once).
+        observed: whether a forward on the meta device confirmed uses and groups; if not, ``note`` says why.
+        note: remarks for the user.
+    """
+
+    family: str
+    architecture: str
+    stacks: tuple[Stack, ...]
+    sites: dict[str, Site]
+    kept: dict[str, str]
+    roles: dict[str, str]
+    ties: dict[str, str]
+    folds: tuple[FoldGroup, ...]
+    to_module: dict[str, str]
+    parameters: int
+    observed: bool = True
+    note: str = ""
+    bytes: dict[str, int] = field(default_factory=dict)
+
+    def choice_groups(self) -> dict[str, tuple[Site, ...]]:
+        """Sites by choice group, in checkpoint order."""
+        groups: dict[str, list[Site]] = {}
+        for site in self.sites.values():
+            groups.setdefault(site.choice_group, []).append(site)
+        return {name: tuple(sites) for name, sites in groups.items()}
+
+    def gram_groups(self) -> dict[str, tuple[Site, ...]]:
+        """Sites by Gram group, in checkpoint order."""
+        groups: dict[str, list[Site]] = {}
+        for site in self.sites.values():
+            groups.setdefault(site.gram_group, []).append(site)
+        return {name: tuple(sites) for name, sites in groups.items()}

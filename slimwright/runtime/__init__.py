@@ -1,0 +1,1 @@
+"""Loading and running compressed models in transformers."""

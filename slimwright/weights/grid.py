@@ -1,0 +1,154 @@
+"""Grids: number formats. A grid says which values a weight may take and how they lie on disk; a solver chooses them.
+
+All functions work on a logical matrix ``w`` of shape (rows, columns) = (out, in) in float32. Rows are independent unless
+``row_multiple`` or ``survey`` say otherwise, so a weight of any size is handled in tiles of whole rows.
+
+On disk a matrix becomes a few named tensors, its *parts*. The part with the empty suffix is the payload: uint8, kept
+under the weight's own name with one dimension more than the dense weight, so that a program which does not know the
+format stops with a size mismatch instead of loading garbage. The others have a suffix (``_scale``) and are buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from slimwright.errors import InputError
+
+Params = dict[str, Tensor]
+"""What ``fit`` finds for a tile: named tensors such as ``scale`` and ``zero``, rows first."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor on disk: its suffix after the weight's name, dtype and shape."""
+
+    suffix: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Grid(ABC):
+    """A number format. Subclasses are frozen dataclasses registered by :func:`register_grid`."""
+
+    key: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def spec(self) -> str:
+        """The grid in writing, e.g. ``int4:g128``; :func:`parse_grid` reads it back to an equal grid."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, spec: str) -> Grid | None:
+        """The grid that ``spec`` writes, or None if it is not of this kind.
+
+        Raises:
+            InputError: the spec is of this kind but a value in it is out of range.
+        """
+
+    @abstractmethod
+    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
+        """The tensors on disk for a (rows, columns) matrix, payload first."""
+
+    @abstractmethod
+    def fit(self, w: Tensor, importance: Tensor | None = None, survey: Any = None) -> Params:
+        """Min-max parameters (or the format's own rule) for a tile.
+
+        Args:
+            w: (rows, columns) float32.
+            importance: (columns,) weight of each input's squared error (diag of the Gram), where the format uses it.
+            survey: what :meth:`survey` returned for the whole matrix, for grids that need it.
+        """
+
+    @abstractmethod
+    def encode(self, w: Tensor, params: Params) -> Tensor:
+        """Nearest codes: (rows, columns) uint8."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        """The values of codes: (rows, columns) float32."""
+
+    @abstractmethod
+    def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        """Parts by suffix, with the shapes and dtypes of :meth:`parts`."""
+
+    @abstractmethod
+    def unpack(self, parts: Mapping[str, Tensor], columns: int) -> tuple[Tensor, Params]:
+        """Inverse of :meth:`pack`, for any range of rows cut by :meth:`part_slice`."""
+
+    # -- with defaults -------------------------------------------------------------------------------------------
+
+    def illegal(self, rows: int, columns: int) -> str | None:
+        """Why this grid cannot hold a (rows, columns) matrix, or None if it can."""
+        return None
+
+    def row_multiple(self, columns: int) -> int:
+        """Tiles must begin at multiples of this many rows (1 where rows are independent)."""
+        return 1
+
+    def survey(self, w: Tensor, state: Any = None) -> Any:
+        """Accumulate what the grid must know of the whole matrix before any tile is fitted (None: nothing)."""
+        return None
+
+    def part_slice(self, suffix: str, rows: slice, columns: int) -> slice:
+        """The range of a part's first dimension that belongs to a range of rows (with start and stop set)."""
+        return rows
+
+    def round(self, w: Tensor, params: Params) -> Tensor:
+        """The nearest grid values: (rows, columns) float32."""
+        return self.decode(self.encode(w, params), params)
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        return sum(part.nbytes for part in self.parts(rows, columns))
+
+    def bits_per_weight(self, rows: int, columns: int) -> float:
+        """Honest bits: scales, zeros and padding included."""
+        return 8 * self.nbytes(rows, columns) / (rows * columns)
+
+    def __str__(self) -> str:
+        return self.spec
+
+
+_GRIDS: dict[str, type[Grid]] = {}
+
+
+def register_grid(cls: type[Grid]) -> type[Grid]:
+    """Class decorator: makes :func:`parse_grid` know the grid."""
+    _GRIDS[cls.key] = cls
+    return cls
+
+
+def grid_kinds() -> dict[str, type[Grid]]:
+    """The registered grid classes by key."""
+    return dict(_GRIDS)
+
+
+def parse_grid(spec: str) -> Grid:
+    """Read a grid spec such as ``int4:g128``, ``nf4``, ``q4_k``.
+
+    Raises:
+        InputError: unknown or out of range, with the nearest known names.
+    """
+    text = spec.strip().lower()
+    for cls in _GRIDS.values():
+        grid = cls.parse(text)
+        if grid is not None:
+            return grid
+    import difflib
+
+    near = difflib.get_close_matches(text.split(":")[0], list(_GRIDS), n=1, cutoff=0.4)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise InputError(
+        f"Unknown grid '{spec}'{hint} Known: int2..int8[:gN|:row][:sym][:real], {', '.join(sorted(_GRIDS))}."
+    )
