@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimwright.errors import InputError, NotBuiltError
 from slimwright.methods import WeightSolver, parse_method
-from slimwright.model.structure import Site, Structure
+from slimwright.model.structure import Structure
 from slimwright.weights import Grid, parse_grid
 
 PLAN_VERSION = 1
@@ -222,9 +222,9 @@ def bind(rules: list[Rule], structure: Structure) -> dict[str, str]:
         bound[group] = choices[0]
     for index, rule in enumerate(rules):
         if index not in used:
-            names = sorted({site.name.removesuffix(".weight") for site in structure.sites.values()})
+            bases = sorted({site.name.removesuffix(".weight") for site in structure.sites.values()})
             near = difflib.get_close_matches(
-                rule.pattern, names + [n.rsplit(".", 1)[-1] for n in names], n=1, cutoff=0.4
+                rule.pattern, bases + [base.rsplit(".", 1)[-1] for base in bases], n=1, cutoff=0.4
             )
             hint = f"; did you mean '{near[0]}'?" if near else "; `slimwright inspect` lists the names."
             raise InputError(f"The rule '{rule.pattern}: {rule.choice}' names no weight of this model{hint}")

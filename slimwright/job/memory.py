@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -50,10 +51,8 @@ def memory_cap(asked: str | None) -> int:
 
 def trim() -> None:
     """Give freed heap pages back to the system, so that finished work does not count against the cap."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        pass
 
 
 class MemoryWatch:
@@ -93,8 +92,8 @@ class MemoryWatch:
         """
         if self.exceeded:
             raise InputError(
-                f"The job needed {self.peak / 1e6:.0f} MB of memory but --job-memory allows {(self.cap or 0) / 1e6:.0f} MB; "
-                "run the same command with a larger --job-memory to continue where it stopped."
+                f"The job needed {self.peak / 1e6:.0f} MB of memory but --job-memory allows "
+                f"{(self.cap or 0) / 1e6:.0f} MB; run the same command with a larger --job-memory to continue where it stopped."
             )
 
     def __enter__(self) -> MemoryWatch:

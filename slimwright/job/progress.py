@@ -20,8 +20,8 @@ from slimwright.job.memory import anonymous_bytes
 class Reporter:
     """Tells the user and ``events.jsonl`` where the job is.
 
-    Phases are announced with their forecast seconds; the ETA of the whole job is the forecast of what is left, scaled by
-    how the finished part ran.
+    Phases are announced with their forecast seconds; the ETA of the whole job is the forecast of what is left, scaled
+    by how the finished part ran.
 
     Args:
         phases: forecast seconds by phase name, in order.
@@ -36,7 +36,7 @@ class Reporter:
         self._finished = 0.0
         self._last_event = 0.0
         self._last_sample = (0, 0)
-        self._file: TextIO | None = open(events, "a", encoding="utf-8") if events else None
+        self._file: TextIO | None = open(events, "a", encoding="utf-8") if events else None  # noqa: SIM115
         self._console = Console(stderr=True, quiet=quiet)
         self._bar: Progress | None = None
         if not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
