@@ -4,7 +4,7 @@
 
     {"quant_method": "slimwright", "format_version": 1, "written_by": "0.1.0",
      "grids": {"int4:g128": ["model.layers.0.self_attn.q_proj.weight", ...], ...},
-     "fingerprint": "<of the source>"}
+     "dtype": "bfloat16", "other_dtypes": {"float32": [...]}, "fingerprint": "<of the source>"}
 
 Names are disk names of weights; a layer's experts may be collapsed to ``...experts.[0-127].w1.weight``. Everything that
 is not named is a plain tensor. Every older version is read (``read_config``); a newer one is refused by number.
@@ -59,16 +59,28 @@ def _expand(names: Iterable[str]) -> list[str]:
     return expanded
 
 
-def write_config(grids: Mapping[str, Grid], fingerprint: str) -> dict[str, Any]:
-    """The ``quantization_config`` for weights by disk name on their grids."""
+def write_config(grids: Mapping[str, Grid], fingerprint: str, dtypes: Mapping[str, str]) -> dict[str, Any]:
+    """The ``quantization_config`` for weights by disk name on their grids.
+
+    Args:
+        fingerprint: of the source.
+        dtypes: the source's dtype of every weight (``bfloat16``), which a dense export gives back.
+    """
     by_grid: dict[str, list[str]] = {}
     for name, grid in grids.items():
         by_grid.setdefault(grid.spec, []).append(name)
+    by_dtype: dict[str, list[str]] = {}
+    for name in grids:
+        by_dtype.setdefault(dtypes[name], []).append(name)
+    common = max(by_dtype, key=lambda dtype: len(by_dtype[dtype]), default="float32")
+    others = {dtype: _collapse(names) for dtype, names in by_dtype.items() if dtype != common}
     return {
         "quant_method": "slimwright",
         "format_version": FORMAT_VERSION,
         "written_by": __version__,
         "grids": {spec: _collapse(names) for spec, names in by_grid.items()},
+        "dtype": common,
+        **({"other_dtypes": others} if others else {}),
         "fingerprint": fingerprint,
     }
 
@@ -84,7 +96,7 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Grid]:
         raise InputError("quantization_config has no valid format_version: the file is damaged.")
     if version > FORMAT_VERSION:
         raise InputError(
-            f"This model is in format version {version}; this slimwright reads up to {FORMAT_VERSION}. Upgrade slimwright."
+            f"This model is in format version {version}; this slimwright reads up to {FORMAT_VERSION}: upgrade it."
         )
     grids = config.get("grids")
     if not isinstance(grids, Mapping) or not all(
@@ -98,4 +110,19 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Grid]:
             if name in found:
                 raise InputError(f"quantization_config names the weight '{name}' twice: the file is damaged.")
             found[name] = grid
+    return found
+
+
+def read_dtypes(config: Mapping[str, Any]) -> dict[str, str]:
+    """The source's dtype by disk name of every packed weight.
+
+    Raises:
+        InputError: as :func:`read_config`.
+    """
+    found = dict.fromkeys(read_config(config), str(config.get("dtype", "float32")))
+    others = config.get("other_dtypes", {})
+    if not isinstance(others, Mapping):
+        raise InputError("quantization_config.other_dtypes must map dtypes to lists of weight names.")
+    for dtype, names in others.items():
+        found.update(dict.fromkeys(_expand(names), str(dtype)))
     return found
