@@ -1,3 +1,53 @@
-"""Slimwright: fit a pretrained model to a budget."""
+"""Slimwright: fit a pretrained model to a budget.
+
+``import slimwright`` registers the packed format with transformers, so that plain ``from_pretrained`` loads results.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+from slimwright.runtime import quantizer as _quantizer  # noqa: F401  registers with transformers
+
+if TYPE_CHECKING:
+    from slimwright.job.export import export
+    from slimwright.job.fit import fit
+    from slimwright.job.inspect import inspect
+    from slimwright.methods import SiteStatistics, method, methods
+    from slimwright.runtime.loading import load
+    from slimwright.weights import Int
+
+_LAZY = {
+    "fit": "slimwright.job.fit",
+    "export": "slimwright.job.export",
+    "inspect": "slimwright.job.inspect",
+    "load": "slimwright.runtime.loading",
+    "method": "slimwright.methods",
+    "methods": "slimwright.methods",
+    "SiteStatistics": "slimwright.methods",
+    "Int": "slimwright.weights",
+    "NF4": "slimwright.weights",
+    "FP8": "slimwright.weights",
+    "MXFP4": "slimwright.weights",
+    "parse_grid": "slimwright.weights",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The verbs are imported when they are first used, so that ``import slimwright`` stays cheap."""
+    if name in _LAZY:
+        import importlib
+
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'slimwright' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
+
+__all__ = ["Int", "SiteStatistics", "__version__", "export", "fit", "inspect", "load", "method", "methods"]

@@ -53,7 +53,7 @@ from slimwright.model.skeleton import model_class
 from slimwright.model.structure import Structure
 from slimwright.plan import DEFAULT_METHOD, KEEP, Assignment, Plan, Rule, bind, parse_size
 from slimwright.report import render_report
-from slimwright.runtime.format import write_config
+from slimwright.runtime.format import DenseForm, write_config
 from slimwright.search import search
 from slimwright.weights import parse_grid
 
@@ -400,8 +400,12 @@ class _Job:
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
         grids = grids_written(units)
         if grids:
-            dtypes = {name: str(source.tensors[name].dtype).removeprefix("torch.") for name in grids}
-            config["quantization_config"] = write_config(grids, plan.fingerprint, dtypes)
+            dense = {}
+            for unit in units:
+                if unit.site is not None and unit.name in grids:
+                    dtype = str(source.tensors[unit.name].dtype).removeprefix("torch.")
+                    dense[unit.name] = DenseForm(dtype, unit.site.shape, unit.site.transposed)
+            config["quantization_config"] = write_config(grids, plan.fingerprint, dense)
         write_json_atomic(directory / "config.json", config)
 
     def _verify(
