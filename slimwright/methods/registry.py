@@ -83,7 +83,8 @@ def knob(
 
 
 def _checked(name: str, field: dataclasses.Field[Any], value: Any) -> Any:
-    default, rule = field.default, field.metadata
+    rule = field.metadata
+    default: Any = field.default
     where = f"{name}: knob '{field.name}'"
     if isinstance(default, Grid):
         if isinstance(value, str):
@@ -94,7 +95,7 @@ def _checked(name: str, field: dataclasses.Field[Any], value: Any) -> Any:
     if default is None and (value is None or (isinstance(value, str) and value.lower() == "none")):
         return None
     # A knob that may be None has the type of its lower end or of its choices.
-    kind = type(default) if default is not None else type(next(iter(rule["choices"] or ()), rule["low"]))
+    kind: Any = type(default) if default is not None else type(next(iter(rule["choices"] or ()), rule["low"]))
     wanted = "a number" if kind is float else "a whole number" if kind is int else kind.__name__
     if isinstance(value, str) and kind is not str:  # from a command line
         try:

@@ -166,7 +166,7 @@ class NF4(Grid):
         absmax = self._absmax(w)
         if not self.double:
             return {"absmax": absmax}
-        mean = (survey or self.survey(w)).mean.to(w.device)
+        mean = (survey or AbsMaxima((absmax.flatten(),))).mean.to(w.device)
         flat = (absmax - mean).flatten()
         padded = torch.nn.functional.pad(flat, (0, -flat.numel() % SUPERBLOCK)).view(-1, SUPERBLOCK)
         scale = padded.abs().amax(1, keepdim=True)

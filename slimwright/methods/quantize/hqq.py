@@ -13,6 +13,7 @@ from slimwright.weights import Grid, Int, Quantized
 from slimwright.weights.grid import Params, row_blocks
 
 _LARGEST_ZERO = 256.0  # up to here float16 holds a zero point to an eighth of a step
+_BOUND = 1024.0  # of zero points on the way
 
 
 @register("quantize/hqq", paper="Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models")
@@ -22,8 +23,8 @@ class HQQ(WeightSolver):
 
     The zero point is real on a grid with ``zero="real"``, else rounded to the grid's integers in the end. A symmetric
     grid has none and is refused. Differences from the reference code, which make rows independent of each other and of
-    the weight's magnitude: each group stops by itself when its mean |error| no longer falls and keeps its best zero
-    point; the scale's floor is float16's smallest instead of 5e-5; a group so far from 0 that float16 could not hold
+    the weight's magnitude: each group keeps the zero point with its least mean |error| and stops by itself, when its
+    zero point no longer moves; the scale's floor is float16's smallest instead of 5e-5; a group so far from 0 that float16 could not hold
     its zero point has 0 put into its range.
 
     ``iters=0`` is min-max rounding with that zero point.
@@ -88,8 +89,8 @@ class HQQ(WeightSolver):
         top = 2**grid.bits - 1
         best, best_error = zero.clone(), torch.full_like(zero, torch.inf)
         active = torch.arange(w.shape[0], device=w.device)
-        beta = self.beta
         units = w / scale
+        beta = self.beta
         for iteration in range(self.iters + 1):  # the last only judges the last update
             code = (units + zero).round_().clamp_(0, top)
             error = (units - code).add_(zero).mul_(scale)  # w - scale * (code - zero)
@@ -100,14 +101,14 @@ class HQQ(WeightSolver):
             best_error[active] = torch.where(better, mean, best_error[active])
             if iteration == self.iters:
                 break
-            keep = better.squeeze(1)
-            if not keep.all():
-                active, scale, units, code = active[keep], scale[keep], units[keep], code[keep]
-                error, size = error[keep], size[keep]
-                if not len(active):
-                    break
-            shrunk = (size - size.pow(self.lp_norm - 1).div_(beta)).clamp_(min=0).copysign_(error)
-            zero = code.sub_(units).add_(shrunk.div_(scale)).mean(1, keepdim=True)
-            zero.clamp_(-_LARGEST_ZERO * 4, _LARGEST_ZERO * 4)
+            updated = code.sub_(units)
+            if beta * float(size.max()) ** (2 - self.lp_norm) > 0.99:  # else the shrinkage leaves nothing
+                shrunk = (size - size.pow(self.lp_norm - 1).div_(beta)).clamp_(min=0).copysign_(error)
+                updated += shrunk.div_(scale)
+            updated = updated.mean(1, keepdim=True).clamp_(-_BOUND, _BOUND)
+            moved = (updated != zero).squeeze(1)
+            if not moved.any():
+                break
+            active, zero, scale, units = active[moved], updated[moved], scale[moved], units[moved]
             beta *= self.kappa
         return best

@@ -22,9 +22,9 @@ class RTN(WeightSolver):
 
     - ``none``: the group's minimum and maximum.
     - ``mse``: both shrunk by the factor ``1 - i / steps``, ``i = 0 .. maxshrink * steps - 1``, that has the least
-      ``sum |Q(w) - w| ** norm``; the first of equals. ``search = exhaustive`` tries every factor; ``coarse`` tries every
-      eighth and then the neighbours at distance 4, 2 and 1 of the best, with the power computed to 1 % (squared error
-      within 0.1 % of the exhaustive search's on Gaussian weights, see docs/formats.md).
+      ``sum |Q(w) - w| ** norm``; the first of equals. ``search = exhaustive`` tries every factor; ``coarse`` tries
+      every eighth and then the neighbours at distance 4, 2 and 1 of the best, with the power computed to 1 % (squared
+      error within 0.2 % of the exhaustive search's on Gaussian weights, see docs/formats.md).
     - ``percentile``: the group's quantiles ``1 - percentile`` and ``percentile``.
     """
 
