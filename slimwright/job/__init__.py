@@ -1,0 +1,1 @@
+"""The job: forecast, memory cap, journal and resume, build, verify, ledger, publish."""

@@ -1,0 +1,209 @@
+"""The build: executes a plan tensor by tensor, writing tiles into the planned files; a journal unit is one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimwright.checkpoint import Checkpoint, CheckpointWriter, Journal
+from slimwright.checkpoint.layout import Layout, TensorEntry, plan_layout
+from slimwright.errors import InputError
+from slimwright.job.ledger import Entry, kept_line
+from slimwright.job.options import kept_entry, weight_entries
+from slimwright.job.weights import ErrorSum, plain_rounding, solve_tiles, survey
+from slimwright.methods import SiteStatistics
+from slimwright.model.structure import Site, Structure
+from slimwright.plan import Assignment, Plan
+from slimwright.weights import Dense, disk_shapes
+
+COMMIT_BYTES = 256_000_000
+"""What is written between two commits (fsync of the files, then of the journal)."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One source tensor and what becomes of it; ``assignment`` is None for tensors that are not sites."""
+
+    name: str
+    site: Site | None
+    assignment: Assignment | None
+    entries: tuple[TensorEntry, ...]
+
+    @property
+    def solved(self) -> bool:
+        return self.assignment is not None and not self.assignment.kept
+
+
+def plan_units(source: Checkpoint, structure: Structure, plan: Plan) -> list[Unit]:
+    """Every tensor of the source in checkpoint order; tied duplicates have no entries."""
+    by_site = plan.by_site(structure)
+    units = []
+    for name, info in source.tensors.items():
+        site, assignment = structure.sites.get(name), by_site.get(name)
+        if name in structure.ties:
+            entries: tuple[TensorEntry, ...] = ()
+        elif site is not None and assignment is not None and not assignment.kept:
+            entries = tuple(weight_entries(site, assignment.parsed_grid(), info.dtype))
+        else:
+            entries = (kept_entry(source, name),)
+        units.append(Unit(name, site, assignment, entries))
+    return units
+
+
+def layout_of(units: list[Unit], structure: Structure, max_shard_bytes: int) -> Layout:
+    """Where everything will lie, to the byte.
+
+    Raises:
+        InputError: a scale of one tensor would have the name of another tensor.
+    """
+    entries = [entry for unit in units for entry in unit.entries]
+    names = [entry.name for entry in entries]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"The tensor name '{twice}' is also needed for a scale: keep that weight with --rule.")
+    return plan_layout(entries, max_shard_bytes=max_shard_bytes, total_parameters=structure.parameters)
+
+
+def build(
+    source: Checkpoint,
+    structure: Structure,
+    units: list[Unit],
+    writer: CheckpointWriter,
+    journal: Journal,
+    step: Callable[[int, int], None],
+) -> list[Entry]:
+    """Execute the plan. Finished units of an earlier run are taken from the journal.
+
+    Args:
+        step: called with weights done and weights in all.
+
+    Returns:
+        The ledger, one line per tensor of the source.
+
+    Raises:
+        InputError: NaN or Inf in the source, named with the tensor.
+    """
+    total = sum(source.tensors[unit.name].numel for unit in units)
+    done = uncommitted = 0
+    lines: list[Entry] = []
+    for unit in units:
+        key = f"build:{unit.name}"
+        found = journal.done.get(key)
+        if found is not None:
+            lines.append(Entry(**found))
+        else:
+            line = _solve(source, unit, writer) if unit.solved else _keep(source, structure, unit, writer)
+            lines.append(line)
+            journal.append(key, line.to_json())
+            uncommitted += line.bytes
+            if uncommitted >= COMMIT_BYTES:
+                writer.sync()
+                journal.commit()
+                uncommitted = 0
+        done += source.tensors[unit.name].numel
+        step(done, total)
+    writer.sync()
+    journal.commit()
+    return lines
+
+
+def _solve(source: Checkpoint, unit: Unit, writer: CheckpointWriter) -> Entry:
+    site, assignment = unit.site, unit.assignment
+    assert site is not None and assignment is not None
+    solver = assignment.solver()
+    state = survey(source, site, solver.grid)
+    plain, before, after = plain_rounding(solver), ErrorSum(), ErrorSum()
+    parts = disk_shapes(solver.grid, site.weight_shape)
+    for rows, tile, value in solve_tiles(source, site, solver, state):
+        if isinstance(value, Dense):
+            _write_rows(writer, site, rows, value.weight)
+        else:
+            for suffix, tensor in value.save().items():
+                part = parts[suffix]
+                cut = solver.grid.part_slice(suffix, rows, site.columns)
+                per_row = part.nbytes // (site.rows if suffix == "" else max(1, part.shape[0]))
+                writer.write(site.name + suffix, tensor, cut.start * per_row)
+        if plain is not None:
+            before.add(tile, plain.solve(tile, SiteStatistics(survey=state)).dense().clone())
+        after.add(tile, value.dense().clone())
+        if not torch.isfinite(torch.tensor(after.error)):
+            raise InputError(
+                f"'{site.name}' on {solver.grid} gives values that are not finite: use another grid for it."
+            )
+    nbytes = sum(entry.nbytes for entry in unit.entries)
+    error = after.relative
+    return Entry(
+        site=site.name,
+        group=site.choice_group,
+        role=site.role,
+        state="data-free",
+        reason=assignment.reason or "no calibration data",
+        method=solver.spec,
+        grid=solver.grid.spec,
+        bits=8 * nbytes / site.numel,
+        bytes=nbytes,
+        error_before=error if plain is None else before.relative,
+        error_after=error,
+        tokens=0,
+        parameters=site.numel,
+    )
+
+
+def _write_rows(writer: CheckpointWriter, site: Site, rows: slice, tile: Tensor) -> None:
+    """Write rows of the logical matrix as a plain tensor in the disk's own orientation."""
+    size = tile.element_size()
+    if not site.transposed:
+        writer.write(site.name, tile, rows.start * site.columns * size)
+        return
+    out, columns = site.weight_shape[-2], site.columns
+    stored = tile.t().contiguous()
+    for start, stop in _within_experts(rows, out):
+        expert, first = divmod(start, out)
+        piece = stored[:, start - rows.start : stop - rows.start]
+        for column in range(columns):
+            writer.write(site.name, piece[column], ((expert * columns + column) * out + first) * size)
+
+
+def _within_experts(rows: slice, out: int) -> Iterator[tuple[int, int]]:
+    """Cut a range of stacked rows at the experts' borders."""
+    start = rows.start
+    while start < rows.stop:
+        stop = min(rows.stop, (start // out + 1) * out)
+        yield start, stop
+        start = stop
+
+
+def _keep(source: Checkpoint, structure: Structure, unit: Unit, writer: CheckpointWriter) -> Entry:
+    info = source.tensors[unit.name]
+    if not unit.entries:
+        return kept_line(unit.name, structure, f"tied to {structure.ties[unit.name]}", 0, info.numel)
+    for rows in source.tiles(unit.name):
+        tile = source.read(unit.name, rows)
+        if tile.is_floating_point() and tile.element_size() > 1 and not torch.isfinite(tile).all():
+            raise InputError(
+                f"The tensor '{unit.name}' of {source.path} holds NaN or Inf: repair or replace the checkpoint."
+            )
+        per_row = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
+        writer.write(unit.name, tile, rows.start * per_row if info.shape else 0)
+    if unit.assignment is not None:
+        reason = {"rule": "asked by a rule", "": "the budget allows it as it is"}.get(
+            unit.assignment.reason, unit.assignment.reason
+        )
+    else:
+        reason = structure.kept[unit.name]
+    return kept_line(unit.name, structure, reason, info.nbytes, info.numel)
+
+
+def grids_written(units: list[Unit]) -> Mapping[str, Any]:
+    """Grids by disk name of the weights that are packed (16-bit float casts are plain tensors)."""
+    grids = {}
+    for unit in units:
+        if unit.solved and unit.assignment is not None:
+            grid = unit.assignment.parsed_grid()
+            if not unit.entries[0].dtype.is_floating_point:
+                grids[unit.name] = grid
+    return grids

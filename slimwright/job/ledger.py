@@ -1,0 +1,80 @@
+"""The ledger: every tensor of the source, what was done to it, and why. Anything unaccounted fails the run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from slimwright.checkpoint import Checkpoint
+from slimwright.errors import SlimwrightError
+from slimwright.model.structure import Structure
+
+State = Literal["calibrated", "data-free", "kept"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line.
+
+    Attributes:
+        site: disk name of the source tensor.
+        group: its choice group; its own name for tensors that are not sites.
+        role: role in the model.
+        state: calibrated (tokens seen), data-free or kept (reason).
+        reason: why it is in that state.
+        method: solver's spec; None where nothing was solved.
+        grid: the grid's spec; None where kept.
+        bits: bits per weight on disk, scales and padding included.
+        bytes: bytes on disk of all its tensors.
+        error_before: ||W - Q||² / ||W||² of plain rounding on that grid.
+        error_after: the same of what was written.
+        tokens: tokens that the solver saw.
+        parameters: elements of the source tensor.
+    """
+
+    site: str
+    group: str
+    role: str
+    state: State
+    reason: str
+    method: str | None
+    grid: str | None
+    bits: float
+    bytes: int
+    error_before: float
+    error_after: float
+    tokens: int
+    parameters: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def kept_line(name: str, structure: Structure, reason: str, nbytes: int, parameters: int) -> Entry:
+    """The line of a tensor that stays as it is; ``nbytes`` is 0 for a tied duplicate that is not written."""
+    site = structure.sites.get(name)
+    bits = 8 * nbytes / parameters if parameters else 0.0
+    group = site.choice_group if site else name
+    role = structure.roles.get(name, "other")
+    return Entry(name, group, role, "kept", reason, None, None, bits, nbytes, 0.0, 0.0, 0, parameters)
+
+
+def check_complete(entries: list[Entry], source: Checkpoint, written_bytes: int) -> None:
+    """Every tensor of the source has exactly one line, and the lines' bytes are the bytes of the tensors written.
+
+    Raises:
+        SlimwrightError: something is unaccounted.
+    """
+    seen = [entry.site for entry in entries]
+    missing = sorted(set(source.tensors) - set(seen))
+    if missing or len(seen) != len(set(seen)) or set(seen) - set(source.tensors):
+        raise SlimwrightError(
+            f"The ledger does not account for every tensor ({len(missing)} missing, first: {missing[:1]}): this is a "
+            "defect of slimwright; nothing was published."
+        )
+    total = sum(entry.bytes for entry in entries)
+    if total != written_bytes:
+        raise SlimwrightError(
+            f"The ledger counts {total} bytes but {written_bytes} were written: this is a defect of slimwright; "
+            "nothing was published."
+        )

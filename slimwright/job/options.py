@@ -1,0 +1,172 @@
+"""The option table without data: every grid of the ladder for every choice group, scored by rounding sampled rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from slimwright.checkpoint import Checkpoint
+from slimwright.checkpoint.layout import TensorEntry, entry_cost
+from slimwright.job.weights import ErrorSum, site_rows, survey
+from slimwright.methods import SiteStatistics, WeightSolver, parse_method
+from slimwright.model.structure import Site, Structure
+from slimwright.plan import KEEP, Assignment
+from slimwright.search.options import Option
+from slimwright.weights import Grid, Int, disk_shapes, parse_grid
+
+LADDER: tuple[Grid, ...] = tuple(Int(bits, group=group) for bits in range(2, 9) for group in (32, 64, 128))
+"""What the search may choose by default."""
+
+SAMPLED_WEIGHTS = 1 << 24
+"""Weights over the whole model on which options are scored (smaller models are scored on every weight)."""
+
+
+def weight_entries(site: Site, grid: Grid, dtype: torch.dtype) -> list[TensorEntry]:
+    """The tensors on disk of a site on a grid (a float grid is one plain tensor in the disk's own orientation)."""
+    entries = []
+    for suffix, part in disk_shapes(grid, site.weight_shape).items():
+        plain = part.dtype.is_floating_point and suffix == ""
+        entries.append(TensorEntry(site.name + suffix, part.dtype, site.shape if plain else part.shape))
+    return entries
+
+
+def kept_entry(checkpoint: Checkpoint, name: str) -> TensorEntry:
+    """The tensor as it is."""
+    info = checkpoint.tensors[name]
+    return TensorEntry(name, info.dtype, info.shape)
+
+
+def group_cost(checkpoint: Checkpoint, sites: Sequence[Site], grid: str, budget: int) -> int:
+    """Bytes of a choice group's tensors on disk, header entries included."""
+    if grid == KEEP:
+        return sum(entry_cost(kept_entry(checkpoint, site.name), budget) for site in sites)
+    parsed = parse_grid(grid)
+    entries = [e for site in sites for e in weight_entries(site, parsed, checkpoint.tensors[site.name].dtype)]
+    return sum(entry_cost(entry, budget) for entry in entries)
+
+
+def ladder_for(checkpoint: Checkpoint, sites: Sequence[Site], solver: str) -> list[Assignment]:
+    """Every legal choice for a group: the grids of the ladder, 16-bit floats for wider sources, and keeping."""
+    found = [
+        Assignment(grid=grid.spec, method=solver)
+        for grid in LADDER
+        if all(grid.illegal(site.rows, site.columns) is None for site in sites)
+    ]
+    if any(checkpoint.tensors[site.name].dtype in (torch.float32, torch.float64) for site in sites):
+        found += [Assignment(grid="bf16", method="quantize/rtn"), Assignment(grid="fp16", method="quantize/rtn")]
+    return [*found, Assignment(grid=KEEP)]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many weights of a site are scored: ``share`` of them, in evenly spaced rows."""
+
+    share: float
+
+    def rows(self, site: Site) -> torch.Tensor:
+        """Indices of the scored rows."""
+        count = min(site.rows, max(int(site.rows * self.share), min(site.rows, 8)))
+        return torch.linspace(0, site.rows - 1, count).round().long()
+
+
+def sampling(structure: Structure) -> Sampling:
+    """Every weight of a model up to :data:`SAMPLED_WEIGHTS`, a share of larger ones."""
+    total = sum(site.numel for site in structure.sites.values())
+    return Sampling(min(1.0, SAMPLED_WEIGHTS / max(1, total)))
+
+
+def sampled_rows(checkpoint: Checkpoint, site: Site, how: Sampling) -> torch.Tensor:
+    """The scored rows of a site, (rows, columns) float32."""
+    runs = _runs(how.rows(site))
+    return torch.cat([site_rows(checkpoint, site, slice(first, last + 1)).float() for first, last in runs])
+
+
+def _runs(rows: torch.Tensor) -> list[tuple[int, int]]:
+    """Consecutive indices as (first, last) pairs."""
+    values = rows.tolist()
+    runs: list[tuple[int, int]] = []
+    for value in values:
+        if runs and value == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], value)
+        else:
+            runs.append((value, value))
+    return runs
+
+
+def score_group(
+    checkpoint: Checkpoint, sites: Sequence[Site], choices: Sequence[Assignment], how: Sampling
+) -> list[float]:
+    """Data-free loss of each choice: relative squared error × parameters, summed over the group's sites.
+
+    A layer's many experts are scored on an evenly spaced few of each kind.
+    """
+    solvers = [None if choice.kept else choice.solver() for choice in choices]
+    losses = [0.0] * len(choices)
+    for site, weight in _some_experts(sites):
+        source = sampled_rows(checkpoint, site, how)
+        for index, solver in enumerate(solvers):
+            if solver is not None:
+                total = ErrorSum()
+                stats = SiteStatistics(survey=survey(checkpoint, site, solver.grid))
+                total.add(source, solver.solve(source, stats).dense().clone())
+                losses[index] += total.relative * site.numel * weight
+    return losses
+
+
+def _some_experts(sites: Sequence[Site], most: int = 4) -> list[tuple[Site, float]]:
+    """At most ``most`` sites of each shape and role with the factor that scales them up to all."""
+    kinds: dict[tuple[str, tuple[int, ...]], list[Site]] = {}
+    for site in sites:
+        kinds.setdefault((site.role, site.shape), []).append(site)
+    chosen = []
+    for members in kinds.values():
+        count = min(most, len(members))
+        picked = [members[round(i * (len(members) - 1) / max(1, count - 1))] for i in range(count)]
+        chosen += [(site, len(members) / count) for site in picked]
+    return chosen
+
+
+def option_table(
+    checkpoint: Checkpoint,
+    structure: Structure,
+    bound: Mapping[str, str],
+    solver: str,
+    budget: int,
+    done: Mapping[str, list[float]],
+    record: Callable[[str, list[float]], None],
+) -> dict[str, list[Option]]:
+    """Options of every choice group.
+
+    Args:
+        bound: choice by group that the user's rules fix.
+        solver: spec of the solver.
+        budget: bytes, for the width of offsets in the header.
+        done: losses by group that an earlier, interrupted run has found.
+        record: called with each group's new losses.
+    """
+    how = sampling(structure)
+    table: dict[str, list[Option]] = {}
+    for group, sites in structure.choice_groups().items():
+        if group in bound:
+            kept = bound[group] == KEEP
+            choices = [Assignment(grid=bound[group], method=None if kept else solver, reason="rule")]
+            losses = [0.0]
+        else:
+            choices = ladder_for(checkpoint, sites, solver)
+            losses = done.get(group) or score_group(checkpoint, sites, choices, how)
+            if group not in done:
+                record(group, losses)
+        table[group] = [
+            Option(group, choice.grid, group_cost(checkpoint, sites, choice.grid, budget), loss, choice=choice)
+            for choice, loss in zip(choices, losses, strict=True)
+        ]
+    return table
+
+
+def solver_of(spec: str) -> WeightSolver:
+    """The solver that a spec names, on its default grid (for checks before work starts)."""
+    solver = parse_method(spec)
+    assert isinstance(solver, WeightSolver)
+    return solver

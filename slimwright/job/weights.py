@@ -1,0 +1,114 @@
+"""Reading a site's logical matrix from a checkpoint and solving it tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimwright.checkpoint import Checkpoint
+from slimwright.errors import InputError
+from slimwright.methods import SiteStatistics, WeightSolver, method
+from slimwright.model.structure import Site
+from slimwright.weights import Compressed, Grid
+
+TILE_ELEMENTS = 1 << 21
+"""Elements of a tile: 8 MB in float32, so that a solver's temporaries stay in the caches. Part of what a job writes
+depends on it only for solvers that are not row-independent; those get the whole matrix."""
+
+
+def site_rows(checkpoint: Checkpoint, site: Site, rows: slice) -> Tensor:
+    """Rows of a site's logical matrix (experts stacked along the rows), in the stored dtype.
+
+    Args:
+        rows: start and stop.
+
+    Returns:
+        (rows, columns), a view of the mapped file where the layout allows it.
+    """
+    stored = checkpoint.read(site.name)
+    if not site.transposed:
+        return stored.reshape(-1, site.columns)[rows]
+    if stored.ndim == 2:
+        return stored[:, rows].t()
+    out, pieces = site.weight_shape[-2], []
+    for expert in range(rows.start // out, -(-rows.stop // out)):
+        first, last = max(rows.start - expert * out, 0), min(rows.stop - expert * out, out)
+        pieces.append(stored[expert][:, first:last].t())
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def site_tiles(site: Site, grid: Grid | None, elements: int = TILE_ELEMENTS) -> Iterator[slice]:
+    """Row ranges that cover a site, each of about ``elements`` weights and starting where the grid allows."""
+    multiple = grid.row_multiple(site.columns) if grid is not None else 1
+    step = max(1, elements // max(1, site.columns) // multiple) * multiple
+    for start in range(0, site.rows, step):
+        yield slice(start, min(start + step, site.rows))
+
+
+def site_matrix(checkpoint: Checkpoint, site: Site) -> Tensor:
+    """The whole logical matrix in float32."""
+    return torch.cat([site_rows(checkpoint, site, rows).float() for rows in site_tiles(site, None)])
+
+
+def survey(checkpoint: Checkpoint, site: Site, grid: Grid) -> Any:
+    """What the grid must know of the whole matrix, gathered tile by tile (None for most grids)."""
+    if type(grid).survey is Grid.survey:
+        return None
+    state = None
+    for rows in site_tiles(site, grid):
+        state = grid.survey(site_rows(checkpoint, site, rows).float(), state)
+    return state
+
+
+@dataclass
+class ErrorSum:
+    """Relative squared error, summed over tiles."""
+
+    error: float = 0.0
+    norm: float = 0.0
+
+    def add(self, source: Tensor, written: Tensor) -> None:
+        """Both (rows, columns) float32; ``written`` is used up as workspace."""
+        self.error += float(written.sub_(source).square_().sum(dtype=torch.float64))
+        self.norm += float(torch.linalg.vector_norm(source, dtype=torch.float64)) ** 2
+
+    @property
+    def relative(self) -> float:
+        """||W - Q||² / ||W||², 0 for a zero weight that is met exactly."""
+        return self.error / self.norm if self.norm else (0.0 if self.error == 0 else float("inf"))
+
+
+def solve_tiles(
+    checkpoint: Checkpoint, site: Site, solver: WeightSolver, state: Any = None
+) -> Iterator[tuple[slice, Tensor, Compressed]]:
+    """Solve a site tile by tile: (rows, source tile in float32, value).
+
+    A solver whose rows depend on each other gets the whole matrix as one tile.
+
+    Raises:
+        InputError: NaN or Inf in the source, named with the tensor.
+    """
+    stats = SiteStatistics(survey=state)
+    tiles = site_tiles(site, solver.grid) if solver.row_independent else iter([slice(0, site.rows)])
+    for rows in tiles:
+        source = site_rows(checkpoint, site, rows).to(torch.float32).contiguous()
+        try:
+            value = solver.solve(source, stats)
+        except InputError as error:
+            if not torch.isfinite(source).all():
+                raise InputError(
+                    f"The tensor '{site.name}' of {checkpoint.path} holds NaN or Inf (rows {rows.start} to "
+                    f"{rows.stop - 1}): repair or replace the checkpoint."
+                ) from None
+            raise InputError(f"'{site.name}': {error}") from None
+        yield rows, source, value
+
+
+def plain_rounding(solver: WeightSolver) -> WeightSolver | None:
+    """Plain rounding on the solver's grid, or None where the solver is that already."""
+    plain: WeightSolver = method("quantize/rtn", grid=solver.grid, clip="none")
+    return None if plain == solver else plain

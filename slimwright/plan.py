@@ -1,0 +1,282 @@
+"""The plan: what is done to which group of weights. Printed, edited, run again (``--plan FILE``)."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from slimwright.errors import InputError, NotBuiltError
+from slimwright.methods import WeightSolver, parse_method
+from slimwright.model.structure import Structure
+from slimwright.weights import Grid, parse_grid
+
+PLAN_VERSION = 1
+KEEP = "keep"
+DEFAULT_METHOD = "quantize/rtn"
+
+
+class Assignment(BaseModel):
+    """What is done to one choice group.
+
+    Attributes:
+        grid: a grid's spec, or ``keep`` for the weights as they are.
+        method: the solver's spec (``quantize/rtn,clip=none``); None where nothing is solved.
+        reason: why, for the ledger.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    grid: str
+    method: str | None = None
+    reason: str = ""
+
+    @property
+    def kept(self) -> bool:
+        return self.grid == KEEP
+
+    def parsed_grid(self) -> Grid:
+        return parse_grid(self.grid)
+
+    def solver(self) -> WeightSolver:
+        """The solver with its grid.
+
+        Raises:
+            InputError: the method is unknown or does not put weights on grids.
+        """
+        solver = parse_method(self.method or DEFAULT_METHOD, grid=self.parsed_grid())
+        if not isinstance(solver, WeightSolver):
+            raise InputError(f"'{self.method}' is not a method that puts weights on a grid.")
+        return solver
+
+
+class Plan(BaseModel):
+    """Everything that is done to a model. Fields that later versions fill are present and must be empty today."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: int = PLAN_VERSION
+    source: str = ""
+    fingerprint: str = ""
+    target: str = "slimwright"
+    assignments: dict[str, Assignment] = Field(default_factory=dict)
+    edits: list[Any] = Field(default_factory=list)
+    activations: dict[str, Any] = Field(default_factory=dict)
+    cache: dict[str, Any] = Field(default_factory=dict)
+    adapters: dict[str, Any] = Field(default_factory=dict)
+    variants: dict[str, Any] = Field(default_factory=dict)
+    heal: list[Any] = Field(default_factory=list)
+
+    def to_yaml(self) -> str:
+        empty = ("edits", "activations", "cache", "adapters", "variants", "heal")
+        data = {key: value for key, value in self.model_dump().items() if key not in empty or value}
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=200)
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read plan.yaml.
+
+        Raises:
+            InputError: not a plan; NotBuiltError: it asks for something this version does not do.
+        """
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            raise InputError(f"The plan {path} cannot be read: {_first_line(error)}.") from None
+        if not isinstance(data, dict):
+            raise InputError(f"The plan {path} is not a mapping of keys to values.")
+        version = data.get("version")
+        if isinstance(version, int) and version > PLAN_VERSION:
+            raise InputError(f"The plan {path} is of version {version}; this slimwright reads up to {PLAN_VERSION}.")
+        try:
+            plan = cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise InputError(f"The plan {path} is wrong at '{where}': {first['msg']}.") from None
+        for name in ("edits", "activations", "cache", "adapters", "variants", "heal"):
+            if getattr(plan, name):
+                raise NotBuiltError(
+                    f"The plan {path} has '{name}', which this version of slimwright does not build yet."
+                )
+        if plan.target != "slimwright":
+            raise NotBuiltError(f"The plan {path} has target '{plan.target}', which this version does not write yet.")
+        return plan
+
+    def check(self, structure: Structure) -> None:
+        """Refuse a plan that does not fit the model.
+
+        Raises:
+            InputError: an unknown group (with the nearest name), an illegal grid, or a missing group.
+        """
+        groups = structure.choice_groups()
+        for name, assignment in self.assignments.items():
+            if name not in groups:
+                near = difflib.get_close_matches(name, list(groups), n=1, cutoff=0.3)
+                hint = f"; did you mean '{near[0]}'?" if near else "."
+                raise InputError(f"The plan assigns the group '{name}', which this model does not have{hint}")
+            if not assignment.kept:
+                solver = assignment.solver()
+                for site in groups[name]:
+                    reason = solver.grid.illegal(site.rows, site.columns)
+                    if reason:
+                        raise InputError(
+                            f"The plan puts '{site.name}' on {assignment.grid}, which cannot be: {reason}."
+                        )
+        missing = [name for name in groups if name not in self.assignments]
+        if missing:
+            raise InputError(f"The plan says nothing of the group '{missing[0]}'; write '{KEEP}' to leave it as it is.")
+
+    def by_site(self, structure: Structure) -> dict[str, Assignment]:
+        """Assignment of every site."""
+        return {
+            site.name: self.assignments[group] for group, sites in structure.choice_groups().items() for site in sites
+        }
+
+
+class Rule(BaseModel):
+    """``PATTERN: CHOICE``: binds the groups that the pattern names to ``keep`` or to a grid."""
+
+    model_config = ConfigDict(frozen=True)
+    pattern: str
+    choice: str
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """Read ``'lm_head: keep'`` or ``'*.down_proj: int8:g64'``.
+
+        Raises:
+            InputError: not of that form, or an unknown grid.
+        """
+        pattern, colon, choice = text.partition(":")
+        pattern, choice = pattern.strip(), choice.strip().lower()
+        if not colon or not pattern or not choice:
+            raise InputError(f"The rule '{text}' is not of the form 'PATTERN: keep' or 'PATTERN: GRID'.")
+        if choice != KEEP:
+            parse_grid(choice)
+        return cls(pattern=pattern, choice=choice)
+
+    def matches(self, name: str, role: str) -> bool:
+        """Whether the pattern names a weight: its disk name, with or without ``.weight``, its role, or a dotted tail,
+        head or middle of its name (``lm_head``, ``layers.3.mlp``); ``*`` and ``?`` are wildcards."""
+        base = name.removesuffix(".weight")
+        forms = (self.pattern, f"*.{self.pattern}", f"{self.pattern}.*", f"*.{self.pattern}.*")
+        return (
+            fnmatch.fnmatchcase(name, self.pattern)
+            or role == self.pattern
+            or any(fnmatch.fnmatchcase(base, form) for form in forms)
+        )
+
+    @property
+    def specificity(self) -> tuple[int, int]:
+        """Most letters that are not wildcards win; then fewest wildcards."""
+        wild = sum(self.pattern.count(mark) for mark in "*?[")
+        return len(self.pattern) - wild, -wild
+
+
+def bind(rules: list[Rule], structure: Structure) -> dict[str, str]:
+    """Choice of every group that a rule binds; the most specific wins, among equals the last.
+
+    Raises:
+        InputError: a rule names no weight; two sites of one group are bound to different choices (they cannot differ,
+            because runtimes fuse them); a grid cannot hold a weight.
+    """
+    bound: dict[str, str] = {}
+    used: set[int] = set()
+    tied: dict[str, list[str]] = {}
+    for alias, owner in structure.ties.items():
+        tied.setdefault(owner, []).append(alias)
+    for group, sites in structure.choice_groups().items():
+        chosen: dict[str, str] = {}
+        for site in sites:
+            names = [(site.name, site.role), *((alias, "head") for alias in tied.get(site.name, []))]
+            candidates = [
+                (rule.specificity, index)
+                for index, rule in enumerate(rules)
+                if any(rule.matches(name, role) for name, role in names)
+            ]
+            used.update(index for _, index in candidates)
+            if candidates:
+                rule = rules[max(candidates)[1]]
+                chosen[site.name] = rule.choice
+                reason = None if rule.choice == KEEP else parse_grid(rule.choice).illegal(site.rows, site.columns)
+                if reason:
+                    raise InputError(
+                        f"The rule '{rule.pattern}: {rule.choice}' cannot hold for '{site.name}': {reason}."
+                    )
+        if not chosen:
+            continue
+        choices = sorted(set(chosen.values()))
+        if len(choices) > 1:
+            raise InputError(
+                f"The rules give {' and '.join(choices)} to weights of '{group}', which runtimes fuse: give all the same."
+            )
+        other = next((site.name for site in sites if site.name not in chosen), None)
+        if other is not None:
+            raise InputError(
+                f"A rule binds '{next(iter(chosen))}' but not '{other}', which runtimes fuse with it: bind both alike."
+            )
+        bound[group] = choices[0]
+    for index, rule in enumerate(rules):
+        if index not in used:
+            bases = sorted({site.name.removesuffix(".weight") for site in structure.sites.values()})
+            near = difflib.get_close_matches(
+                rule.pattern, bases + [base.rsplit(".", 1)[-1] for base in bases], n=1, cutoff=0.4
+            )
+            hint = f"; did you mean '{near[0]}'?" if near else "; `slimwright inspect` lists the names."
+            raise InputError(f"The rule '{rule.pattern}: {rule.choice}' names no weight of this model{hint}")
+    return bound
+
+
+def parse_bytes(text: str, what: str) -> int:
+    """``1.5GB``, ``800MB``, ``2GiB``, ``123456`` → bytes (GB is 10^9, GiB is 2^30).
+
+    Raises:
+        InputError: not a size.
+    """
+    import re
+
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?b?)\s*", text.lower())
+    units = {"": 1, "b": 1, **{f"{u}b": 1000 ** (i + 1) for i, u in enumerate("kmgt")}}
+    units |= {f"{u}ib": 1024 ** (i + 1) for i, u in enumerate("kmgt")} | {
+        u: 1000 ** (i + 1) for i, u in enumerate("kmgt")
+    }
+    if not match or match[2] not in units:
+        raise InputError(f"{what} '{text}' is not a size such as 1.5GB or 800MB.")
+    value = float(match[1]) * units[match[2]]
+    if not math.isfinite(value) or value <= 0:
+        raise InputError(f"{what} '{text}' must be more than 0.")
+    return int(value)
+
+
+def parse_size(text: str, parameters: int) -> int:
+    """``4.7GB | 4.25bit | 30%`` → bytes of the weight files.
+
+    Args:
+        text: what the user wrote; % is of 2 bytes per unique parameter, bit is per unique parameter.
+        parameters: unique parameters of the model.
+
+    Raises:
+        InputError: not a size, or not more than 0.
+    """
+    lowered = text.strip().lower()
+    for suffix, scale in (("bits", 1 / 8), ("bit", 1 / 8), ("%", 2 / 100)):
+        if lowered.endswith(suffix):
+            try:
+                value = float(lowered.removesuffix(suffix))
+            except ValueError:
+                break
+            if not math.isfinite(value) or value <= 0:
+                raise InputError(f"--size '{text}' must be more than 0.")
+            return int(value * scale * parameters)
+    try:
+        return parse_bytes(text, "--size")
+    except InputError as error:
+        raise InputError(str(error).replace("a size such as", "a size such as 4.25bit, 30%,")) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

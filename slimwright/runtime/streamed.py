@@ -1,0 +1,215 @@
+"""Models whose weights stay on disk: every site's module computes from row tiles that a *source* hands out.
+
+Used where a second model is needed beside the packed one and must not need memory: the dense reference of the
+verification (the plan applied to the source by plain-tensor code), the source itself for the quality figures, and large
+weights that a plan keeps dense. Everything that is not a site is loaded by transformers as usual.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from slimwright.errors import SlimwrightError
+from slimwright.model.structure import Site
+
+TILE_BYTES = 64 << 20
+"""Bytes of a tile in float32 (DESIGN §1.5)."""
+
+
+class WeightSource(ABC):
+    """Hands out rows of one site's logical matrix (experts stacked along the rows)."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    @abstractmethod
+    def rows(self, rows: slice) -> Tensor:
+        """(rows, columns) float32 of any range with start and stop."""
+
+    def gather(self, index: Tensor) -> Tensor:
+        """(n, columns) float32 of single rows, ``index`` (n,) sorted without repeats."""
+        return torch.cat([self.rows(slice(i, i + 1)) for i in index.tolist()])
+
+    def expert(self, index: int) -> Tensor:
+        """(out, in) float32 of one of the stacked experts; of all, where the site is one expert."""
+        out = self.site.weight_shape[-2]
+        return self.rows(slice(index * out, (index + 1) * out))
+
+
+class _StreamedLinear(nn.Module):
+    """``x Wᵀ + b`` in row tiles; stands for nn.Linear, transformers' Conv1D and a tied head."""
+
+    def __init__(self, source: WeightSource, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.__dict__["source"] = source
+        self.bias = bias
+        self.out_features, self.in_features = source.site.rows, source.site.columns
+        self.nf = self.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = max(1, TILE_BYTES // 4 // self.in_features)
+        pieces = []
+        for start in range(0, self.out_features, step):
+            tile = self.source.rows(slice(start, min(start + step, self.out_features)))
+            pieces.append(nn.functional.linear(x, tile.to(x.dtype)))
+        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+        return out if self.bias is None else out + self.bias
+
+
+class _StreamedEmbedding(nn.Embedding):
+    """Reads only the rows that are looked up. The embedding's own class comes first in the method resolution order, so
+    that scales and offsets of its forward stay."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        index, inverse = torch.unique(ids, return_inverse=True)
+        return self.source.gather(index)[inverse]  # type: ignore[operator]
+
+
+class _Expert:
+    """Stands for a fused parameter: ``[expert]`` is that expert's dense matrix as the module holds it."""
+
+    def __init__(self, sources: list[WeightSource], transposed: bool) -> None:
+        self.sources = sources
+        self.transposed = transposed
+
+    def __getitem__(self, index: Any) -> Tensor:
+        number = int(index)
+        fused = [source for source in self.sources if source.site.expert is None]
+        if fused:
+            matrix = fused[0].expert(number)
+        else:
+            own = [s for s in self.sources if s.site.expert is not None and s.site.expert[0] == number]
+            own.sort(key=lambda source: (source.site.expert or (0, 0, 0))[1])
+            matrix = torch.cat([source.expert(0) for source in own])
+        return matrix.t() if self.transposed else matrix
+
+
+def replace_sites(model: PreTrainedModel, sources: Mapping[str, WeightSource]) -> None:
+    """Replace the modules of sites by streamed ones, on the meta model before its weights are loaded.
+
+    Args:
+        sources: by disk name of the site; their module paths are those of this model's class.
+    """
+    modules = dict(model.named_modules())
+    experts: dict[tuple[str, str], list[WeightSource]] = {}
+    for source in sources.values():
+        site = source.site
+        module = modules.get(site.module)
+        if module is None:
+            raise SlimwrightError(f"The module '{site.module}' of '{site.name}' is not in {type(model).__name__}.")
+        if site.kind == "experts":
+            experts.setdefault((site.module, site.parameter), []).append(source)
+        else:
+            _stream_module(model, site.module, source)
+    for (path, parameter), members in experts.items():
+        _stream_experts(modules[path], parameter, members)
+    owned = {f"{source.site.module}.{source.site.parameter}": source for source in sources.values()}
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    for target, owner in list(tied.items()):
+        if owner in owned:
+            _stream_module(model, target.rpartition(".")[0], owned[owner])
+            del tied[target]
+    model.all_tied_weights_keys = tied
+    model._tied_weights_keys = dict(tied)
+
+
+def _stream_module(model: PreTrainedModel, path: str, source: WeightSource) -> None:
+    """Let one linear, Conv1D, head or embedding compute from a source."""
+    module = model.get_submodule(path)
+    if isinstance(module, nn.Embedding):
+        own = type(module)
+        bases = (_StreamedEmbedding,) if own is nn.Embedding else (own, _StreamedEmbedding)
+        module.__class__ = type(f"Streamed{own.__name__}", bases, {})
+        module.__dict__["source"] = source
+        del module._parameters["weight"]
+    else:
+        streamed = _StreamedLinear(source, getattr(module, "bias", None))
+        streamed._is_hf_initialized = True  # type: ignore[assignment]
+        model.set_submodule(path, streamed)
+
+
+def _stream_experts(module: nn.Module, parameter: str, sources: list[WeightSource]) -> None:
+    """Let the module's own eager forward read its fused parameter expert by expert."""
+    shape = module._parameters[parameter].shape  # type: ignore[union-attr]
+    proxy = _Expert(sources, transposed=_orientation(sources, tuple(shape)))
+    del module._parameters[parameter]
+    cls = type(module)
+    module.__class__ = type(cls.__name__, (cls,), {parameter: property(lambda self: proxy)})
+    if hasattr(module, "config"):
+        config = copy.copy(module.config)
+        config._experts_implementation_internal = "eager"  # type: ignore[union-attr]
+        module.config = config  # type: ignore[assignment]
+
+
+def _orientation(sources: list[WeightSource], shape: tuple[int, ...]) -> bool:
+    """Whether the module holds an expert as (in, out): read from the site's own record, since shapes can be square."""
+    site = sources[0].site
+    if site.expert is None:
+        return site.transposed
+    return shape[-1] != site.columns
+
+
+@register_quantization_config("slimwright-streamed")
+class StreamedConfig(QuantizationConfigMixin):
+    """Carries the sources into ``from_pretrained``; never saved."""
+
+    def __init__(self, sources: Mapping[str, WeightSource] | None = None) -> None:
+        self.quant_method = "slimwright-streamed"
+        self.sources = sources or {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamedConfig:
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+@register_quantizer("slimwright-streamed")
+class StreamedQuantizer(HfQuantizer):
+    """Replaces modules before loading; the weights of the sites are then simply not asked for."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        replace_sites(model, self.quantization_config.sources)
+        return model
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def load_streamed(
+    cls: type[PreTrainedModel], directory: Path, config: PretrainedConfig, sources: Mapping[str, WeightSource]
+) -> PreTrainedModel:
+    """The model of ``directory`` in float32 with the given sites streamed.
+
+    Args:
+        cls: the transformers class.
+        config: its config, without a quantization_config.
+    """
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # the sites' tensors are unexpected keys here, by design
+    try:
+        model = cls.from_pretrained(
+            directory, config=config, dtype=torch.float32, quantization_config=StreamedConfig(sources)
+        )
+    finally:
+        logging.set_verbosity(level)
+    return model.eval()
