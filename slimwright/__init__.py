@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from slimwright.runtime import quantizer as _quantizer  # noqa: F401  registers with transformers
+from slimwright.runtime.registration import install as _install
+
+_install()
 
 if TYPE_CHECKING:
     from slimwright.job.export import export
@@ -37,8 +40,6 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     """The verbs are imported when they are first used, so that ``import slimwright`` stays cheap."""
-    import importlib
-
     if name == "methods":
         return importlib.import_module("slimwright.methods")
     if name in _LAZY:

@@ -44,12 +44,11 @@ from slimwright.job.build import Unit, build, grids_written, layout_of, plan_uni
 from slimwright.job.forecast import Forecast, forecast, measure_rates
 from slimwright.job.ledger import Entry, check_complete
 from slimwright.job.memory import MemoryWatch, memory_cap, trim
-from slimwright.job.open import open_source
+from slimwright.job.open import model_of, open_source
 from slimwright.job.options import option_table
 from slimwright.job.progress import Reporter
 from slimwright.methods import WeightSolver, parse_method
 from slimwright.model.discover import discover
-from slimwright.model.skeleton import model_class
 from slimwright.model.structure import Structure
 from slimwright.plan import DEFAULT_METHOD, KEEP, Assignment, Plan, Rule, bind, parse_size
 from slimwright.report import render_report
@@ -419,7 +418,7 @@ class _Job:
             tokens=tokens, batch_tokens=batch, threads=torch.get_num_threads(), seed=self.asked.seed,
             sample=structure.parameters < 300_000_000, trust_remote_code=self.asked.trust_remote_code, progress=True,
         )  # fmt: skip
-        own = model_class(source.config, self.asked.trust_remote_code).__module__
+        own = model_of(source, self.asked.trust_remote_code)[0].__module__
         if not own.startswith("transformers."):
             how = f"this process, from disk (the class {own} is registered in this process only)"
             outcome = verification.verify(spec, step, how)

@@ -26,12 +26,11 @@ from slimwright.errors import SlimwrightError
 from slimwright.evaluate.quality import EncoderQuality, LanguageQuality
 from slimwright.job.build import Unit, plan_units
 from slimwright.job.memory import trim
-from slimwright.job.open import open_source
+from slimwright.job.open import model_of, open_source
 from slimwright.job.source import plain_sources, planned_sources
 from slimwright.job.weights import site_rows, site_tiles
 from slimwright.model.discover import discover
 from slimwright.model.inputs import dummy_inputs
-from slimwright.model.skeleton import model_class, model_config
 from slimwright.model.structure import Structure
 from slimwright.plan import Plan
 from slimwright.runtime.streamed import WeightSource, load_streamed
@@ -206,8 +205,7 @@ def _compare_outputs(
     outcome: Outcome,
     step: Callable[[int, int], None],
 ) -> None:
-    cls = model_class(source.config, spec.trust_remote_code)
-    config = model_config(source, spec.trust_remote_code)
+    cls, config = model_of(source, spec.trust_remote_code)
     packed = cls.from_pretrained(_model_directory(spec.written), dtype=torch.float32).eval()
     reference = load_streamed(cls, source.model_path, config, planned_sources(source, structure, plan))
     original = load_streamed(cls, source.model_path, config, plain_sources(source, structure))
