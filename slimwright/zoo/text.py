@@ -41,8 +41,8 @@ def standard_library(part: Part) -> list[Document]:
     """The documents of one part, ordered by path: about 80 % train, 10 % calibrate, 10 % held-out (by count).
 
     Neither the part of a document nor its being left out depends on the machine, only on the library's version. A
-    document more than half of whose lines stand in documents before it (the generated code pages of `encodings`, a
-    copied module) is left out of every part, so that no part holds a near copy of another part's text.
+    document more than half of whose lines stand in longer documents (the generated code pages of `encodings`, a help
+    topic inside another) is left out of every part, so that no part holds a near copy of another part's text.
     """
     return [document for document in _distinct_documents() if part_of(document.path) == part]
 
@@ -57,8 +57,8 @@ def part_of(path: str) -> Part:
 
 @cache
 def _distinct_documents() -> tuple[Document, ...]:
-    """Every document of the library, by path, without empty ones and without those that mostly repeat earlier ones."""
-    documents = sorted(_modules() + _help_topics(), key=lambda document: document.path)
+    """Every document of the library, by path, without empty ones and without those that mostly repeat longer ones."""
+    documents = _modules() + _help_topics()
     if not documents:
         raise InputError(
             f"no source file of Python's standard library lies in {sysconfig.get_path('stdlib')}: "
@@ -66,12 +66,12 @@ def _distinct_documents() -> tuple[Document, ...]:
         )
     seen: set[str] = set()
     distinct = []
-    for document in documents:
+    for document in sorted(documents, key=lambda document: (-document.bytes, document.path)):
         lines = telling_lines(document.text)
         if repeated_share(lines, seen) <= REPEATED_SHARE:
             distinct.append(document)
             seen |= lines
-    return tuple(distinct)
+    return tuple(sorted(distinct, key=lambda document: document.path))
 
 
 def telling_lines(text: str) -> set[str]:
