@@ -178,7 +178,7 @@ def compiled_loss(model: LlamaForCausalLM) -> Callable[[Tensor], Tensor]:
 
 def save(model: LlamaForCausalLM, out: Path) -> LlamaForCausalLM:
     """Write the model to `out` in bfloat16; what was written is returned, in float32 and ready to evaluate."""
-    written = deepcopy(model).to(torch.bfloat16).eval()
+    written = deepcopy(model).bfloat16().eval()
     written.save_pretrained(out)
     return written.float()
 
