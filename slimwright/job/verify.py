@@ -27,7 +27,8 @@ from slimwright.evaluate.quality import EncoderQuality, LanguageQuality
 from slimwright.job.build import Unit, plan_units
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of, open_source
-from slimwright.job.source import plain_sources, planned_sources
+from slimwright.job.parallel import in_order
+from slimwright.job.source import plain_sources, planned_source, planned_sources
 from slimwright.job.weights import site_rows, site_tiles
 from slimwright.model.discover import discover
 from slimwright.model.inputs import dummy_inputs
@@ -106,7 +107,7 @@ def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
     plan = Plan.load(Path(spec.written) / "plan.yaml")
     units = plan_units(source, structure, plan)
     started = time.monotonic()
-    _compare_files(source, written, structure, units, outcome, step)
+    _compare_files(source, written, units, outcome, step)
     outcome.seconds["tensors"] = time.monotonic() - started
     trim()
     if outcome.ok:
@@ -123,7 +124,6 @@ def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
 def _compare_files(
     source: Checkpoint,
     written: Checkpoint,
-    structure: Structure,
     units: list[Unit],
     outcome: Outcome,
     step: Callable[[int, int], None],
@@ -135,28 +135,19 @@ def _compare_files(
         if planned.get(name) != found.get(name):
             outcome.problems.append(f"'{name}' is {found.get(name)} in the files but {planned.get(name)} in the plan")
             return
-    sources = {
-        unit.name: unit_source
-        for unit, unit_source in _unit_sources(source, structure, units)
-    }  # fmt: skip
-    for index, unit in enumerate(units):
+
+    def compare(unit: Unit) -> str | None:
         if unit.solved:
-            problem = _compare_site(written, unit, sources[unit.name])
-        else:
-            problem = _compare_kept(source, written, unit)
+            assert unit.site is not None and unit.assignment is not None
+            return _compare_site(written, unit, planned_source(source, unit.site, unit.assignment))
+        return _compare_kept(source, written, unit)
+
+    for unit, problem in in_order(compare, units):
         if problem:
             outcome.problems.append(problem)
             return
         outcome.tensors_compared += 1
-        step(index + 1, 2 * len(units))
-
-
-def _unit_sources(source: Checkpoint, structure: Structure, units: list[Unit]) -> Iterator[tuple[Unit, WeightSource]]:
-    plan = Plan(assignments={u.site.choice_group: u.assignment for u in units if u.site and u.assignment})
-    sources = planned_sources(source, structure, plan)
-    for unit in units:
-        if unit.solved:
-            yield unit, sources[unit.name]
+        step(outcome.tensors_compared, 2 * len(units))
 
 
 def _sampled(tiles: list[slice]) -> list[slice]:
@@ -340,7 +331,7 @@ def _held_out(source: Checkpoint, model: Any, length: int, count: int) -> list[t
     vocabulary = model.config.get_text_config().vocab_size
     found: list[tuple[str, Tensor]] = []
     for document in standard_library("heldout"):
-        ids = tokenizer(document.text[: 8 * length], add_special_tokens=True, truncation=True, max_length=length)[
+        ids = tokenizer(document.text[: 16 * length], add_special_tokens=True, truncation=True, max_length=length)[
             "input_ids"
         ]
         if len(ids) == length and max(ids) < vocabulary:

@@ -135,7 +135,9 @@ def _value_fold(attention: nn.Module, parts: Mapping[str, Site]) -> FoldGroup | 
         return None
     own = {site.module.rpartition(".")[2] for site in parts.values()}
     others = {
-        name for name, child in attention.named_children() if name not in own and next(child.parameters(), None) is not None
+        name
+        for name, child in attention.named_children()
+        if name not in own and next(child.parameters(), None) is not None
     }
     value, output = parts["v"], parts["o"]
     repeat, rest = divmod(output.columns, value.rows)

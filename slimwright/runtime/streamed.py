@@ -133,6 +133,7 @@ def _stream_module(model: PreTrainedModel, path: str, source: WeightSource) -> N
         bases = (_StreamedEmbedding,) if own is nn.Embedding else (own, _StreamedEmbedding)
         module.__class__ = type(f"Streamed{own.__name__}", bases, {})
         module.__dict__["source"] = source
+        module._is_hf_initialized = True  # type: ignore[assignment]
         del module._parameters["weight"]
     else:
         streamed = _StreamedLinear(source, getattr(module, "bias", None))
@@ -147,6 +148,7 @@ def _stream_experts(module: nn.Module, parameter: str, sources: list[WeightSourc
     del module._parameters[parameter]
     cls = type(module)
     module.__class__ = type(cls.__name__, (cls,), {parameter: property(lambda self: proxy)})
+    module._is_hf_initialized = True  # type: ignore[assignment]
     if hasattr(module, "config"):
         config = copy.copy(module.config)
         config._experts_implementation_internal = "eager"  # type: ignore[union-attr]

@@ -127,7 +127,11 @@ class Grid(ABC):
                 cut[suffix] = part
                 continue
             length = first.stop - first.start
-            rows = tiles if length == 1 else (tiles[:, None] * length + torch.arange(length, device=index.device)).flatten()
+            rows = (
+                tiles
+                if length == 1
+                else (tiles[:, None] * length + torch.arange(length, device=index.device)).flatten()
+            )
             # the last tile may be short: the rows beyond it repeat the last one and are never picked
             cut[suffix] = part[rows if length == 1 else rows.clamp(max=part.shape[0] - 1)]
         values = self.decode(*self.unpack(cut, columns))
