@@ -159,12 +159,12 @@ class PackedWeight(nn.Parameter):
     """
 
     owner: PackedModule
-    name: str
+    parameter: str
 
     @classmethod
     def of(cls, owner: PackedModule, name: str) -> PackedWeight:
         view = torch.Tensor._make_subclass(cls, owner.payload(name), False)
-        view.owner, view.name = owner, name
+        view.owner, view.parameter = owner, name
         return view
 
     @property
@@ -173,20 +173,20 @@ class PackedWeight(nn.Parameter):
 
     def _refuse(self, *_: Any) -> Any:
         raise InputError(
-            f"A {self.owner.packed[self.name].grid} weight is packed and cannot be changed or used as a plain tensor: "
+            f"A {self.owner.packed[self.parameter].grid} weight is packed and cannot be changed or used as a plain tensor: "
             "keep the adapter beside it instead of merging, or call model.dequantize() first."
         )
 
     data = property(_refuse, _refuse)  # type: ignore[assignment]
 
     def __getitem__(self, index: Any) -> Any:
-        spec = self.owner.packed[self.name]
+        spec = self.owner.packed[self.parameter]
         if len(spec.shape) != 3:
             self._refuse()
         expert, rows = int(index), spec.shape[1]
         return ExpertWeight(
-            [functools.partial(self.owner.multiply_rows, self.name, slice(expert * rows, (expert + 1) * rows))],
-            lambda: [decode_tile(spec.grid, self.owner.parts(self.name), spec.shape,
+            [functools.partial(self.owner.multiply_rows, self.parameter, slice(expert * rows, (expert + 1) * rows))],
+            lambda: [decode_tile(spec.grid, self.owner.parts(self.parameter), spec.shape,
                                  slice(expert * rows, (expert + 1) * rows))],
             spec.transposed, self.owner.compute_dtype,
         )  # fmt: skip
@@ -219,9 +219,11 @@ class PackedModule(nn.Module):
         self.__dict__.setdefault("packed", {})[name] = spec
         for suffix, part in disk_shapes(spec.grid, spec.shape).items():
             tensor = torch.empty(part.shape, dtype=part.dtype, device="meta")
-            if suffix or part.dtype.is_floating_point:  # a plain grid: as a buffer, it does not decide model.dtype
-                self._parameters.pop(name, None)
+            if suffix:
                 self._buffers[name + suffix] = tensor
+            elif part.dtype.is_floating_point:  # a plain grid: as a buffer, it does not decide model.dtype
+                del self._parameters[name]
+                self._buffers[name] = tensor
             else:
                 self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
@@ -335,7 +337,7 @@ class _OneWeight(PackedModule):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if isinstance(param, PackedWeight):
-            param = param.owner._parameters[param.name]
+            param = param.owner._parameters[param.parameter]
         if name == "weight":
             self._parameters[name] = param
         else:

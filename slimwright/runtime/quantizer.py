@@ -195,9 +195,14 @@ class SlimwrightQuantizer(HfQuantizer):
                 "file holds it: a file is missing or of another model."
             )
         dtypes = _Dtypes(model, kwargs.get("dtype"))
+        ties = {
+            prefix: module.get_expanded_tied_weights_keys(all_submodels=False)
+            for prefix, module in model.named_modules()
+            if hasattr(module, "get_expanded_tied_weights_keys")
+        }
         with torch.device("meta"):
             self._pack(model, headers, dtypes)
-        self._rewrite_ties(model)
+        self._rewrite_ties(model, ties)
         self._check(model, headers)
         return model
 
@@ -350,14 +355,15 @@ class SlimwrightQuantizer(HfQuantizer):
         )
         del module._parameters["weight"]
 
-    def _rewrite_ties(self, model: Any) -> None:
-        """Take the packed ones out of every mapping of ties, the instance's ``_tied_weights_keys`` included."""
+    def _rewrite_ties(self, model: Any, ties: Mapping[str, dict[str, str]]) -> None:
+        """Take the packed ones out of every mapping of ties, the instance's ``_tied_weights_keys`` included.
+
+        Args:
+            ties: what each sub-model declared before it was rebuilt, by module path.
+        """
         gone = {name for name, source in self.tied.items() if self._is_packed(model, source)}
-        for prefix, module in model.named_modules():
-            if not hasattr(module, "get_expanded_tied_weights_keys"):
-                continue
-            start = f"{prefix}." if prefix else ""
-            expanded = module.get_expanded_tied_weights_keys(all_submodels=False)
+        for prefix, expanded in ties.items():
+            module, start = model.get_submodule(prefix), f"{prefix}." if prefix else ""
             if any(start + name in gone for name in expanded):
                 module._tied_weights_keys = {key: value for key, value in expanded.items() if start + key not in gone}
             keys = getattr(module, "all_tied_weights_keys", {})
@@ -444,6 +450,7 @@ class SlimwrightQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Put dense parameters back, and what belongs to them: classes, ties, converters."""
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for module in list(model.modules()):
             if not isinstance(module, PackedModule) or isinstance(module, (PackedExpertLeaf, TiedHead, TiedEmbedding)):
                 continue

@@ -42,6 +42,11 @@ class Grid(ABC):
     """A number format. Subclasses are frozen dataclasses registered by :func:`register_grid`."""
 
     key: ClassVar[str]
+    """Name of the kind; the spec of most grids."""
+    examples: ClassVar[tuple[str, ...]] = ()
+    """Specs that show what the kind offers (error messages, tests over the registry); empty: just the key."""
+    plain: ClassVar[bool] = False
+    """Whether the payload is the dense tensor itself in another dtype, which every program reads."""
 
     @property
     @abstractmethod
