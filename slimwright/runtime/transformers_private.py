@@ -23,7 +23,9 @@ try:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass as BaseAutoModel
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.pytorch_utils import Conv1D
-except ImportError as error:
+
+    decode_special_floats = transformers.PretrainedConfig._decode_special_floats
+except (ImportError, AttributeError) as error:
     raise SlimwrightError(
         f"slimwright needs a name that transformers {transformers.__version__} does not have ({error}): install a "
         "version that `slimwright doctor` lists as tested."
@@ -37,6 +39,7 @@ __all__ = [
     "MergeModulelist",
     "WeightConverter",
     "WeightRenaming",
+    "decode_special_floats",
     "dot_natural_key",
     "get_model_conversion_mapping",
     "modeling_auto",
