@@ -14,7 +14,7 @@ from slimwright.errors import InputError
 from slimwright.weights.grid import Grid, Params, Part, register_grid
 from slimwright.weights.packing import pack_codes, packed_row_bytes, unpack_codes
 
-_SPEC = re.compile(r"int(\d+)((?::[a-z0-9]+)*)$")
+_SPEC = re.compile(r"int([0-9]{1,3})((?::[a-z0-9]+)*)$")
 _SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 
 
@@ -33,6 +33,7 @@ class Int(Grid):
     """
 
     key: ClassVar[str] = "int"
+    examples: ClassVar[tuple[str, ...]] = ("int4:g128", "int8:row", "int3:g64:real", "int4:g32:sym")
     bits: int = 4
     group: int | None = None
     symmetric: bool = False
@@ -59,14 +60,18 @@ class Int(Grid):
         if not match:
             return None
         options: dict[str, Any] = {"bits": int(match[1]), "group": 128}
-        for word in match[2].split(":")[1:]:
+        words = match[2].split(":")[1:]
+        kinds = ["group" if word[0] == "g" or word == "row" else word for word in words]
+        if len(set(kinds)) < len(kinds):
+            raise InputError(f"Grid '{spec}' says the same thing twice; write at most one of g<N> and row.")
+        for word in words:
             if word == "row":
                 options["group"] = None
             elif word == "sym":
                 options["symmetric"] = True
             elif word == "real":
                 options["zero"] = "real"
-            elif re.fullmatch(r"g\d{1,6}", word):
+            elif re.fullmatch(r"g[0-9]{1,6}", word):
                 options["group"] = int(word[1:])
             else:
                 raise InputError(f"Grid '{spec}': '{word}' is none of g<N>, row, sym, real.")
