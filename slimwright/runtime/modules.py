@@ -147,7 +147,8 @@ _HARMLESS = {"size", "dim", "numel", "nelement", "element_size", "stride", "data
              "is_contiguous", "is_floating_point", "is_complex", "to", "cpu", "cuda", "detach", "clone", "contiguous",
              "requires_grad_", "get_device", "storage_offset", "__repr__", "__format__", "__hash__", "__len__",
              "is_pinned", "is_shared", "__reduce_ex__", "_is_view", "type", "ndimension", "empty_like",
-             "has_names", "is_inference", "register_hook", "__get__"}  # fmt: skip
+             "has_names", "is_inference"}  # fmt: skip
+_TRANSPOSES = {"T", "mT", "H", "mH"}
 
 
 class PackedWeight(nn.Parameter):
@@ -160,11 +161,13 @@ class PackedWeight(nn.Parameter):
 
     owner: PackedModule
     parameter: str
+    _is_hf_initialized: bool
 
     @classmethod
     def of(cls, owner: PackedModule, name: str) -> PackedWeight:
         view = torch.Tensor._make_subclass(cls, owner.payload(name), False)
         view.owner, view.parameter = owner, name
+        view._is_hf_initialized = True  # or transformers' initialization would write into it
         return view
 
     @property
@@ -193,7 +196,8 @@ class PackedWeight(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in _HARMLESS:
+        name = getattr(func, "__name__", "")
+        if name not in _HARMLESS and (name != "__get__" or func.__self__.__name__ in _TRANSPOSES):
             next(arg for arg in _flatten(args, kwargs) if isinstance(arg, PackedWeight))._refuse()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -222,7 +226,7 @@ class PackedModule(nn.Module):
             if suffix:
                 self._buffers[name + suffix] = tensor
             elif part.dtype.is_floating_point:  # a plain grid: as a buffer, it does not decide model.dtype
-                del self._parameters[name]
+                self._parameters.pop(name, None)
                 self._buffers[name] = tensor
             else:
                 self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
@@ -308,12 +312,31 @@ def packed_class(base: type[PackedModule], own: type[nn.Module]) -> type[PackedM
             return getattr(self, packed_use)(*args)
         return super(cls, self).forward(*args, **kwargs)
 
+    if issubclass(base, PackedLinear) and own is not nn.Linear and _is_plain_linear(own):
+        bases = (base, own)  # its forward reads the weight as a tensor, and is no other than nn.Linear's
+
     namespace: dict[str, Any] = {"packed_base": base, "own_class": own, "__module__": own.__module__}
     if issubclass(base, _OneWeight):
         namespace["forward"] = forward
     name = base.__name__ if own in (nn.Linear, nn.Embedding) else f"Packed{own.__name__}"
     cls = type(name, bases, namespace)
     return cls
+
+
+def _is_plain_linear(own: type[nn.Module]) -> bool:
+    """Whether a subclass of nn.Linear has a forward of its own that computes what nn.Linear's does."""
+    if own.forward is nn.Linear.forward:
+        return False
+    probe, generator = own.__new__(own), torch.Generator().manual_seed(0)
+    nn.Linear.__init__(probe, 8, 6, device="cpu", dtype=torch.float32)  # type: ignore[arg-type]
+    with torch.device("cpu"), torch.no_grad():
+        for parameter in probe.parameters():
+            parameter.normal_(generator=generator)
+        x = torch.randn(4, 8, generator=generator)
+        try:
+            return torch.allclose(probe(x), F.linear(x, probe.weight, probe.bias), atol=1e-5)  # type: ignore[arg-type]
+        except Exception:  # needs more than nn.Linear has: it stays itself
+            return False
 
 
 # -- linear, Conv1D, embedding -------------------------------------------------------------------------------------
@@ -495,6 +518,8 @@ class ExpertWeight:
 
 class ExpertStack:
     """Stands for a fused (experts, out, in) parameter whose experts lie in modules of their own; ``[i]`` gives one."""
+
+    _is_hf_initialized = True
 
     def __init__(self, experts: list[list[ExpertLeaf]], shape: tuple[int, ...]) -> None:
         self.experts, self.shape = experts, shape

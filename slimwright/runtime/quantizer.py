@@ -279,7 +279,9 @@ class SlimwrightQuantizer(HfQuantizer):
                 "layer, an embedding or experts: the file is damaged or of another version of transformers."
             )
         assert isinstance(module, PackedModule)
-        module.compute_dtype, module._is_hf_initialized = dtype, True
+        module.compute_dtype = dtype
+        # Gemma's embed_scale is made by the model's initialization, which must then see the module
+        module._is_hf_initialized = not module._non_persistent_buffers_set
         module.pack_parameter(parameter, PackedSpec(grid, flipped if transposed else shape, transposed))
 
     def _stack(self, names: _Names, disk: str, target: str, converter: Any) -> None:
@@ -332,7 +334,8 @@ class SlimwrightQuantizer(HfQuantizer):
             leaves[expert].append(leaf)
         if not isinstance(module, PackedExperts):
             module.__class__ = experts_class(own, ())
-            module.packed, module.compute_dtype, module._is_hf_initialized = {}, dtype, True  # type: ignore[assignment]
+            module.packed, module.compute_dtype = {}, dtype
+            module._is_hf_initialized = not module._non_persistent_buffers_set
         module.__dict__.setdefault("stacks", {})[stacked.parameter] = ExpertStack(leaves, tuple(fused.shape))
         module.__dict__.setdefault("stack_paths", {})[stacked.parameter] = sorted(
             path for _, path in stacked.names.values()
@@ -351,7 +354,8 @@ class SlimwrightQuantizer(HfQuantizer):
         base: type[PackedModule] = TiedHead if isinstance(module, nn.Linear) else TiedEmbedding
         module.__class__ = packed_class(base, type(module))
         module.__dict__.update(
-            packed={}, source_module=owner, compute_dtype=owner.compute_dtype, _is_hf_initialized=True
+            packed={}, source_module=owner, compute_dtype=owner.compute_dtype,
+            _is_hf_initialized=not module._non_persistent_buffers_set,
         )
         del module._parameters["weight"]
 
