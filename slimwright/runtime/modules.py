@@ -186,13 +186,13 @@ class PackedWeight(nn.Parameter):
         spec = self.owner.packed[self.parameter]
         if len(spec.shape) != 3:
             self._refuse()
-        expert, rows = int(index), spec.shape[1]
+        parts, one, rows = self.owner.expert(self.parameter, int(index))
         return ExpertWeight(
-            [functools.partial(self.owner.multiply_rows, self.parameter, slice(expert * rows, (expert + 1) * rows))],
-            lambda: [decode_tile(spec.grid, self.owner.parts(self.parameter), spec.shape,
-                                 slice(expert * rows, (expert + 1) * rows))],
-            spec.transposed, self.owner.compute_dtype,
-        )  # fmt: skip
+            [lambda x: packed_linear(x, parts, one, rows=rows)],
+            lambda: [decode_tile(one.grid, parts, one.shape, rows)],
+            spec.transposed,
+            self.owner.compute_dtype,
+        )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -221,7 +221,7 @@ class PackedModule(nn.Module):
     def pack_parameter(self, name: str, spec: PackedSpec) -> None:
         """Replace the parameter ``name`` by empty parts on the meta device."""
         self.__dict__.setdefault("packed", {})[name] = spec
-        for suffix, part in disk_shapes(spec.grid, spec.shape).items():
+        for suffix, part in disk_shapes(spec.grid, spec.dense_shape if spec.grid.plain else spec.shape).items():
             tensor = torch.empty(part.shape, dtype=part.dtype, device="meta")
             if suffix:
                 self._buffers[name + suffix] = tensor
@@ -251,7 +251,17 @@ class PackedModule(nn.Module):
             assert tensor is not None
             # accelerate's offloading casts what it reads to the dtype that the weight shows; bytes survive that exactly
             found[suffix] = tensor if tensor.dtype == part.dtype else tensor.to(part.dtype)
+        if spec.grid.plain and spec.transposed:  # a plain tensor lies as the source's does
+            found[""] = found[""].transpose(-1, -2)
         return found
+
+    def expert(self, name: str, index: int) -> tuple[dict[str, Tensor], PackedSpec, slice]:
+        """Parts, spec and rows of one expert of a parameter packed as one tensor."""
+        spec, parts = self.packed[name], self.parts(name)
+        rows = slice(index * spec.shape[1], (index + 1) * spec.shape[1])
+        if spec.grid.plain:  # flattening a transposed one would copy it whole
+            return {"": parts[""][index]}, PackedSpec(spec.grid, spec.shape[1:]), slice(0, spec.shape[1])
+        return parts, spec, rows
 
     def multiply_rows(self, name: str, rows: slice | None, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ W[rows].T + bias`` of one packed parameter."""

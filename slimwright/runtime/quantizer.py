@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimwright.errors import InputError
-from slimwright.runtime.format import read_config
+from slimwright.runtime.format import DenseForm, read_config, read_dense
 from slimwright.runtime.modules import (
     DenseExpertLeaf,
     ExpertLeaf,
@@ -151,6 +151,7 @@ class SlimwrightQuantizer(HfQuantizer):
             raise InputError("slimwright does not compress while loading: run `slimwright fit MODEL --out DIR` and load DIR.")
         super().__init__(quantization_config, **kwargs)
         self.grids: dict[str, Grid] = read_config(quantization_config.to_dict())
+        self.forms: dict[str, DenseForm] = read_dense(quantization_config.to_dict())
         self.part_names: set[str] = set()
         self.dropped: list[tuple[list[str], list[str]]] = []
         self.tied: dict[str, str] = {}
@@ -268,9 +269,7 @@ class SlimwrightQuantizer(HfQuantizer):
                 module.in_features, module.out_features = shape  # type: ignore[assignment]
             module.__class__ = packed_class(base, own)
         elif dense.ndim == 3:
-            transposed = bool(getattr(module, "is_transposed", False))
-            if grid_payload(grid, flipped if transposed else shape) != headers[disk].shape:
-                transposed = not transposed  # classes that do not say; the check of the files refuses what fits neither
+            transposed = self.forms[disk].transposed
             fused = tuple(sorted({*getattr(own, "fused_names", ()), parameter}))
             module.__class__ = experts_class(getattr(own, "own_class", own), fused)
         else:
@@ -279,6 +278,11 @@ class SlimwrightQuantizer(HfQuantizer):
                 "layer, an embedding or experts: the file is damaged or of another version of transformers."
             )
         assert isinstance(module, PackedModule)
+        if self.forms[disk].shape != shape:
+            raise InputError(
+                f"quantization_config says that '{disk}' was {list(self.forms[disk].shape)}, but {own.__name__} has "
+                f"{list(shape)}: config.json is damaged."
+            )
         module.compute_dtype = dtype
         # Gemma's embed_scale is made by the model's initialization, which must then see the module
         module._is_hf_initialized = not module._non_persistent_buffers_set
@@ -498,11 +502,6 @@ class _Dtypes:
             if re.search(pattern.replace("*", ".*"), name):
                 return dtype
         return self.dtype
-
-
-def grid_payload(grid: Grid, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape on disk of the payload of a weight."""
-    return disk_shapes(grid, shape)[""].shape
 
 
 def _spellings(name: str, prefixes: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from slimwright.checkpoint import Checkpoint
 from slimwright.methods import SiteStatistics, method
 from slimwright.model.discover import discover
 from slimwright.model.structure import Site
-from slimwright.runtime.format import write_config
+from slimwright.runtime.format import DenseForm, write_config
 from slimwright.weights import Dense, Grid, Quantized, parse_grid
 from tests.families import cached
 
@@ -45,7 +45,7 @@ def pack(source: Path, out: Path, specs: tuple[str, ...] = MIXED, only: Any = No
     checkpoint = Checkpoint.open(source)
     structure = discover(checkpoint)
     tensors = load_file(source / "model.safetensors")
-    packed, dense, grids = dict(tensors), dict(tensors), {}
+    packed, dense, grids, forms = dict(tensors), dict(tensors), {}, {}
     for number, sites in enumerate(structure.choice_groups().values()):
         turned = [parse_grid(spec) for spec in (*specs[number % len(specs) :], *specs)]
         grid = next(g for g in turned if not any(g.illegal(site.rows, site.columns) for site in sites))
@@ -65,11 +65,12 @@ def pack(source: Path, out: Path, specs: tuple[str, ...] = MIXED, only: Any = No
             for suffix, part in value.save().items():
                 packed[site.name + suffix] = oriented(site, part) if grid.plain else part
             grids[site.name] = grid
+            forms[site.name] = DenseForm(str(tensors[site.name].dtype)[6:], site.shape, site.transposed)
     for directory, content in ((out / "packed", packed), (out / "dense", dense)):
         shutil.copytree(source, directory)
         content = {name: tensor.contiguous() for name, tensor in content.items()}
         save_file(content, directory / "model.safetensors", metadata={"format": "pt"})
-    edit_config(out / "packed", lambda config: config.update(quantization_config=write_config(grids, "test")))
+    edit_config(out / "packed", lambda config: config.update(quantization_config=write_config(grids, "test", forms)))
     return Packed(out / "packed", out / "dense", grids, structure.sites)
 
 
