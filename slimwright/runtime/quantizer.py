@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimwright.errors import InputError
-from slimwright.runtime.format import read_config
+from slimwright.runtime.format import DenseForm, read_config, read_dense
 from slimwright.runtime.modules import (
     DenseExpertLeaf,
     ExpertLeaf,
@@ -155,6 +155,7 @@ class SlimwrightQuantizer(HfQuantizer):
             )
         super().__init__(quantization_config, **kwargs)
         self.grids: dict[str, Grid] = read_config(quantization_config.to_dict())
+        self.forms: dict[str, DenseForm] = read_dense(quantization_config.to_dict())
         self.part_names: set[str] = set()
         self.dropped: list[tuple[list[str], list[str]]] = []
         self.tied: dict[str, str] = {}
@@ -201,9 +202,14 @@ class SlimwrightQuantizer(HfQuantizer):
                 "file holds it: a file is missing or of another model."
             )
         dtypes = _Dtypes(model, kwargs.get("dtype"))
+        ties = {
+            prefix: module.get_expanded_tied_weights_keys(all_submodels=False)
+            for prefix, module in model.named_modules()
+            if hasattr(module, "get_expanded_tied_weights_keys")
+        }
         with torch.device("meta"):
             self._pack(model, headers, dtypes)
-        self._rewrite_ties(model)
+        self._rewrite_ties(model, ties)
         self._check(model, headers)
         return model
 
@@ -269,9 +275,7 @@ class SlimwrightQuantizer(HfQuantizer):
                 module.in_features, module.out_features = shape  # type: ignore[assignment]
             module.__class__ = packed_class(base, own)
         elif dense.ndim == 3:
-            transposed = bool(getattr(module, "is_transposed", False))
-            if grid_payload(grid, flipped if transposed else shape) != headers[disk].shape:
-                transposed = not transposed  # classes that do not say; the check of the files refuses what fits neither
+            transposed = self.forms[disk].transposed
             fused = tuple(sorted({*getattr(own, "fused_names", ()), parameter}))
             module.__class__ = experts_class(getattr(own, "own_class", own), fused)
         else:
@@ -280,7 +284,14 @@ class SlimwrightQuantizer(HfQuantizer):
                 "layer, an embedding or experts: the file is damaged or of another version of transformers."
             )
         assert isinstance(module, PackedModule)
-        module.compute_dtype, module._is_hf_initialized = dtype, True
+        if self.forms[disk].shape != shape:
+            raise InputError(
+                f"quantization_config says that '{disk}' was {list(self.forms[disk].shape)}, but {own.__name__} has "
+                f"{list(shape)}: config.json is damaged."
+            )
+        module.compute_dtype = dtype
+        # Gemma's embed_scale is made by the model's initialization, which must then see the module
+        module._is_hf_initialized = not module._non_persistent_buffers_set
         module.pack_parameter(parameter, PackedSpec(grid, flipped if transposed else shape, transposed))
 
     def _stack(self, names: _Names, disk: str, target: str, converter: Any) -> None:
@@ -331,7 +342,8 @@ class SlimwrightQuantizer(HfQuantizer):
             leaves[expert].append(leaf)
         if not isinstance(module, PackedExperts):
             module.__class__ = experts_class(own, ())
-            module.packed, module.compute_dtype, module._is_hf_initialized = {}, dtype, True  # type: ignore[assignment]
+            module.packed, module.compute_dtype = {}, dtype
+            module._is_hf_initialized = not module._non_persistent_buffers_set
         module.__dict__.setdefault("stacks", {})[stacked.parameter] = ExpertStack(leaves, tuple(fused.shape))
         module.__dict__.setdefault("stack_paths", {})[stacked.parameter] = sorted(
             path for _, path in stacked.names.values()
@@ -352,18 +364,20 @@ class SlimwrightQuantizer(HfQuantizer):
         base: type[PackedModule] = TiedHead if isinstance(module, nn.Linear) else TiedEmbedding
         module.__class__ = packed_class(base, type(module))
         module.__dict__.update(
-            packed={}, source_module=owner, compute_dtype=owner.compute_dtype, _is_hf_initialized=True
+            packed={}, source_module=owner, compute_dtype=owner.compute_dtype,
+            _is_hf_initialized=not module._non_persistent_buffers_set,
         )
         del module._parameters["weight"]
 
-    def _rewrite_ties(self, model: Any) -> None:
-        """Take the packed ones out of every mapping of ties, the instance's ``_tied_weights_keys`` included."""
+    def _rewrite_ties(self, model: Any, ties: Mapping[str, dict[str, str]]) -> None:
+        """Take the packed ones out of every mapping of ties, the instance's ``_tied_weights_keys`` included.
+
+        Args:
+            ties: what each sub-model declared before it was rebuilt, by module path.
+        """
         gone = {name for name, source in self.tied.items() if self._is_packed(model, source)}
-        for prefix, module in model.named_modules():
-            if not hasattr(module, "get_expanded_tied_weights_keys"):
-                continue
-            start = f"{prefix}." if prefix else ""
-            expanded = module.get_expanded_tied_weights_keys(all_submodels=False)
+        for prefix, expanded in ties.items():
+            module, start = model.get_submodule(prefix), f"{prefix}." if prefix else ""
             if any(start + name in gone for name in expanded):
                 module._tied_weights_keys = {key: value for key, value in expanded.items() if start + key not in gone}
             keys = getattr(module, "all_tied_weights_keys", {})
@@ -448,6 +462,7 @@ class SlimwrightQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Put dense parameters back, and what belongs to them: classes, ties, converters."""
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for module in list(model.modules()):
             if not isinstance(module, PackedModule) or isinstance(module, (PackedExpertLeaf, TiedHead, TiedEmbedding)):
                 continue
@@ -491,11 +506,6 @@ class _Dtypes:
             if re.search(pattern.replace("*", ".*"), name):
                 return dtype
         return self.dtype
-
-
-def grid_payload(grid: Grid, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape on disk of the payload of a weight."""
-    return disk_shapes(grid, shape)[""].shape
 
 
 def _spellings(name: str, prefixes: Iterable[str]) -> list[str]:
