@@ -199,6 +199,8 @@ class _Discovery:
         shape = tuple(self.tensors[name].shape)
         if target.how == "converted":
             return "converted by transformers on load"
+        if role == "router":
+            return "router: decides which experts run"
         if parameter is None:
             return "buffer"
         if not self.tensors[name].dtype.is_floating_point:
@@ -207,8 +209,6 @@ class _Discovery:
             return "norm"
         if attribute.endswith("bias"):
             return "bias"
-        if role == "router":
-            return "router: decides which experts run"
         if len(shape) < 2:
             return "vector"
         if isinstance(owner, nn.modules.conv._ConvNd):
