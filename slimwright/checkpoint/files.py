@@ -65,10 +65,13 @@ def read_bytes(root: Path, path: Path, limit: int) -> bytes:
 
 
 def read_json(root: Path, path: Path, limit: int) -> Any:
-    """The JSON value in a UTF-8 file inside `root`; InputError if it is not JSON, nests too deep or repeats a key."""
+    """The JSON value in a UTF-8 file inside `root`; InputError if it is not JSON or nests too deep.
+
+    Of a key that comes twice the last counts, as for transformers.
+    """
     content = read_bytes(root, path, limit)
     try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
+        return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{shown(path)} is not valid JSON ({_reason(error)}): download it again.") from error
 

@@ -2,8 +2,9 @@
 
 A job works in `OUT.partial`, beside OUT. `OUT.partial/job.json` says which job; it stays in OUT, which is how a
 finished job is recognised when it is run again. What only the job needs (journal, spilled statistics) lives in
-`Claim.scratch`, inside the partial directory, and never reaches OUT. Publishing syncs everything, moves the scratch aside, renames
-OUT.partial to OUT, and removes the scratch; a crash between any two of these steps is repaired by the next claim.
+`Claim.scratch`, inside the partial directory, and never reaches OUT. Publishing syncs everything, moves the scratch
+aside, renames OUT.partial to OUT, and removes the scratch; a crash between any two of these steps is repaired by the
+next claim.
 """
 
 import fcntl
@@ -185,9 +186,19 @@ def _job_of(directory: Path) -> str | None:
 
 
 def _remove_retired(directory: Path) -> None:
-    """Remove a retired scratch directory, this job's or an earlier one's for the same OUT; never anything else."""
-    if not directory.is_symlink() and _job_of(directory) is not None:
-        shutil.rmtree(directory, ignore_errors=True)
+    """Remove a retired scratch directory, this job's or an earlier one's for the same OUT; never anything else.
+
+    The file that marks it goes last, so that a crash on the way leaves it recognisable.
+    """
+    if directory.is_symlink() or _job_of(directory) is None:
+        return
+    for path in directory.iterdir():
+        if path.name != JOB_FILE:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _sync_tree(directory: Path, excluded: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
+from slimwright.job.open import DequantizedCheckpoint
 from slimwright.methods import SiteStatistics, WeightSolver, method
 from slimwright.model.structure import Site
 from slimwright.weights import Compressed, Grid
@@ -29,6 +30,8 @@ def site_rows(checkpoint: Checkpoint, site: Site, rows: slice) -> Tensor:
     Returns:
         (rows, columns), a view of the mapped file where the layout allows it.
     """
+    if isinstance(checkpoint, DequantizedCheckpoint) and checkpoint.is_packed(site.name):
+        return checkpoint.weight_rows(site.name, rows)
     stored = checkpoint.read(site.name)
     if not site.transposed:
         return stored.reshape(-1, site.columns)[rows]

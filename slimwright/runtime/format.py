@@ -4,7 +4,7 @@
 
     {"quant_method": "slimwright", "format_version": 1, "written_by": "0.1.0",
      "grids": {"int4:g128": ["model.layers.0.self_attn.q_proj.weight", ...], ...},
-     "fingerprint": "<of the source>"}
+     "dense": {"bfloat16:896x4864": [...], "float32:768x3072:t": [...]}, "fingerprint": "<of the source>"}
 
 Names are disk names of weights; a layer's experts may be collapsed to ``...experts.[0-127].w1.weight``. Everything that
 is not named is a plain tensor. Every older version is read (``read_config``); a newer one is refused by number.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from slimwright import __version__
@@ -59,16 +60,62 @@ def _expand(names: Iterable[str]) -> list[str]:
     return expanded
 
 
-def write_config(grids: Mapping[str, Grid], fingerprint: str) -> dict[str, Any]:
-    """The ``quantization_config`` for weights by disk name on their grids."""
+@dataclass(frozen=True)
+class DenseForm:
+    """How a weight was stored in the source: dtype name, shape on disk, and whether its last two dimensions are
+    (in, out) there."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def spec(self) -> str:
+        """``bfloat16:896x4864`` or ``bfloat16:768x3072:t``."""
+        return f"{self.dtype}:{'x'.join(map(str, self.shape))}" + (":t" if self.transposed else "")
+
+    @classmethod
+    def parse(cls, spec: str) -> DenseForm:
+        """Inverse of :attr:`spec`.
+
+        Raises:
+            InputError: not of that form.
+        """
+        match = re.fullmatch(r"([a-z0-9_]{1,20}):(\d{1,12}(?:x\d{1,12}){1,3})(:t)?", spec)
+        if not match:
+            raise InputError(
+                f"quantization_config.dense has '{spec[:60]}', which is no dtype and shape: it is damaged."
+            )
+        return cls(match[1], tuple(int(size) for size in match[2].split("x")), match[3] is not None)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(out, in) or (experts, out, in)."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+
+
+def write_config(
+    grids: Mapping[str, Grid], fingerprint: str, dense: Mapping[str, DenseForm] | None = None
+) -> dict[str, Any]:
+    """The ``quantization_config`` for weights by disk name on their grids.
+
+    Args:
+        grids: grid by disk name.
+        fingerprint: of the source.
+        dense: how each weight was stored in the source, which a dense export gives back.
+    """
     by_grid: dict[str, list[str]] = {}
+    by_form: dict[str, list[str]] = {}
     for name, grid in grids.items():
         by_grid.setdefault(grid.spec, []).append(name)
+        if dense is not None:
+            by_form.setdefault(dense[name].spec, []).append(name)
     return {
         "quant_method": "slimwright",
         "format_version": FORMAT_VERSION,
         "written_by": __version__,
         "grids": {spec: _collapse(names) for spec, names in by_grid.items()},
+        "dense": {spec: _collapse(names) for spec, names in by_form.items()},
         "fingerprint": fingerprint,
     }
 
@@ -84,7 +131,7 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Grid]:
         raise InputError("quantization_config has no valid format_version: the file is damaged.")
     if version > FORMAT_VERSION:
         raise InputError(
-            f"This model is in format version {version}; this slimwright reads up to {FORMAT_VERSION}. Upgrade slimwright."
+            f"This model is in format version {version}; this slimwright reads up to {FORMAT_VERSION}: upgrade it."
         )
     grids = config.get("grids")
     if not isinstance(grids, Mapping) or not all(
@@ -98,4 +145,20 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Grid]:
             if name in found:
                 raise InputError(f"quantization_config names the weight '{name}' twice: the file is damaged.")
             found[name] = grid
+    return found
+
+
+def read_dense(config: Mapping[str, Any]) -> dict[str, DenseForm]:
+    """How every packed weight was stored in the source.
+
+    Raises:
+        InputError: as :func:`read_config`, or a packed weight has no entry.
+    """
+    forms = config.get("dense")
+    if not isinstance(forms, Mapping):
+        raise InputError("quantization_config has no 'dense' map of the weights' shapes: the file is damaged.")
+    found = {name: DenseForm.parse(str(spec)) for spec, names in forms.items() for name in _expand(names)}
+    missing = [name for name in read_config(config) if name not in found]
+    if missing:
+        raise InputError(f"quantization_config.dense says nothing of '{missing[0]}': the file is damaged.")
     return found

@@ -1,0 +1,314 @@
+"""The command line: a thin layer over the verbs. Logs go to stderr, results to stdout; exit codes as in DESIGN §2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from slimwright import __version__
+from slimwright.errors import InputError, NotBuiltError, SlimwrightError
+
+app = typer.Typer(
+    name="slimwright", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Fit a pretrained model to a budget.", context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+cache_app = typer.Typer(no_args_is_help=True, help="What is cached: where it is, how much.")
+app.add_typer(cache_app, name="cache")
+
+INTERRUPTED = 130
+
+
+def _help_all(context: typer.Context, asked: bool) -> None:
+    if asked:
+        for parameter in context.command.params:
+            parameter.hidden = False  # type: ignore[attr-defined]
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+HelpAll = Annotated[
+    bool, typer.Option("--help-all", is_eager=True, callback=_help_all, help="Show every option and exit.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, logs on stderr.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", hidden=True, help="Run code that comes with the model.")]
+
+
+def _later(name: str) -> Any:
+    """An option that is designed but not built: hidden, refused by name when given."""
+    return typer.Option(name, hidden=True, help="Not built in this version.")
+
+
+def _refuse(**given: object) -> None:
+    for name, value in given.items():
+        if value not in (None, [], False):
+            raise NotBuiltError(f"--{name.replace('_', '-')} is designed but not built in this version of slimwright.")
+
+
+@app.command()
+def fit(
+    model: Annotated[
+        str, typer.Argument(help="Model directory, hub id, hub-id@revision, sentence-transformers directory.")
+    ],
+    out: Annotated[str | None, typer.Option(help="Directory for the result.")] = None,
+    size: Annotated[str | None, typer.Option(help="Limit of the weight files: 4.25bit, 30%, 4.7GB.")] = None,
+    grid: Annotated[str | None, typer.Option(help="One grid everywhere, e.g. int4:g128.")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="'PATTERN: keep' or 'PATTERN: GRID'; repeatable.")] = None,
+    plan: Annotated[str | None, typer.Option(help="Run this plan.yaml.")] = None,
+    job_memory: Annotated[
+        str | None, typer.Option(help="Memory the job may use, e.g. 2GB (default: 80 % of free).")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Forecast only.")] = False,
+    as_json: Json = False,
+    help_all: HelpAll = False,
+    data: Annotated[str, typer.Option(hidden=True, help="Calibration data; only 'none' in this version.")] = "none",
+    method: Annotated[str, typer.Option(hidden=True, help="Solver: NAME[,knob=value...].")] = "quantize/rtn",
+    search: Annotated[str, typer.Option(hidden=True, help="Budget solver: dp or milp.")] = "dp",
+    job_time: Annotated[str | None, typer.Option(hidden=True, help="Stop after this long: 600, 10m, 2h.")] = None,
+    device: Annotated[str, typer.Option(hidden=True, help="auto or cpu.")] = "auto",
+    seed: Annotated[int, typer.Option(hidden=True, help="Seed of everything random.")] = 0,
+    shard_size: Annotated[str, typer.Option(hidden=True, help="Largest weight file.")] = "5GB",
+    trust_remote_code: Remote = False,
+    memory: Annotated[str | None, _later("--memory")] = None,
+    context: Annotated[str | None, _later("--context")] = None,
+    batch: Annotated[str | None, _later("--batch")] = None,
+    keep: Annotated[list[str] | None, _later("--keep")] = None,
+    latency: Annotated[str | None, _later("--latency")] = None,
+    allow: Annotated[list[str] | None, _later("--allow")] = None,
+    effort: Annotated[str | None, _later("--effort")] = None,
+    target: Annotated[str | None, _later("--target")] = None,
+    adapter: Annotated[list[str] | None, _later("--adapter")] = None,
+    eval_data: Annotated[str | None, _later("--eval-data")] = None,
+    loss: Annotated[str | None, _later("--loss")] = None,
+    ray: Annotated[str | None, _later("--ray")] = None,
+) -> None:
+    """Fit MODEL to a size: quantize it, prove the result, publish it with a report."""
+    _refuse(
+        memory=memory, context=context, batch=batch, keep=keep, latency=latency, allow=allow, effort=effort,
+        target=target, adapter=adapter, eval_data=eval_data, loss=loss, ray=ray,
+    )  # fmt: skip
+    from slimwright.job.fit import fit as run
+    from slimwright.plan import parse_bytes
+
+    report = run(
+        model, out, size=size, grid=grid, rules=tuple(rule or ()), plan=plan, job_memory=job_memory, dry_run=dry_run,
+        data=data, method=method, search=search, job_time=None if job_time is None else _seconds(job_time),
+        device=device, seed=seed, max_shard_bytes=parse_bytes(shard_size, "--shard-size"),
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(report.data))
+        return
+    console = Console()
+    if dry_run:
+        _print_forecast(console, report.data)
+        return
+    from slimwright.report import terminal_table
+
+    console.print(terminal_table(report.data))
+    for note in report.data["notes"]:
+        console.print(f"Note: {note}", highlight=False, markup=False)
+    assert report.out is not None
+    console.print(f"Report: {report.out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Load it with:\n{report.data['how_to_load']}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
+    as_json: Json = False,
+    trust_remote_code: Remote = False,
+    help_all: HelpAll = False,
+) -> None:
+    """Show what MODEL is made of: blocks, weights, roles, groups, ties, bytes."""
+    import slimwright
+    from slimwright.model.render import structure_json, structure_tree
+
+    structure = slimwright.inspect(model, trust_remote_code=trust_remote_code)
+    if as_json:
+        typer.echo(json.dumps(structure_json(structure)))
+    else:
+        Console().print(structure_tree(structure))
+
+
+@app.command()
+def export(
+    directory: Annotated[str, typer.Argument(help="A result of fit.")],
+    to: Annotated[str, typer.Option(help="safetensors: the dense model, loadable without slimwright.")] = "safetensors",
+    out: Annotated[str | None, typer.Option(help="Directory for the dense model.")] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    as_json: Json = False,
+    help_all: HelpAll = False,
+) -> None:
+    """Write a result in another form."""
+    import slimwright
+    from slimwright.plan import parse_bytes
+
+    if out is None:
+        raise InputError("Give --out, the directory to write to.")
+    report = slimwright.export(directory, to=to, out=out, max_shard_bytes=parse_bytes(shard_size, "--shard-size"))
+    if as_json:
+        typer.echo(json.dumps(report.data))
+    else:
+        Console().print(
+            f"Wrote {report.data['size']['after'] / 1e6:.1f} MB to {report.out}.\nLoad it with:\n{report.data['how_to_load']}",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, for its knobs.")] = None,
+    as_json: Json = False,
+    help_all: HelpAll = False,
+) -> None:
+    """List the methods; with NAME, its knobs, needs and paper."""
+    from slimwright.methods.describe import describe, describe_all, print_method, print_methods
+
+    if name is None:
+        typer.echo(json.dumps(describe_all())) if as_json else print_methods(Console())
+    else:
+        typer.echo(json.dumps(describe(name))) if as_json else print_method(Console(), name)
+
+
+@app.command()
+def doctor(as_json: Json = False, help_all: HelpAll = False) -> None:
+    """Say what this machine has: versions tested against, kernels, threads, disk, what is missing."""
+    from slimwright.job.doctor import examine, print_examination
+
+    found = examine()
+    typer.echo(json.dumps(found)) if as_json else print_examination(Console(), found)
+
+
+@cache_app.command("ls")
+def cache_ls(as_json: Json = False) -> None:
+    """List what is cached."""
+    from slimwright.job.cache import cache_directory, entries
+
+    found = entries()
+    if as_json:
+        typer.echo(json.dumps({"directory": str(cache_directory()), "entries": found}))
+        return
+    console = Console()
+    console.print(f"{cache_directory()}: {sum(e['bytes'] for e in found) / 1e6:.1f} MB", highlight=False)
+    for entry in found:
+        console.print(f"  {entry['bytes'] / 1e6:9.1f} MB  {entry['name']}", highlight=False, markup=False)
+
+
+@cache_app.command("rm")
+def cache_rm(
+    names: Annotated[list[str] | None, typer.Argument(help="Entries to remove; all if none is named.")] = None,
+) -> None:
+    """Remove cached entries."""
+    from slimwright.job.cache import remove
+
+    freed = remove(names or None)
+    Console().print(f"Removed {freed / 1e6:.1f} MB.", highlight=False)
+
+
+def _not_built(verb: str) -> Callable[..., None]:
+    def command(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
+        raise NotBuiltError(f"`slimwright {verb}` is designed but not built in this version.")
+
+    command.__doc__ = "Not built in this version."
+    return command
+
+
+for _verb in ("merge", "tune", "measure", "serve", "run"):
+    app.command(
+        _verb, hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+    )(_not_built(_verb))  # fmt: skip
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _seconds(text: str) -> float:
+    """``600``, ``10m``, ``2h`` → seconds."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    unit = units.get(text[-1:].lower())
+    try:
+        return float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        raise InputError(f"--job-time '{text}' is not a time such as 600, 10m or 2h.") from None
+
+
+def _print_forecast(console: Console, data: dict[str, Any]) -> None:
+    found = data["forecast"]
+    exact = "exactly" if found["bytes_exact"] else "99 to 100 % of"
+    lines = [
+        f"{data['model']['path']}: {data['model']['family']}, {data['model']['parameters']:,} parameters",
+        f"size    {data['size']['before'] / 1e6:.1f} MB → {exact} {found['bytes'] / 1e6:.3f} MB ({found['bytes']} bytes)",
+        f"memory  about {found['peak_memory_bytes'] / 1e6:.0f} MB (at least {found['least_memory_bytes'] / 1e6:.0f} MB)",
+        f"disk    {found['disk_bytes'] / 1e6:.1f} MB, scratch included",
+        f"time    about {found['seconds']:.0f} s: "
+        + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found["phases"].items()),
+        *(f"Note: {note}" for note in data["notes"]),
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _on_terminate(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry point: runs a command and exits with its code; errors become one sentence on stderr."""
+    given = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _on_terminate)
+    if hasattr(os, "register_at_fork"):
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        code = app(given, standalone_mode=False) or 0
+        sys.stdout.flush()
+    except SlimwrightError as error:
+        _fail(str(error), error.exit_code)
+    except typer.Abort:
+        _fail("Interrupted.", INTERRUPTED)
+    except KeyboardInterrupt:
+        command = shlex.join(["slimwright", *given])
+        _fail(f"Interrupted; what is finished is kept. Continue with:\n{command}", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)
+        if usage is not None:  # click's own errors: unknown option, missing argument
+            _fail(f"{usage()} See `slimwright --help`.", 2)
+        _fail(_unexpected(error), 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _unexpected(error: Exception) -> str:
+    """A failure that no check foresaw: the sentence, and where the traceback is."""
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile("w", prefix="slimwright-", suffix=".log", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"Unexpected {type(error).__name__}: {first} (details in {file.name}; please report it)"
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stdout.flush()
+    print(f"slimwright: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,414 @@
+"""Proof: the written model is reloaded from disk and compared with the plan applied to the source (DESIGN §1.1).
+
+Run as ``python -m slimwright.job.verify SPEC.json`` in a fresh process, so that nothing of the job's memory helps it.
+Three comparisons: (1) tiles of every written tensor against what plain-tensor code makes of the source; (2) logits of
+the model that plain ``from_pretrained`` loads against those of a reference whose weights are recomputed from the source
+tile by tile; (3) for the report, not for the verdict: the same model against the source as it is, on held-out text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from slimwright.checkpoint import Checkpoint, TensorEntry
+from slimwright.errors import SlimwrightError
+from slimwright.evaluate.quality import EncoderQuality, LanguageQuality
+from slimwright.job.build import Unit, plan_units
+from slimwright.job.memory import trim
+from slimwright.job.open import model_of, open_source
+from slimwright.job.source import plain_sources, planned_sources
+from slimwright.job.weights import site_rows, site_tiles
+from slimwright.model.discover import discover
+from slimwright.model.inputs import dummy_inputs
+from slimwright.model.structure import Structure
+from slimwright.plan import Plan
+from slimwright.runtime.streamed import WeightSource, load_streamed
+from slimwright.weights import disk_shapes, unpack_rows
+
+TOLERANCE = 1e-4
+"""Largest difference of an output, relative to the largest output, in float32."""
+
+SAMPLED_TILES = 2
+"""Tiles of a tensor that are compared one by one (tensors of up to this many tiles are compared whole)."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to verify.
+
+    Attributes:
+        source: the source model, as the user named it.
+        written: directory with the written model.
+        result: file that gets the outcome as JSON.
+        tokens: how many tokens the quality is measured on.
+        batch_tokens: tokens of one forward.
+        threads: torch threads.
+        seed: of random inputs.
+        sample: whether to generate a line of text.
+        trust_remote_code: run the source's own model code.
+        progress: whether to print one JSON object a step on stdout.
+    """
+
+    source: str
+    written: str
+    result: str
+    tokens: int
+    batch_tokens: int
+    threads: int
+    seed: int = 0
+    sample: bool = True
+    trust_remote_code: bool = False
+    progress: bool = False
+
+
+@dataclass
+class Outcome:
+    """What was found; ``problems`` empty means verified."""
+
+    how: str
+    problems: list[str] = field(default_factory=list)
+    logits_error: float = 0.0
+    tensors_compared: int = 0
+    inputs: str = ""
+    quality: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    evaluations: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
+    """Run the three comparisons.
+
+    Args:
+        step: called with steps done and in all.
+        how: what the report says of where this ran.
+    """
+    torch.set_num_threads(spec.threads)
+    outcome = Outcome(how)
+    source = open_source(spec.source)
+    written = Checkpoint.open(spec.written)
+    structure = discover(source, trust_remote_code=spec.trust_remote_code)
+    plan = Plan.load(Path(spec.written) / "plan.yaml")
+    units = plan_units(source, structure, plan)
+    started = time.monotonic()
+    _compare_files(source, written, structure, units, outcome, step)
+    outcome.seconds["tensors"] = time.monotonic() - started
+    trim()
+    if outcome.ok:
+        started = time.monotonic()
+        with torch.inference_mode():
+            _compare_outputs(spec, source, structure, plan, outcome, step)
+        outcome.seconds["outputs"] = time.monotonic() - started
+    return outcome
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def _compare_files(
+    source: Checkpoint,
+    written: Checkpoint,
+    structure: Structure,
+    units: list[Unit],
+    outcome: Outcome,
+    step: Callable[[int, int], None],
+) -> None:
+    """The files hold exactly the planned tensors; sampled tiles equal what plain-tensor code makes of the source."""
+    planned = {entry.name: entry for unit in units for entry in unit.entries}
+    found = {name: TensorEntry(name, info.dtype, info.shape) for name, info in written.tensors.items()}
+    for name in sorted(planned.keys() | found.keys()):
+        if planned.get(name) != found.get(name):
+            outcome.problems.append(f"'{name}' is {found.get(name)} in the files but {planned.get(name)} in the plan")
+            return
+    sources = {
+        unit.name: unit_source
+        for unit, unit_source in _unit_sources(source, structure, units)
+    }  # fmt: skip
+    for index, unit in enumerate(units):
+        if unit.solved:
+            problem = _compare_site(written, unit, sources[unit.name])
+        else:
+            problem = _compare_kept(source, written, unit)
+        if problem:
+            outcome.problems.append(problem)
+            return
+        outcome.tensors_compared += 1
+        step(index + 1, 2 * len(units))
+
+
+def _unit_sources(source: Checkpoint, structure: Structure, units: list[Unit]) -> Iterator[tuple[Unit, WeightSource]]:
+    plan = Plan(assignments={u.site.choice_group: u.assignment for u in units if u.site and u.assignment})
+    sources = planned_sources(source, structure, plan)
+    for unit in units:
+        if unit.solved:
+            yield unit, sources[unit.name]
+
+
+def _sampled(tiles: list[slice]) -> list[slice]:
+    """Evenly spaced tiles, the first and the last among them."""
+    if len(tiles) <= SAMPLED_TILES:
+        return tiles
+    return [tiles[round(i * (len(tiles) - 1) / (SAMPLED_TILES - 1))] for i in range(SAMPLED_TILES)]
+
+
+def _compare_site(written: Checkpoint, unit: Unit, expected: WeightSource) -> str | None:
+    site, assignment = unit.site, unit.assignment
+    assert site is not None and assignment is not None
+    grid = assignment.parsed_grid()
+    plain = unit.entries[0].dtype.is_floating_point
+    parts = {} if plain else {s: written.read(site.name + s) for s in disk_shapes(grid, site.weight_shape)}
+    for suffix, part in parts.items():
+        if part.is_floating_point() and not torch.isfinite(part.float()).all():
+            return f"'{site.name}{suffix}' holds NaN or Inf"
+    for rows in _sampled(list(site_tiles(site, grid))):
+        if plain:
+            values = site_rows(written, site, rows).float()
+        else:
+            values = grid.decode(*unpack_rows(grid, parts, site.weight_shape, rows))
+        if not torch.equal(values, expected.rows(rows).to(values.dtype)):
+            return f"'{site.name}' in the files differs from the plan applied to the source (rows {rows.start}...)"
+    return None
+
+
+def _compare_kept(source: Checkpoint, written: Checkpoint, unit: Unit) -> str | None:
+    for entry in unit.entries:
+        for rows in _sampled(list(source.tiles(entry.name))):
+            old, new = source.read(entry.name, rows), written.read(entry.name, rows)
+            if not torch.equal(old.reshape(-1).view(torch.uint8), new.reshape(-1).view(torch.uint8)):
+                return f"'{entry.name}' was to be kept but differs from the source"
+    return None
+
+
+# -- outputs -------------------------------------------------------------------------------------------------------
+
+
+def _compare_outputs(
+    spec: Spec,
+    source: Checkpoint,
+    structure: Structure,
+    plan: Plan,
+    outcome: Outcome,
+    step: Callable[[int, int], None],
+) -> None:
+    cls, config = model_of(source, spec.trust_remote_code)
+    packed = cls.from_pretrained(_model_directory(spec.written), dtype=torch.float32).eval()
+    reference = load_streamed(cls, source.model_path, config, planned_sources(source, structure, plan))
+    original = load_streamed(cls, source.model_path, config, plain_sources(source, structure))
+    batches = list(_batches(spec, source, packed, outcome))
+    quality: LanguageQuality | EncoderQuality | None = None
+    for index, (names, inputs) in enumerate(batches):
+        got = _outputs(packed, inputs)
+        if index == 0:
+            expected = _outputs(reference, inputs)
+            _judge(got, expected, outcome)
+            outcome.evaluations += 1
+            del expected, reference
+            trim()
+        if not outcome.ok:
+            return
+        before = _outputs(original, inputs)
+        quality = quality or (
+            LanguageQuality() if "logits" in got and _is_distribution(got["logits"]) else EncoderQuality()
+        )
+        _add(quality, names, before, got, inputs)
+        step(len(batches) + 1 + index, 2 * len(batches))
+    outcome.evaluations += 1
+    assert quality is not None
+    outcome.quality = quality.result()
+    if spec.sample and hasattr(packed, "generate") and packed.can_generate():
+        outcome.samples = _samples(source, original, packed)
+
+
+def _model_directory(written: str) -> Path:
+    return Checkpoint.open(written).model_path
+
+
+def _outputs(model: torch.nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every float tensor of a forward's output, by name; hidden states and caches left out."""
+    result = model(**inputs, return_dict=True)
+    skipped = ("past_key_values", "cache_params", "hidden_states", "attentions", "loss")
+    return {
+        name: value.float()
+        for name, value in result.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and name not in skipped
+    }
+
+
+def _judge(got: dict[str, Tensor], expected: dict[str, Tensor], outcome: Outcome) -> None:
+    """Equal within :data:`TOLERANCE`, all finite."""
+    if not got or got.keys() != expected.keys():
+        outcome.problems.append(f"the reloaded model gives {sorted(got)}, the reference {sorted(expected)}")
+    for name, value in got.items():
+        if not torch.isfinite(value).all():
+            outcome.problems.append(f"the reloaded model's {name} hold NaN or Inf")
+            return
+        scale = float(expected[name].abs().max())
+        error = float((value - expected[name]).abs().max()) / max(scale, 1e-30)
+        outcome.logits_error = max(outcome.logits_error, error)
+        if not error <= TOLERANCE:
+            outcome.problems.append(
+                f"the reloaded model's {name} differ from the reference by {error:.2e} relative (allowed {TOLERANCE:.0e})"
+            )
+
+
+def _is_distribution(logits: Tensor) -> bool:
+    """Whether the last dimension is a choice among classes."""
+    return logits.ndim >= 2 and logits.shape[-1] > 1
+
+
+def _add(
+    quality: LanguageQuality | EncoderQuality,
+    names: list[str],
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+    inputs: dict[str, Tensor],
+) -> None:
+    """Add one batch, one document a row."""
+    if isinstance(quality, LanguageQuality):
+        for row, name in enumerate(names):
+            old, new = (found["logits"][row].reshape(-1, found["logits"].shape[-1]) for found in (before, after))
+            quality.add(name, old, new, torch.ones(old.shape[0], dtype=torch.bool))
+        return
+    key = next(
+        (k for k in ("last_hidden_state", "image_embeds", "text_embeds", "pooler_output") if k in before),
+        next(iter(before)),
+    )
+    for row, name in enumerate(names):
+        old, new = (found[key][row].reshape(-1, found[key].shape[-1]) for found in (before, after))
+        quality.add(name, old, new, torch.ones(old.shape[0], dtype=torch.bool))
+
+
+def _batches(
+    spec: Spec, source: Checkpoint, model: Any, outcome: Outcome
+) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+    """Inputs with the names of their documents: held-out text where the model reads text, else random."""
+    length = _length(model, spec)
+    rows = max(1, min(spec.batch_tokens // length, 64))
+    count = max(2, min(512, spec.tokens // length)) if spec.tokens >= 2 * length else 1
+    texts = _held_out(source, model, length, count)
+    outcome.inputs = "held-out text of the Python standard library" if texts else "random inputs"
+    made = 0
+    while made < count:
+        batch = min(rows, count - made)
+        inputs = dummy_inputs(model, batch=batch, length=length, seed=spec.seed + made)
+        names = [f"random-{made + i}" for i in range(batch)]
+        if texts:
+            chosen = texts[made : made + batch]
+            if len(chosen) < batch:
+                return
+            names = [name for name, _ in chosen]
+            ids = torch.stack([tokens for _, tokens in chosen])
+            for key in ("input_ids", "decoder_input_ids"):
+                if key in inputs:
+                    inputs[key] = ids[:, : inputs[key].shape[1]]
+        yield names, inputs
+        made += batch
+
+
+def _length(model: Any, spec: Spec) -> int:
+    """Tokens of one sequence."""
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 256
+    return max(8, min(256, int(longest) - 4, spec.batch_tokens))
+
+
+def _held_out(source: Checkpoint, model: Any, length: int, count: int) -> list[tuple[str, Tensor]]:
+    """(document, token ids (length,)) from held-out modules; empty if the model does not read text by a tokenizer."""
+    probe = dummy_inputs(model, batch=1, length=length)
+    if "input_ids" not in probe or any(key.startswith(("pixel", "input_features")) for key in probe):
+        return []
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        return []
+    from slimwright.zoo.text import standard_library
+
+    vocabulary = model.config.get_text_config().vocab_size
+    found: list[tuple[str, Tensor]] = []
+    for document in standard_library("heldout"):
+        ids = tokenizer(document.text[: 8 * length], add_special_tokens=True, truncation=True, max_length=length)[
+            "input_ids"
+        ]
+        if len(ids) == length and max(ids) < vocabulary:
+            found.append((document.path, torch.tensor(ids)))
+        if len(found) == count:
+            break
+    return found
+
+
+def load_tokenizer(source: Checkpoint) -> Any | None:
+    """The source's tokenizer, or None if it has none that loads."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+    if not any((source.model_path / name).exists() for name in names):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source.model_path)
+    except Exception:  # any tokenizer library may fail in its own way; the report then says: random inputs
+        return None
+
+
+PROMPT = "def read_lines(path):\n    "
+
+
+def _samples(source: Checkpoint, original: Any, packed: Any) -> list[dict[str, str]]:
+    """One greedy continuation by the source and by the result."""
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None or original.config.is_encoder_decoder:
+        return []
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    texts = []
+    for model in (original, packed):
+        out = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=torch.ones_like(inputs["input_ids"]),
+            max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0,
+        )  # fmt: skip
+        texts.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return [{"prompt": PROMPT, "before": texts[0], "after": texts[1]}]
+
+
+def tokens_for(parameters: int, vocabulary: int, free: int) -> tuple[int, int]:
+    """(tokens in all, tokens of one forward) for the quality: fewer for larger models, logits within a share of memory.
+
+    Args:
+        parameters: of the model.
+        vocabulary: size of the logits.
+        free: bytes that the logits of three models may take.
+    """
+    total = int(min(16384, max(128, 2e11 / max(1, parameters))))
+    batch = int(min(4096, max(64, free / (16 * max(1, vocabulary)))))
+    return total, min(batch, total)
+
+
+def main(argv: list[str]) -> int:
+    """Run a spec file; exit 0 if the outcome was written, whatever it says."""
+    spec = Spec(**json.loads(Path(argv[1]).read_text()))
+
+    def step(done: int, total: int) -> None:
+        if spec.progress:
+            print(json.dumps({"done": done, "total": total}), flush=True)
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        outcome = verify(spec, step, "fresh process")
+    except SlimwrightError as error:
+        outcome = Outcome("fresh process", [str(error)])
+    Path(spec.result).write_text(json.dumps({**asdict(outcome), "ok": outcome.ok}))
+    return 0 if math.isfinite(outcome.logits_error) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
