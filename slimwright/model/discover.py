@@ -183,7 +183,7 @@ class _Discovery:
         if path in self.heads:
             return "head"
         found = role_of(path)
-        if found == "other" and isinstance(owner, nn.Embedding):
+        if found == "other" and isinstance(owner, nn.Embedding) and "bias" not in path.rpartition(".")[2]:
             return "embed"
         return found
 

@@ -117,7 +117,12 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
-        if name in ("item", "__bool__") and isinstance(args[0], Tensor) and args[0].is_meta and args[0].dtype == torch.bool:
+        if (
+            name in ("item", "__bool__")
+            and isinstance(args[0], Tensor)
+            and args[0].is_meta
+            and args[0].dtype == torch.bool
+        ):
             return True  # checks on values: there are none, and a valid input passes them
         result = func(*args, **kwargs)
         given = list(_tensors((args, kwargs)))
@@ -252,4 +257,3 @@ def gain_offset(norm: nn.Module) -> float | None:
     ratios = zero / slope
     offset = round(float(ratios.median()), 3) + 0.0  # no -0.0
     return offset if torch.allclose(zero, offset * slope, atol=1e-3) else None
-

@@ -65,7 +65,9 @@ def skeleton(
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are model classes
         reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise InputError(f"transformers cannot build a model of config.json ({type(error).__name__}: {reason}).") from error
+        raise InputError(
+            f"transformers cannot build a model of config.json ({type(error).__name__}: {reason})."
+        ) from error
     return model.eval()
 
 

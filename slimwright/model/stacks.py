@@ -25,7 +25,9 @@ def find_stacks(
         order: module paths in the order of their first call; empty if not observed.
         runs: module path → how often one forward called it.
     """
-    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    lists = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
     unsplit = set(model._no_split_modules or ())
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
