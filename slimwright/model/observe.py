@@ -238,7 +238,7 @@ def gain_offset(norm: nn.Module) -> float | None:
     if weight is None or weight.ndim != 1:
         return None
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    if hasattr(small, "normalized_shape"):
+    if isinstance(small, nn.LayerNorm):
         small.normalized_shape = (8,)
     if getattr(small, "bias", None) is not None:
         small.bias = nn.Parameter(torch.zeros(8))

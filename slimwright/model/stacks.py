@@ -54,7 +54,7 @@ def find_stacks(
             found += inside if inside and whole else [path]
     found = [path for path in found if not any(other.startswith(path + ".") for other in found)]
     first = {path: position for position, path in enumerate(order)}
-    found.sort(key=lambda path: min((first.get(f"{path}.{i}", len(first)) for i in range(len(lists[path])))))
+    found.sort(key=lambda path: min(first.get(f"{path}.{i}", len(first)) for i in range(len(lists[path]))))
     return tuple(
         Stack(
             path,
