@@ -1,8 +1,7 @@
 """Tiny random checkpoints of many transformers families, for tests.
 
-``FAMILIES`` maps a name to a :class:`Family`; :func:`build` writes one as a checkpoint directory, :func:`cached` once per
-process.
-About two blocks each, hidden size 64, a vocabulary of 320, all weights random enough that any two
+``FAMILIES`` maps a name to a :class:`Family`; :func:`build` writes one as a checkpoint directory, :func:`cached` once
+per process. About two blocks each, hidden size 64, a vocabulary of 320, all weights random enough that any two
 swapped tensors change the logits: no norm is all ones, no bias all zeros.
 """
 

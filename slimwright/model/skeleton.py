@@ -112,8 +112,8 @@ def _config(raw: dict[str, Any], directory: Path | None, trust_remote_code: bool
             "--trust-remote-code."
         )
     raise InputError(
-        f"transformers {transformers.__version__} does not know the model type '{model_type[:80]}': register it in this "
-        "process (AutoConfig.register) or use a version that knows it."
+        f"transformers {transformers.__version__} does not know the model type '{model_type[:80]}': register it in "
+        "this process (AutoConfig.register) or use a version that knows it."
     )
 
 
