@@ -128,10 +128,10 @@ def _cell(box: tuple[float, float, float, float], entries: list[Entry], text: st
 
 def _errors(cells: list[dict[str, Any]], width: float, height: float = 150.0) -> dict[str, Any] | None:
     """Relative errors on a logarithmic scale: a dot per cell under its column; None if nothing has an error."""
-    dots = [(cell, before, after) for cell in cells for before, after in [cell["errors"]] if after]
+    dots = [(cell, before, after) for cell in cells for before, after in [cell["errors"]] if after and after > 0]
     if not dots:
         return None
-    values = [value for _, before, after in dots for value in (before, after) if value]
+    values = [value for _, before, after in dots for value in (before, after) if value and value > 0]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     high = max(high, low + 1)
 
@@ -144,7 +144,7 @@ def _errors(cells: list[dict[str, Any]], width: float, height: float = 150.0) ->
             {
                 "x": round(cell["x"] + cell["width"] / 2, 2),
                 "y": y(after),
-                "start": y(before) if before and abs(before - after) > 0.02 * before else None,
+                "start": y(before) if before and before - after > 0.02 * after else None,
                 "step": cell["step"],
                 "title": cell["title"],
             }
@@ -154,7 +154,7 @@ def _errors(cells: list[dict[str, Any]], width: float, height: float = 150.0) ->
         "height": height,
         "width": width,
         "left": _LABEL,
-        "moved": any(before and abs(before - after) > 0.02 * before for _, before, after in dots),
+        "moved": any(before and before - after > 0.02 * after for _, before, after in dots),
     }
 
 
