@@ -15,8 +15,9 @@ from slimwright.checkpoint.layout import Layout, TensorEntry, plan_layout
 from slimwright.errors import InputError
 from slimwright.job.ledger import Entry, kept_line
 from slimwright.job.options import kept_entry, weight_entries
-from slimwright.job.weights import ErrorSum, plain_rounding, survey
-from slimwright.methods import SiteStatistics
+from slimwright.job.parallel import in_order
+from slimwright.job.weights import ErrorSum, plain_rounding, site_tiles, solve_rows, survey
+from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import Assignment, Plan
 from slimwright.weights import Dense, disk_shapes

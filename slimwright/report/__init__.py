@@ -1,6 +1,6 @@
-def render_report(report):
-    return "<html></html>"
+"""The report as a page and as a table for the terminal; both are made from the contents of ``report.json``."""
 
+from slimwright.report.page import render_report
+from slimwright.report.terminal import terminal_table
 
-def terminal_table(report):
-    return str({k: report[k] for k in ("size", "quality", "job", "verified")})
+__all__ = ["render_report", "terminal_table"]
