@@ -74,7 +74,7 @@ class Checkpoint:
             directory = Path(path).expanduser()
         except RuntimeError:  # ~nobody
             directory = Path(path)
-        if directory.is_dir():
+        if os.path.isdir(directory):  # unlike Path.is_dir, false for a name that the system refuses
             return _open_directory(directory, None)
         if exists(directory):
             raise InputError(f"{shown(path)} is a file: name the directory that holds it and its config.json.")
