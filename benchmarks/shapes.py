@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -69,4 +68,5 @@ def _fill(writer: CheckpointWriter, entry: TensorEntry, generator: torch.Generat
 def describe(directory: Path) -> str:
     """One line about a checkpoint."""
     opened = Checkpoint.open(directory)
-    return f"{directory}: {opened.total_bytes / 1e9:.2f} GB, {len(opened.tensors)} tensors, {json.dumps(opened.config['model_type'])}"
+    family = opened.config["model_type"]
+    return f"{directory}: {opened.total_bytes / 1e9:.2f} GB, {len(opened.tensors)} tensors, {family}"

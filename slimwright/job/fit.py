@@ -108,9 +108,10 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
     Args:
         model: a directory with config.json and safetensors, a sentence-transformers directory, or a hub id.
         out: directory that the result is written to; it exists only when the result is whole and verified.
-        options: fields of :class:`FitOptions`: ``size`` (``4.25bit | 30% | 4.7GB``), ``grid`` (``int4:g128`` everywhere),
-            ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``method`` (the solver), ``search`` (``dp | milp``),
-            ``job_memory`` (``2GB``), ``job_time`` (seconds), ``seed``, ``dry_run``, ``trust_remote_code``, ``quiet``.
+        options: fields of :class:`FitOptions`: ``size`` (``4.25bit | 30% | 4.7GB``), ``grid`` (``int4:g128``
+            everywhere), ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``method`` (the solver), ``search``
+            (``dp | milp``), ``job_memory`` (``2GB``), ``job_time`` (seconds), ``seed``, ``dry_run``,
+            ``trust_remote_code``, ``quiet``.
 
     Raises:
         InputError: something about the input cannot work; nothing was written.
@@ -256,7 +257,8 @@ class _Job:
         there = sum(f.stat().st_blocks * 512 for f in partial.glob("**/*.safetensors")) if partial.is_dir() else 0
         if free + there < predicted.disk_bytes:
             raise InputError(
-                f"The disk of {folder} has {free / 1e9:.2f} GB free; the result needs {predicted.disk_bytes / 1e9:.2f} GB."
+                f"The disk of {folder} has {free / 1e9:.2f} GB free, but the result needs "
+                f"{predicted.disk_bytes / 1e9:.2f} GB."
             )
 
     def _dry_report(

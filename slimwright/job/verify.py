@@ -142,7 +142,7 @@ def _compare_files(
             return _compare_site(written, unit, planned_source(source, unit.site, unit.assignment))
         return _compare_kept(source, written, unit)
 
-    for unit, problem in in_order(compare, units):
+    for _, problem in in_order(compare, units):
         if problem:
             outcome.problems.append(problem)
             return
@@ -253,7 +253,8 @@ def _judge(got: dict[str, Tensor], expected: dict[str, Tensor], outcome: Outcome
         outcome.logits_error = max(outcome.logits_error, error)
         if not error <= TOLERANCE:
             outcome.problems.append(
-                f"the reloaded model's {name} differ from the reference by {error:.2e} relative (allowed {TOLERANCE:.0e})"
+                f"the reloaded model's {name} differ from the reference by {error:.2e} relative "
+                f"(allowed {TOLERANCE:.0e})"
             )
 
 

@@ -17,8 +17,8 @@ from slimwright.model.structure import Site
 from slimwright.weights import Compressed, Grid
 
 TILE_ELEMENTS = 1 << 19
-"""Elements of a tile: 2 MB in float32, so that a solver's temporaries stay in a core's cache. What a job writes does not
-depend on it: rows are independent, and a solver whose rows are not gets the whole matrix."""
+"""Elements of a tile: 2 MB in float32, so that a solver's temporaries stay in a core's cache. What a job writes does
+not depend on it: rows are independent, and a solver whose rows are not gets the whole matrix."""
 
 
 def site_rows(checkpoint: Checkpoint, site: Site, rows: slice) -> Tensor:

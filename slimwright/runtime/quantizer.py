@@ -38,7 +38,7 @@ from slimwright.runtime.modules import (
     experts_class,
     packed_class,
 )
-from slimwright.weights import Grid, disk_shapes
+from slimwright.weights import Grid
 
 _ABSENT_BUFFERS = r"rotary_emb\.inv_freq$|(^|\.)position_ids$"  # persistent in old checkpoints, computed since
 
@@ -364,7 +364,9 @@ class SlimwrightQuantizer(HfQuantizer):
         base: type[PackedModule] = TiedHead if isinstance(module, nn.Linear) else TiedEmbedding
         module.__class__ = packed_class(base, type(module))
         module.__dict__.update(
-            packed={}, source_module=owner, compute_dtype=owner.compute_dtype,
+            packed={},
+            source_module=owner,
+            compute_dtype=owner.compute_dtype,
             _is_hf_initialized=not module._non_persistent_buffers_set,
         )
         del module._parameters["weight"]

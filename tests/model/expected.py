@@ -110,9 +110,7 @@ EXPECTED: dict[str, Expected] = {
         norms=3,
         ties=HEAD_TIE,
         same_input=tuple(
-            frozenset(
-                {f"model.layers.{i}.self_attn.q_proj+k_proj+v_proj", f"model.layers.{i}.mlp.gate_proj+up_proj"}
-            )
+            frozenset({f"model.layers.{i}.self_attn.q_proj+k_proj+v_proj", f"model.layers.{i}.mlp.gate_proj+up_proj"})
             for i in range(2)
         ),
     ),
@@ -389,9 +387,7 @@ EXPECTED: dict[str, Expected] = {
         norms=6,
         ties={"lm_head.weight": "transformer.word_embeddings.weight"},
         same_input=tuple(
-            frozenset(
-                {f"transformer.h.{i}.self_attention.query_key_value", f"transformer.h.{i}.mlp.dense_h_to_4h"}
-            )
+            frozenset({f"transformer.h.{i}.self_attention.query_key_value", f"transformer.h.{i}.mlp.dense_h_to_4h"})
             for i in range(2)
         ),
     ),
@@ -408,9 +404,7 @@ EXPECTED: dict[str, Expected] = {
     ),
     "mamba": Expected(
         {"backbone.layers": (2, "MambaBlock", 1)},
-        both(
-            "backbone.layers.{}.", {"mixer.in_proj": "other", "mixer.x_proj": "other", "mixer.out_proj": "other"}
-        ),
+        both("backbone.layers.{}.", {"mixer.in_proj": "other", "mixer.x_proj": "other", "mixer.out_proj": "other"}),
         {"backbone.embeddings": "embed"},
         norms=3,
         biases=4,
@@ -718,9 +712,7 @@ def _t5(mlp: dict[str, str], tail: str) -> Expected:
             f"{part}.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "small: 128 values"
             for part in ("encoder", "decoder")
         },
-        ties={
-            name: "shared.weight" for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", tail)
-        },
+        ties={name: "shared.weight" for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", tail)},
         # All cross-attentions read the encoder's output.
         same_input=(frozenset(f"decoder.block.{i}.layer.1.EncDecAttention.k+v" for i in range(2)),),
     )
