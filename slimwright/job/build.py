@@ -107,7 +107,7 @@ def build(
         if not tile.last:
             continue
         unit = tile.unit
-        line = _solved_line(unit, tile, *sums) if unit.solved else _kept_line(source, structure, unit)
+        line = _solved_line(unit, tile, sums, source.tensors[unit.name].nbytes) if unit.solved else _kept_line(source, structure, unit)
         sums = (ErrorSum(), ErrorSum())
         lines[unit.name] = line
         journal.append(_key(unit), line.to_json())
@@ -182,7 +182,8 @@ def _tiles(source: Checkpoint, unit: Unit) -> Iterator[_Tile]:
         yield _Tile(unit, rows, rows is ranges[-1], solver, plain, state)
 
 
-def _solved_line(unit: Unit, tile: _Tile, before: ErrorSum, after: ErrorSum) -> Entry:
+def _solved_line(unit: Unit, tile: _Tile, sums: tuple[ErrorSum, ErrorSum], bytes_before: int) -> Entry:
+    before, after = sums
     site, assignment, solver = unit.site, unit.assignment, tile.solver
     assert site is not None and assignment is not None and solver is not None
     nbytes = sum(entry.nbytes for entry in unit.entries)
@@ -200,6 +201,8 @@ def _solved_line(unit: Unit, tile: _Tile, before: ErrorSum, after: ErrorSum) -> 
         error_after=after.relative,
         tokens=0,
         parameters=site.numel,
+        block=site.block,
+        bytes_before=bytes_before,
     )
 
 
@@ -244,13 +247,13 @@ def _copy_rows(source: Checkpoint, unit: Unit, rows: slice, writer: CheckpointWr
 def _kept_line(source: Checkpoint, structure: Structure, unit: Unit) -> Entry:
     info = source.tensors[unit.name]
     if not unit.entries:
-        return kept_line(unit.name, structure, f"tied to {structure.ties[unit.name]}", 0, info.numel)
+        return kept_line(unit.name, structure, f"tied to {structure.ties[unit.name]}", info, written=False)
     if unit.assignment is not None:
         reasons = {"rule": "asked by a rule", "": "the budget allows it as it is"}
         reason = reasons.get(unit.assignment.reason, unit.assignment.reason)
     else:
         reason = structure.kept[unit.name]
-    return kept_line(unit.name, structure, reason, info.nbytes, info.numel)
+    return kept_line(unit.name, structure, reason, info, written=True)
 
 
 def grids_written(units: list[Unit]) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -282,6 +283,20 @@ class _Job:
             "notes": self.notes,
         }
 
+    def _command(self) -> str:
+        """The command line that does this job again."""
+        asked = self.asked
+        words = ["slimwright", "fit", asked.model]
+        for name in ("size", "grid", "plan", "out"):
+            if getattr(asked, name) is not None:
+                words += [f"--{name}", str(getattr(asked, name))]
+        for rule in asked.rules:
+            words += ["--rule", rule]
+        for name in ("method", "search", "seed"):
+            if getattr(asked, name) != FitOptions.__dataclass_fields__[name].default:
+                words += [f"--{name}", str(getattr(asked, name))]
+        return shlex.join(words)
+
     def _asked_budget(self) -> str:
         asked = self.asked
         return asked.size or (f"grid {asked.grid}" if asked.grid else f"plan {asked.plan}")
@@ -512,6 +527,7 @@ class _Job:
                 "tensors_compared": outcome.tensors_compared,
                 "inputs": outcome.inputs,
             },
+            "measured_on": {"inputs": outcome.inputs, **outcome.measured_on},
             "samples": outcome.samples,
             "calibration": "none (data-free)",
             "lineage": lineage.to_json(),
@@ -522,7 +538,7 @@ class _Job:
                 "transformers": transformers.__version__,
                 "python": platform.python_version(),
             },
-            "command": _command(),
+            "reproduce": self._command(),
             "how_to_load": how_to_load(held.out, directory.relative_to(held.partial), source, packed),
             "notes": self.notes,
         }  # fmt: skip
@@ -534,11 +550,7 @@ class _Job:
             ("Base model", self.asked.model),
             ("Size", f"{data['size']['before'] / 1e6:.1f} MB → {data['size']['after'] / 1e6:.1f} MB"),
             ("Bits per weight", f"{data['size']['bits_per_weight']:.2f}"),
-            *(
-                (name, f"{q['value']:.4g} [{q['low']:.4g}, {q['high']:.4g}]")
-                for name, q in quality.items()
-                if isinstance(q, dict)
-            ),
+            *((name, f"{q['value']:.4g} ({q['low']:.4g} to {q['high']:.4g})") for name, q in quality.items()),
             ("Weights hash", data["hash"]),
         ]
         card = model_card(
@@ -622,12 +634,3 @@ def _model_facts(path: str, source: Checkpoint, structure: Structure) -> dict[st
         "parameters": structure.parameters,
         "blocks": sum(len(stack.blocks) for stack in structure.stacks),
     }
-
-
-def _command() -> str:
-    import shlex
-
-    name = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else ""
-    if name in ("slimwright", "__main__.py"):
-        return shlex.join(["slimwright", *sys.argv[1:]])
-    return ""

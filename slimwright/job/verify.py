@@ -83,6 +83,7 @@ class Outcome:
     tensors_compared: int = 0
     inputs: str = ""
     quality: dict[str, Any] = field(default_factory=dict)
+    measured_on: dict[str, int] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
     evaluations: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -112,7 +113,7 @@ def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
     trim()
     if outcome.ok:
         started = time.monotonic()
-        with torch.inference_mode():
+        with torch.no_grad():
             _compare_outputs(spec, source, structure, plan, outcome, step)
         outcome.seconds["outputs"] = time.monotonic() - started
     return outcome
@@ -220,7 +221,9 @@ def _compare_outputs(
         step(len(batches) + 1 + index, 2 * len(batches))
     outcome.evaluations += 1
     assert quality is not None
-    outcome.quality = quality.result()
+    found = quality.result(spec.seed)
+    outcome.quality = {name: value for name, value in found.items() if isinstance(value, dict)}
+    outcome.measured_on = {name: value for name, value in found.items() if not isinstance(value, dict)}
     if spec.sample and hasattr(packed, "generate") and packed.can_generate():
         outcome.samples = _samples(source, original, packed)
 
