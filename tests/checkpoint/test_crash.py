@@ -169,14 +169,17 @@ def test_two_processes_never_work_on_one_output(tmp_path: Path) -> None:
     ready, go = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(go[1])  # so that the parent's end, however it comes, ends the wait below
         held = claim(tmp_path / "out", "key")
         os.write(ready[1], b"x")
         os.read(go[0], 1)
         held.release()
         os._exit(0)
-    os.read(ready[0], 1)
-    with pytest.raises(InputError, match="in use by another process"):
-        claim(tmp_path / "out", "key")
-    os.write(go[1], b"x")
-    os.waitpid(child, 0)
+    try:
+        os.read(ready[0], 1)
+        with pytest.raises(InputError, match="in use by another process"):
+            claim(tmp_path / "out", "key")
+    finally:
+        os.close(go[1])
+        os.waitpid(child, 0)
     claim(tmp_path / "out", "key").release()
