@@ -110,9 +110,7 @@ EXPECTED: dict[str, Expected] = {
         norms=3,
         ties=HEAD_TIE,
         same_input=tuple(
-            frozenset(
-                {f"model.layers.{i}.self_attn.q_proj+k_proj+v_proj", f"model.layers.{i}.mlp.gate_proj+up_proj"}
-            )
+            frozenset({f"model.layers.{i}.self_attn.q_proj+k_proj+v_proj", f"model.layers.{i}.mlp.gate_proj+up_proj"})
             for i in range(2)
         ),
     ),
@@ -276,6 +274,29 @@ EXPECTED: dict[str, Expected] = {
         },
         renamed=True,
     ),
+    # One dense layer, one with experts that multiply all at once, in a class of their own.
+    "llama4": Expected(
+        decoder("Llama4TextDecoderLayer"),
+        {
+            "model.layers.0.": {
+                **ATTENTION,
+                "feed_forward.gate_proj+up_proj": "gate up",
+                "feed_forward.down_proj": "down",
+            },
+            "model.layers.1.": {
+                **ATTENTION,
+                "feed_forward.shared_expert.gate_proj+up_proj": "gate up",
+                "feed_forward.shared_expert.down_proj": "down",
+            },
+        },
+        UNTIED,
+        norms=5,
+        kept={
+            "model.layers.1.feed_forward.router.weight": ROUTER,
+            "model.layers.1.feed_forward.experts.gate_up_proj": "functional use: read by Llama4TextExperts",
+            "model.layers.1.feed_forward.experts.down_proj": "functional use: read by Llama4TextExperts",
+        },
+    ),
     # Experts of a class of its own, whose routing needs values: not observed.
     "jetmoe": Expected(
         decoder("JetMoeDecoderLayer"),
@@ -389,9 +410,7 @@ EXPECTED: dict[str, Expected] = {
         norms=6,
         ties={"lm_head.weight": "transformer.word_embeddings.weight"},
         same_input=tuple(
-            frozenset(
-                {f"transformer.h.{i}.self_attention.query_key_value", f"transformer.h.{i}.mlp.dense_h_to_4h"}
-            )
+            frozenset({f"transformer.h.{i}.self_attention.query_key_value", f"transformer.h.{i}.mlp.dense_h_to_4h"})
             for i in range(2)
         ),
     ),
@@ -408,9 +427,7 @@ EXPECTED: dict[str, Expected] = {
     ),
     "mamba": Expected(
         {"backbone.layers": (2, "MambaBlock", 1)},
-        both(
-            "backbone.layers.{}.", {"mixer.in_proj": "other", "mixer.x_proj": "other", "mixer.out_proj": "other"}
-        ),
+        both("backbone.layers.{}.", {"mixer.in_proj": "other", "mixer.x_proj": "other", "mixer.out_proj": "other"}),
         {"backbone.embeddings": "embed"},
         norms=3,
         biases=4,
@@ -526,6 +543,28 @@ EXPECTED: dict[str, Expected] = {
             "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
             "predictions.decoder.bias": "predictions.bias",
         },
+    ),
+    # Post-norm. On disk q, k and v are one matrix, which transformers cuts into three modules.
+    "nomic_bert": Expected(
+        {"nomic_bert.layers": (2, "NomicBertLayer", 1)},
+        both(
+            "nomic_bert.encoder.layers.{}.",
+            {"attn.out_proj": "o", "mlp.fc12+fc11": "gate up", "mlp.fc2": "down"},
+        ),
+        {"nomic_bert.embeddings.word_embeddings": "embed", "cls.predictions.transform.dense": "other"},
+        norms=12,
+        biases=2,
+        kept={
+            "nomic_bert.embeddings.token_type_embeddings.weight": "small: 128 values",
+            **{
+                f"nomic_bert.encoder.layers.{i}.attn.Wqkv.weight": "converted by transformers on load" for i in range(2)
+            },
+        },
+        ties={
+            "cls.predictions.decoder.weight": "nomic_bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        },
+        renamed=True,
     ),
     "vit": Expected(
         {"vit.layers": (2, "ViTLayer", 1)},
@@ -718,9 +757,7 @@ def _t5(mlp: dict[str, str], tail: str) -> Expected:
             f"{part}.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "small: 128 values"
             for part in ("encoder", "decoder")
         },
-        ties={
-            name: "shared.weight" for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", tail)
-        },
+        ties={name: "shared.weight" for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", tail)},
         # All cross-attentions read the encoder's output.
         same_input=(frozenset(f"decoder.block.{i}.layer.1.EncDecAttention.k+v" for i in range(2)),),
     )
