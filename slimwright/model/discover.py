@@ -153,6 +153,8 @@ class _Discovery:
         target = self.names.targets.get(name)
         if target is None:
             return "other"
+        if target.how == "converted":
+            return role_of(name.rpartition(".")[0])
         path, attribute, owner = self._owner(target.name)
         if _is_norm(owner):
             return "norm"

@@ -274,6 +274,29 @@ EXPECTED: dict[str, Expected] = {
         },
         renamed=True,
     ),
+    # One dense layer, one with experts that multiply all at once, in a class of their own.
+    "llama4": Expected(
+        decoder("Llama4TextDecoderLayer"),
+        {
+            "model.layers.0.": {
+                **ATTENTION,
+                "feed_forward.gate_proj+up_proj": "gate up",
+                "feed_forward.down_proj": "down",
+            },
+            "model.layers.1.": {
+                **ATTENTION,
+                "feed_forward.shared_expert.gate_proj+up_proj": "gate up",
+                "feed_forward.shared_expert.down_proj": "down",
+            },
+        },
+        UNTIED,
+        norms=5,
+        kept={
+            "model.layers.1.feed_forward.router.weight": ROUTER,
+            "model.layers.1.feed_forward.experts.gate_up_proj": "functional use: read by Llama4TextExperts",
+            "model.layers.1.feed_forward.experts.down_proj": "functional use: read by Llama4TextExperts",
+        },
+    ),
     # Experts of a class of its own, whose routing needs values: not observed.
     "jetmoe": Expected(
         decoder("JetMoeDecoderLayer"),
@@ -520,6 +543,28 @@ EXPECTED: dict[str, Expected] = {
             "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
             "predictions.decoder.bias": "predictions.bias",
         },
+    ),
+    # Post-norm. On disk q, k and v are one matrix, which transformers cuts into three modules.
+    "nomic_bert": Expected(
+        {"nomic_bert.layers": (2, "NomicBertLayer", 1)},
+        both(
+            "nomic_bert.encoder.layers.{}.",
+            {"attn.out_proj": "o", "mlp.fc12+fc11": "gate up", "mlp.fc2": "down"},
+        ),
+        {"nomic_bert.embeddings.word_embeddings": "embed", "cls.predictions.transform.dense": "other"},
+        norms=12,
+        biases=2,
+        kept={
+            "nomic_bert.embeddings.token_type_embeddings.weight": "small: 128 values",
+            **{
+                f"nomic_bert.encoder.layers.{i}.attn.Wqkv.weight": "converted by transformers on load" for i in range(2)
+            },
+        },
+        ties={
+            "cls.predictions.decoder.weight": "nomic_bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        },
+        renamed=True,
     ),
     "vit": Expected(
         {"vit.layers": (2, "ViTLayer", 1)},
