@@ -153,7 +153,7 @@ def packed_linear(
 _HARMLESS = {"size", "dim", "numel", "nelement", "element_size", "stride", "data_ptr", "untyped_storage", "storage",
              "is_contiguous", "is_floating_point", "is_complex", "to", "cpu", "cuda", "detach", "clone", "contiguous",
              "requires_grad_", "get_device", "storage_offset", "__repr__", "__format__", "__hash__", "__len__",
-             "is_pinned", "is_shared", "__reduce_ex__", "_is_view", "type", "ndimension", "empty_like",
+             "is_pinned", "is_shared", "__reduce_ex__", "_is_view", "ndimension", "empty_like",
              "has_names", "is_inference"}  # fmt: skip
 _TRANSPOSES = {"T", "mT", "H", "mH"}
 
