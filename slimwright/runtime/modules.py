@@ -21,8 +21,15 @@ from torch import Tensor, nn
 from slimwright.errors import InputError
 from slimwright.weights import Grid, disk_shapes, matrix_shape, unpack_rows
 
-TILE_BYTES = 64 * 2**20
-"""Most bytes (as float32) of the dense weight that exist at one time."""
+TILE_BYTES = 8 * 2**20
+"""Most bytes (as float32) of a dense weight that exist at one time; tiles that stay in the caches decode 4 times faster
+than tiles of 64 MB."""
+COMPILED_TILE_BYTES = 64 * 2**20
+"""The same in a compiled model, where every tile makes the graph longer and the decoding is fused."""
+
+
+def _tile_elements() -> int:
+    return (COMPILED_TILE_BYTES if torch.compiler.is_compiling() else TILE_BYTES) // 4
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ def tile_slices(grid: Grid, shape: tuple[int, ...], rows: slice | None = None) -
     count, columns = matrix_shape(shape)
     start, stop = (0, count) if rows is None else (rows.start, rows.stop)
     multiple = grid.row_multiple(columns)
-    step = max(multiple, TILE_BYTES // (4 * columns) // multiple * multiple)
+    step = max(multiple, _tile_elements() // columns // multiple * multiple)
     while start < stop:
         end = min(stop, (start // step + 1) * step)
         yield slice(start, end)
@@ -146,7 +153,7 @@ def packed_linear(
 _HARMLESS = {"size", "dim", "numel", "nelement", "element_size", "stride", "data_ptr", "untyped_storage", "storage",
              "is_contiguous", "is_floating_point", "is_complex", "to", "cpu", "cuda", "detach", "clone", "contiguous",
              "requires_grad_", "get_device", "storage_offset", "__repr__", "__format__", "__hash__", "__len__",
-             "is_pinned", "is_shared", "__reduce_ex__", "_is_view", "type", "ndimension", "empty_like",
+             "is_pinned", "is_shared", "__reduce_ex__", "_is_view", "ndimension", "empty_like",
              "has_names", "is_inference"}  # fmt: skip
 _TRANSPOSES = {"T", "mT", "H", "mH"}
 
@@ -200,7 +207,8 @@ class PackedWeight(nn.Parameter):
         if name not in _HARMLESS and (name != "__get__" or func.__self__.__name__ in _TRANSPOSES):
             next(arg for arg in _flatten(args, kwargs) if isinstance(arg, PackedWeight))._refuse()
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            return result.detach() if isinstance(result, PackedWeight) else result  # ``to`` may give the same object
 
 
 def _flatten(args: Any, kwargs: Any) -> Iterator[Any]:
@@ -360,8 +368,8 @@ class _OneWeight(PackedModule):
 
     @property
     def weight(self) -> Any:
-        if torch.compiler.is_compiling():  # no subclass in the graph: only dtype and device are ever asked here
-            return self.payload("weight").new_empty(0, dtype=self.compute_dtype)
+        if torch.compiler.is_compiling():  # no subclass in the graph; only dtype, device and rows are ever asked here
+            return self.payload("weight").new_empty(self.packed["weight"].dense_shape[0], 0, dtype=self.compute_dtype)
         return PackedWeight.of(self, "weight")
 
     @weight.setter
@@ -388,7 +396,7 @@ class _OneWeight(PackedModule):
         def gather(index: Tensor) -> Tensor:
             return spec.grid.gather(parts, index, spec.shape).to(self.compute_dtype)
 
-        step = max(1, TILE_BYTES // (4 * columns * spec.grid.row_multiple(columns)))
+        step = max(1, _tile_elements() // (columns * spec.grid.row_multiple(columns)))
         if torch.compiler.is_compiling() or flat.shape[0] <= step:
             rows = gather(flat)
         else:

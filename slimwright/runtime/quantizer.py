@@ -7,11 +7,9 @@ silence raises here.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -446,7 +444,7 @@ class SlimwrightQuantizer(HfQuantizer):
             owners = {
                 disk + suffix: disk
                 for disk, grid in self.grids.items()
-                for suffix in (part.suffix for part in grid.parts(grid.row_multiple(64), 64))
+                for suffix in (part.suffix for part in grid.parts(1, 256))
             }
             unknown = [disk for disk in unknown if names.resolve(owners.get(disk, disk))[0] not in names.state]
         if missing:
@@ -517,20 +515,13 @@ def _spellings(name: str, prefixes: Iterable[str]) -> list[str]:
 
 def _checkpoint_model(model: Any) -> Any:
     """The model of the checkpoint's own architecture on the meta device; None if that is this one's, or unknown."""
-    import sys
+    from slimwright.model.skeleton import skeleton
 
-    import transformers
-
-    wanted = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
-    cls = getattr(transformers, wanted, None) or getattr(sys.modules[type(model).__module__], wanted, None)
-    if cls is None or cls is type(model):
-        return None
-    config = copy.deepcopy(model.config)
     try:
-        with torch.device("meta"):
-            return cls(config)
-    except Exception:  # of another config class: the checkpoint is then held to be this model's own
+        whole = skeleton(model.config.to_dict())
+    except InputError:  # code of the checkpoint's own: it is then held to be this model's class
         return None
+    return None if type(whole) is type(model) else whole
 
 
 def _attach(model: nn.Module, path: str, leaf: nn.Module) -> None:
@@ -556,15 +547,3 @@ def _detach(model: nn.Module, paths: Iterable[str]) -> None:
             if type(holder) is not nn.Module or holder._modules:
                 break
             path = parent
-
-
-def is_slimwright(directory: str | Path) -> bool:
-    """Whether config.json of a directory says that slimwright wrote the model."""
-    import json
-
-    try:
-        config = json.loads((Path(directory) / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    section = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(section, dict) and section.get("quant_method") == "slimwright"
