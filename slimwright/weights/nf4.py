@@ -160,7 +160,7 @@ class NF4(Grid):
 
     def _absmax(self, w: Tensor) -> Tensor:
         blocks = self._blocked(w)
-        return torch.maximum(blocks.amax(2), -blocks.amin(2)).float()
+        return torch.maximum(blocks.amax(2), -blocks.amin(2)).abs_().float()  # abs: 0, never -0
 
     def fit(self, w: Tensor, importance: Tensor | None = None, survey: Any = None) -> Params:
         absmax = self._absmax(w)
@@ -193,7 +193,8 @@ class NF4(Grid):
 
     def encode(self, w: Tensor, params: Params) -> Tensor:
         absmax = params["exact"] if "exact" in params else self._stored_absmax(params)
-        inverse = (1 / absmax.clamp(min=1e-38)).unsqueeze(2)
+        # A stored absmax may be negative: the smallest of very unequal blocks, off by the error of their second code.
+        inverse = (1 / torch.where(absmax.abs() < 1e-38, 1e-38, absmax)).unsqueeze(2)
         below, limit = _BELOW.to(w.device), _LIMIT.to(w.device)
         codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
         for rows in row_blocks(*w.shape):

@@ -24,8 +24,8 @@ class HQQ(WeightSolver):
     The zero point is real on a grid with ``zero="real"``, else rounded to the grid's integers in the end. A symmetric
     grid has none and is refused. Differences from the reference code, which make rows independent of each other and of
     the weight's magnitude: each group keeps the zero point with its least mean |error| and stops by itself, when its
-    zero point no longer moves; the scale's floor is float16's smallest instead of 5e-5; a group so far from 0 that float16 could not hold
-    its zero point has 0 put into its range.
+    zero point no longer moves; the scale's floor is float16's smallest instead of 5e-5; a group so far from 0 that
+    float16 could not hold its zero point has 0 put into its range.
 
     ``iters=0`` is min-max rounding with that zero point.
     """
