@@ -107,7 +107,11 @@ def build(
         if not tile.last:
             continue
         unit = tile.unit
-        line = _solved_line(unit, tile, sums, source.tensors[unit.name].nbytes) if unit.solved else _kept_line(source, structure, unit)
+        line = (
+            _solved_line(unit, tile, sums, source.tensors[unit.name].nbytes)
+            if unit.solved
+            else _kept_line(source, structure, unit)
+        )
         sums = (ErrorSum(), ErrorSum())
         lines[unit.name] = line
         journal.append(_key(unit), line.to_json())
