@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from slimwright.runtime import quantizer as _quantizer  # noqa: F401  registers with transformers
+from slimwright.runtime.registration import install as _install
+
+_install()
 
 if TYPE_CHECKING:
+    from slimwright import methods
     from slimwright.job.export import export
     from slimwright.job.fit import fit
     from slimwright.job.inspect import inspect
-    from slimwright.methods import SiteStatistics, method, methods
+    from slimwright.methods import SiteStatistics, method
     from slimwright.runtime.loading import load
     from slimwright.weights import Int
 
@@ -25,7 +29,6 @@ _LAZY = {
     "inspect": "slimwright.job.inspect",
     "load": "slimwright.runtime.loading",
     "method": "slimwright.methods",
-    "methods": "slimwright.methods",
     "SiteStatistics": "slimwright.methods",
     "Int": "slimwright.weights",
     "NF4": "slimwright.weights",
@@ -37,9 +40,9 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     """The verbs are imported when they are first used, so that ``import slimwright`` stays cheap."""
+    if name == "methods":
+        return importlib.import_module("slimwright.methods")
     if name in _LAZY:
-        import importlib
-
         value = getattr(importlib.import_module(_LAZY[name]), name)
         globals()[name] = value
         return value
@@ -47,7 +50,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY, "methods"])
 
 
 __all__ = ["Int", "SiteStatistics", "__version__", "export", "fit", "inspect", "load", "method", "methods"]

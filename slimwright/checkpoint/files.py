@@ -65,10 +65,13 @@ def read_bytes(root: Path, path: Path, limit: int) -> bytes:
 
 
 def read_json(root: Path, path: Path, limit: int) -> Any:
-    """The JSON value in a UTF-8 file inside `root`; InputError if it is not JSON, nests too deep or repeats a key."""
+    """The JSON value in a UTF-8 file inside `root`; InputError if it is not JSON or nests too deep.
+
+    Of a key that comes twice the last counts, as for transformers.
+    """
     content = read_bytes(root, path, limit)
     try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
+        return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{shown(path)} is not valid JSON ({_reason(error)}): download it again.") from error
 
@@ -102,8 +105,12 @@ def plain_name(name: object) -> bool:
 
 def shown(value: object) -> str:
     """A path or name for an error message: control characters escaped, length bounded."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)[:400])
-    return text if len(str(value)) <= 400 else text + "…"
+    try:
+        text = str(value)
+    except RecursionError:
+        return "…"
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:400])
+    return escaped if len(text) <= 400 else escaped + "…"
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:

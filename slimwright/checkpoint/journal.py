@@ -77,7 +77,7 @@ class Journal:
             self._pending.append((unit, json.loads(line[9:])["payload"], line))
 
     def commit(self) -> None:
-        """Bring all appended units to the disk in one write. SlimwrightError if the disk is full; then none is noted."""
+        """Bring all appended units to the disk at once. SlimwrightError if the disk is full: then none is noted."""
         with self._lock:
             pending, self._pending = self._pending, []
             if not pending:

@@ -2,8 +2,9 @@
 
 A job works in `OUT.partial`, beside OUT. `OUT.partial/job.json` says which job; it stays in OUT, which is how a
 finished job is recognised when it is run again. What only the job needs (journal, spilled statistics) lives in
-`Claim.scratch`, inside the partial directory, and never reaches OUT. Publishing syncs everything, moves the scratch aside, renames
-OUT.partial to OUT, and removes the scratch; a crash between any two of these steps is repaired by the next claim.
+`Claim.scratch`, inside the partial directory, and never reaches OUT. Publishing syncs everything, moves the scratch
+aside, renames OUT.partial to OUT, and removes the scratch; a crash between any two of these steps is repaired by the
+next claim.
 """
 
 import fcntl
@@ -97,14 +98,14 @@ def claim(out: str | Path, job_key: str) -> Claim:
     """
     path = Path(os.path.realpath(Path(out).expanduser()))
     while True:
-        if exists(path) and not path.is_dir():
+        if exists(path) and not os.path.isdir(path):
             raise InputError(f"{shown(path)} is a file: choose another --out.")
-        if path.is_dir() and any(path.iterdir()):
+        if _filled(path):
             if _job_of(path) != job_key:
                 raise InputError(f"{shown(path)} is not empty: remove it, or choose another --out.")
             _remove_retired(_retired_scratch(path))
             return Claim(path, job_key, "finished", None)
-        if path.is_mount():
+        if os.path.ismount(path):
             raise InputError(f"{shown(path)} is a mount point: choose a directory inside it as --out.")
         lock = _lock(partial_directory(path))
         if lock is None:
@@ -115,6 +116,16 @@ def claim(out: str | Path, job_key: str) -> Claim:
             os.close(lock)
             raise
         return Claim(path, job_key, status, lock)
+
+
+def _filled(path: Path) -> bool:
+    """Whether there is a directory with anything in it."""
+    try:
+        return bool(os.listdir(path))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise InputError(f"{shown(path)} cannot be used ({error.strerror}): choose another --out.") from error
 
 
 def _lock(partial: Path) -> int | None:
@@ -185,9 +196,19 @@ def _job_of(directory: Path) -> str | None:
 
 
 def _remove_retired(directory: Path) -> None:
-    """Remove a retired scratch directory, this job's or an earlier one's for the same OUT; never anything else."""
-    if not directory.is_symlink() and _job_of(directory) is not None:
-        shutil.rmtree(directory, ignore_errors=True)
+    """Remove a retired scratch directory, this job's or an earlier one's for the same OUT; never anything else.
+
+    The file that marks it goes last, so that a crash on the way leaves it recognisable.
+    """
+    if directory.is_symlink() or _job_of(directory) is None:
+        return
+    for path in directory.iterdir():
+        if path.name != JOB_FILE:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _sync_tree(directory: Path, excluded: Path) -> None:

@@ -57,7 +57,8 @@ class Checkpoint:
         self.tensors = tensors
         self.files = files
         self.hub_id = hub_id
-        self.total_bytes = sum(file.stat().st_size for file in files)
+        self._sizes = {file: file.stat().st_size for file in files}
+        self.total_bytes = sum(self._sizes.values())
         self._mappings: dict[Path, _Mapping] = {}
         self._lock = threading.Lock()
 
@@ -70,8 +71,11 @@ class Checkpoint:
         index names must be in the shard it names, and no tensor may be in two. Files in the directory that the index
         does not name are not read. InputError for anything missing, damaged, outside the directory or not safetensors.
         """
-        directory = Path(path).expanduser()
-        if directory.is_dir():
+        try:
+            directory = Path(path).expanduser()
+        except RuntimeError:  # ~nobody
+            directory = Path(path)
+        if os.path.isdir(directory):  # unlike Path.is_dir, false for a name that the system refuses
             return _open_directory(directory, None)
         if exists(directory):
             raise InputError(f"{shown(path)} is a file: name the directory that holds it and its config.json.")
@@ -137,14 +141,14 @@ class Checkpoint:
         info = self.tensors[name]
         if offset < 0 or offset + nbytes > info.nbytes:
             raise ValueError(f"{name} has no bytes {offset}..{offset + nbytes}")
-        return self._mapping(info.file).read(info.start + offset, nbytes)
+        with open(info.file, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), nbytes, info.start + offset)
 
     def _mapping(self, file: Path) -> "_Mapping":
         with self._lock:
             mapping = self._mappings.get(file)
             if mapping is None:
-                size = max(info.stop for info in self.tensors.values() if info.file == file)
-                mapping = self._mappings[file] = _Mapping(file, size)
+                mapping = self._mappings[file] = _Mapping(file, self._sizes[file])
             return mapping
 
 
@@ -183,7 +187,6 @@ class _Mapping:
         finally:
             os.close(descriptor)
         self._address = int(np.frombuffer(self._memory, dtype=np.uint8).ctypes.data)
-        self._file = file
 
     def window(self, start: int, nbytes: int) -> np.ndarray:
         """The bytes as an array that keeps the mapping alive.
@@ -191,10 +194,6 @@ class _Mapping:
         The array claims to be writable, because torch warns of every array that is not; the pages are read-only.
         """
         return np.asarray(_Window(self._memory, self._address + start, nbytes))
-
-    def read(self, start: int, nbytes: int) -> bytes:
-        with open(self._file, "rb", buffering=0) as file:
-            return os.pread(file.fileno(), nbytes, start)
 
     def release(self, start: int, nbytes: int) -> None:
         page = mmap.PAGESIZE
@@ -235,11 +234,15 @@ def _open_hub(identifier: str) -> Checkpoint:
         )
         return _open_directory(Path(folder), identifier)
 
+    incomplete: InputError | None = None
     try:
         try:
             return snapshot(True)
-        except (errors.LocalEntryNotFoundError, InputError):  # not in the cache, or only a part of it
-            return snapshot(False)
+        except InputError as error:  # only a part of it is in the cache, such as the tokenizer
+            incomplete = error
+        except errors.LocalEntryNotFoundError:
+            pass
+        return snapshot(False)
     except InputError:
         raise
     except errors.GatedRepoError as error:
@@ -252,7 +255,11 @@ def _open_hub(identifier: str) -> Checkpoint:
         raise InputError(
             f"{identifier} is no directory here and no model on the hub (or a private one: `hf auth login`)."
         ) from error
+    except errors.HFValidationError as error:
+        raise InputError(f"{identifier} is no directory here, nor a possible hub id: check the name.") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        if incomplete is not None:
+            raise incomplete from error
         raise InputError(
             f"{identifier} is no directory here, not in the local hub cache, and the hub cannot be reached: check the "
             "name, or download the model where there is a network."

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from slimwright.checkpoint import Checkpoint, TensorInfo, refuse_foreign_quantization
 from slimwright.errors import InputError
+from slimwright.model.skeleton import skeleton
 from slimwright.runtime.format import DenseForm, read_config, read_dense
 from slimwright.weights import Grid, disk_shapes, matrix_shape, unpack_rows
 
@@ -41,8 +43,8 @@ class DequantizedCheckpoint(Checkpoint):
                 found = packed.tensors.get(name + suffix)
                 if found is None or found.shape != part.shape or found.dtype != part.dtype:
                     raise InputError(
-                        f"The tensor '{name + suffix}' of {packed.path} is missing or not {part.dtype} {part.shape}, as "
-                        "its grid needs: the result is damaged; make it again."
+                        f"The tensor '{name + suffix}' of {packed.path} is missing or not {part.dtype} {part.shape}, "
+                        "as its grid needs: the result is damaged; make it again."
                     )
                 if suffix:
                     del tensors[name + suffix]
@@ -92,6 +94,16 @@ class DequantizedCheckpoint(Checkpoint):
         first, last = offset // per_row, -(-(offset + nbytes) // per_row)
         content = self.read(name, slice(first, last)).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return content[offset - first * per_row : offset - first * per_row + nbytes]
+
+
+def model_of(source: Checkpoint, trust_remote_code: bool = False) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """The transformers class of a checkpoint, and its config without a quantization_config.
+
+    Raises:
+        InputError: as :func:`slimwright.model.skeleton.skeleton`.
+    """
+    model = skeleton(source.config, source.model_path, source.tensors, trust_remote_code)
+    return type(model), model.config
 
 
 def open_source(path: str) -> Checkpoint:

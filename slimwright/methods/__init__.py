@@ -1,4 +1,10 @@
-"""Methods: one file each, found by walking this package."""
+"""Methods: one file each, found by walking this package.
+
+``slimwright.methods`` is this package and can be called: ``slimwright.methods()`` gives all registered methods by name.
+"""
+
+import sys
+import types
 
 from slimwright.methods.registry import (
     Method,
@@ -23,3 +29,11 @@ __all__ = [
     "parse_method",
     "register",
 ]
+
+
+class _Package(types.ModuleType):
+    def __call__(self) -> dict[str, type[Method]]:
+        return methods()
+
+
+sys.modules[__name__].__class__ = _Package

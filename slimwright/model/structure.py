@@ -17,6 +17,7 @@ ROLES = (
     "q",
     "k",
     "v",
+    "kv",
     "qkv",
     "o",
     "gate",
@@ -49,6 +50,8 @@ class Site:
             tensors concatenated into the module's parameter, how many are); None otherwise.
         gram_group: name shared by the sites that are fed the same input tensor.
         choice_group: name shared by the sites that must have the same grid because runtimes fuse them.
+        dtype_read: whether the model's code asks for this weight's dtype (to cast its input, as T5 does): a packed
+            weight must answer with the dtype it computes in, not that of its payload.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Site:
     expert: tuple[int, int, int] | None = None
     gram_group: str = ""
     choice_group: str = ""
+    dtype_read: bool = False
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -85,11 +89,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer layer: module path, class name, index in its stack."""
+    """One transformer layer: module path, class name, index in its stack, how often one forward runs it (ALBERT)."""
 
     module: str
     class_name: str
     index: int
+    runs: int = 1
 
 
 @dataclass(frozen=True)
@@ -105,13 +110,17 @@ class FoldGroup:
     """Neighbours between which a scale (or rotation) can be moved without changing the function.
 
     ``producer`` is a norm's gain or a linear's output; ``consumers`` are sites fed by it; ``kind`` is ``norm``, ``v_o``
-    (with GQA: ``repeat`` query heads share one key/value head) or ``up_down``. All are disk names.
+    (with GQA: ``repeat`` query heads share one key/value head) or ``up_down``. All are disk names. The producer's bias,
+    where it has one, is scaled with it. The gain of a norm is its weight + ``offset`` (1 for Gemma's, else 0). Channel
+    ``c`` of v is read by the ``repeat`` columns ``(c // head_dim * repeat + i) * head_dim + c % head_dim`` of o.
     """
 
     kind: str
     producer: str
     consumers: tuple[str, ...]
     repeat: int = 1
+    offset: float = 0.0
+    head_dim: int = 1
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,7 @@ class Structure:
         parameters: unique parameters (ties counted once).
         observed: whether a forward on the meta device confirmed uses and groups; if not, ``note`` says why.
         note: remarks for the user.
+        bytes: bytes on disk of every tensor, by disk name.
     """
 
     family: str

@@ -118,6 +118,40 @@ class Grid(ABC):
         """The range of a part's first dimension that belongs to a range of rows (with start and stop set)."""
         return rows
 
+    def gather(self, parts: Mapping[str, Tensor], index: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Values of single rows, as an embedding reads them: only the tiles that hold them are unpacked.
+
+        Args:
+            parts: tensors by suffix as they lie on disk.
+            index: (n,) row numbers.
+            shape: (rows, columns) of the matrix.
+
+        Returns:
+            (n, columns) float32.
+        """
+        columns = shape[1]
+        multiple = self.row_multiple(columns)
+        tiles = index if multiple == 1 else index // multiple
+        cut = {}
+        for suffix, part in parts.items():
+            first = self.part_slice(suffix, slice(0, multiple), columns)
+            second = self.part_slice(suffix, slice(multiple, 2 * multiple), columns)
+            if first == second:  # one for the whole matrix
+                cut[suffix] = part
+                continue
+            length = first.stop - first.start
+            rows = (
+                tiles
+                if length == 1
+                else (tiles[:, None] * length + torch.arange(length, device=index.device)).flatten()
+            )
+            # the last tile may be short: the rows beyond it repeat the last one and are never picked
+            cut[suffix] = part[rows if length == 1 else rows.clamp(max=part.shape[0] - 1)]
+        values = self.decode(*self.unpack(cut, columns))
+        if multiple == 1:
+            return values
+        return values[torch.arange(index.shape[0], device=index.device) * multiple + index % multiple]
+
     def round(self, w: Tensor, params: Params) -> Tensor:
         """The nearest grid values: (rows, columns) float32."""
         return self.decode(self.encode(w, params), params)
