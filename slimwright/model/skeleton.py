@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from slimwright.errors import InputError
+from slimwright.model.names import name_map
 from slimwright.runtime.transformers_private import (
     CONFIG_MAPPING,
     BaseAutoModel,
@@ -26,7 +27,8 @@ _POSITIONS = re.compile(r"position|n_ctx|max_seq_len|max_source|max_target")
 _MOST_POSITIONS = 1 << 27
 _LARGEST = 1 << 62
 _MOST_NESTED = 32
-_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
+# In this order, because encoders and encoder-decoders can be wrapped as causal models too.
+_TASKS = ("AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
 
 
 def skeleton(
@@ -38,8 +40,8 @@ def skeleton(
     """Build the model of a config.json on the meta device, in evaluation mode.
 
     The class is ``architectures[0]``: of transformers, or registered in this process (``AutoModelForX.register``), or,
-    with ``trust_remote_code``, of the checkpoint's own code. Without ``architectures`` it is the causal, seq2seq or
-    masked language model of the ``model_type``, else its base model.
+    with ``trust_remote_code``, of the checkpoint's own code. Without ``architectures`` it is the first of the seq2seq,
+    masked and causal language models and the base model of the ``model_type`` that the tensors fill.
 
     Args:
         config: the contents of config.json: not trusted.
@@ -58,9 +60,10 @@ def skeleton(
         raise InputError("config.json: `architectures` must be a list of class names.")
     try:
         made = _config(raw, directory, trust_remote_code)
-        model_class = _model_class(made, names[0] if names else None, raw, directory, trust_remote_code)
-        with torch.device("meta"):
-            model = model_class(made)
+        if names:
+            model = _build(_model_class(made, names[0], raw, directory, trust_remote_code), made)
+        else:
+            model = _fitting(made, tensors or {})
     except InputError:
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are model classes
@@ -132,19 +135,32 @@ def _mapped(auto: Any, config: PretrainedConfig) -> list[type[PreTrainedModel]]:
     return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
+def _build(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def _fitting(config: PretrainedConfig, tensors: Mapping[str, Any]) -> PreTrainedModel:
+    """The first of the usual models of this config that has no parameter beyond the tensors."""
+    classes = dict.fromkeys(found for task in _TASKS for found in _mapped(getattr(modeling_auto, task), config)[:1])
+    models = (_build(model_class, config) for model_class in classes)
+    fitting = next((model for model in models if not tensors or not name_map(model, tensors).missing), None)
+    if fitting is None:
+        raise InputError(
+            f"config.json names no architecture, and the tensors fill no usual model of '{config.model_type}': add "
+            "`architectures` to it."
+        )
+    return fitting
+
+
 def _model_class(
     config: PretrainedConfig,
-    name: str | None,
+    name: str,
     raw: Mapping[str, Any],
     directory: Path | None,
     trust_remote_code: bool,
 ) -> type[PreTrainedModel]:
     auto_map = raw.get("auto_map")
-    if name is None:
-        for task in _TASKS:
-            if found := _mapped(getattr(modeling_auto, task), config):
-                return found[0]
-        raise InputError(f"config.json names no architecture, and '{config.model_type}' has no default one.")
     for auto in _auto_classes():
         for candidate in _mapped(auto, config):
             if candidate.__name__ == name:

@@ -121,6 +121,20 @@ def test_without_architectures_the_default_class_is_taken(name: str, expected: s
     assert type(skeleton(config)).__name__ == expected
 
 
+def test_without_architectures_the_class_fits_the_tensors() -> None:
+    checkpoint = Checkpoint.open(cached("bert"))
+    del checkpoint.config["architectures"]
+    assert discover(checkpoint).architecture == "BertForMaskedLM"
+    for name in [name for name in checkpoint.tensors if name.startswith("cls.")]:
+        del checkpoint.tensors[name]
+    with pytest.raises(InputError, match="add `architectures`"):  # nor is there a pooler for the base model
+        discover(checkpoint)
+    pooler = {"bert.pooler.dense.weight": "bert.encoder.layer.0.attention.self.query.weight"}
+    pooler["bert.pooler.dense.bias"] = "bert.encoder.layer.0.attention.self.query.bias"
+    checkpoint.tensors |= {name: checkpoint.tensors[like] for name, like in pooler.items()}
+    assert discover(checkpoint).architecture == "BertModel"
+
+
 def test_class_registered_in_this_process() -> None:
     model = skeleton(_config("home_made"))
     assert type(model) is FAMILIES["home_made"].model_class
