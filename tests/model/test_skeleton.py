@@ -82,6 +82,16 @@ def test_more_layers_than_tensors_are_refused() -> None:
         discover(checkpoint)
 
 
+def test_more_modules_than_tensors_can_be_for_are_refused() -> None:
+    """Whatever the key is called: ALBERT makes this many whole layers."""
+    checkpoint = Checkpoint.open(cached("albert"))
+    checkpoint.config["inner_group_num"] = 10**6
+    started = time.monotonic()
+    with pytest.raises(InputError, match="more than 5888 modules for a checkpoint of 28 tensors"):
+        discover(checkpoint)
+    assert time.monotonic() - started < 20
+
+
 def test_code_of_the_checkpoint_is_not_run_unasked(tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     auto_map = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilForCausalLM"}
