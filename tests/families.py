@@ -1,8 +1,7 @@
 """Tiny random checkpoints of many transformers families, for tests.
 
-``FAMILIES`` maps a name to a :class:`Family`; :func:`build` writes one as a checkpoint directory, :func:`cached` once per
-process.
-About two blocks each, hidden size 64, a vocabulary of 320, all weights random enough that any two
+``FAMILIES`` maps a name to a :class:`Family`; :func:`build` writes one as a checkpoint directory, :func:`cached` once
+per process. About two blocks each, hidden size 64, a vocabulary of 320, all weights random enough that any two
 swapped tensors change the logits: no norm is all ones, no bias all zeros.
 """
 
@@ -237,6 +236,17 @@ _decoder(
     num_local_experts=4,
     num_experts_per_tok=2,
 )
+_decoder(
+    "llama4",
+    "Llama4ForCausalLM",
+    "Llama4TextConfig",
+    intermediate_size_mlp=128,
+    head_dim=16,
+    num_local_experts=4,
+    num_experts_per_tok=1,
+    moe_layers=[1],
+    attention_chunk_size=32,
+)
 _family(
     "gpt2",
     "GPT2LMHeadModel",
@@ -375,6 +385,7 @@ _family(
     **{**_ENCODER, "num_hidden_layers": 3},
     embedding_size=32,
 )
+_family("nomic_bert", "NomicBertForMaskedLM", "NomicBertConfig", generates=False, **_ENCODER)
 _family("vit", "ViTForImageClassification", "ViTConfig", generates=False, **_VISION, num_labels=10)
 _family("deit", "DeiTForImageClassificationWithTeacher", "DeiTConfig", generates=False, **_VISION, num_labels=10)
 _family(

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.model.groups import assign_groups, find_folds
 from slimwright.model.inputs import dummy_inputs
-from slimwright.model.names import HasShape, NameMap, name_map
+from slimwright.model.names import NameMap, name_map
 from slimwright.model.observe import Observation, behaves_as_linear, observe
 from slimwright.model.roles import role_of
 from slimwright.model.skeleton import skeleton
@@ -29,24 +29,7 @@ SMALLEST_SITE = 1024
 _TILE_BYTES = 64 << 20
 
 
-class TensorOnDisk(HasShape, Protocol):
-    """What discovery needs of a tensor."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-
-class CheckpointLike(Protocol):
-    """What discovery needs of a checkpoint: :class:`slimwright.checkpoint.Checkpoint` has it."""
-
-    config: dict[str, Any]
-    model_path: Path
-    tensors: Mapping[str, Any]
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor: ...
-
-
-def discover(checkpoint: CheckpointLike, trust_remote_code: bool = False) -> Structure:
+def discover(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Structure:
     """The structure of a checkpoint. Weights are read only to compare tied tensors that are stored twice.
 
     Raises:
@@ -60,7 +43,7 @@ def discover(checkpoint: CheckpointLike, trust_remote_code: bool = False) -> Str
     return _Discovery(model, checkpoint.tensors, names, observation, note).structure()
 
 
-def _untie_different(checkpoint: CheckpointLike, names: NameMap) -> NameMap:
+def _untie_different(checkpoint: Checkpoint, names: NameMap) -> NameMap:
     """Ties whose two stored tensors differ are none, as transformers decides too."""
     on_disk = {target.name: name for name, target in names.targets.items()}
     ties = dict(names.ties)
@@ -73,7 +56,7 @@ def _untie_different(checkpoint: CheckpointLike, names: NameMap) -> NameMap:
     return dataclasses.replace(names, ties=ties, stored_twice=tuple(same))
 
 
-def _equal(checkpoint: CheckpointLike, first: str, second: str) -> bool:
+def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
     info = checkpoint.tensors[first]
     if tuple(info.shape) != tuple(checkpoint.tensors[second].shape) or info.dtype != checkpoint.tensors[second].dtype:
         return False
@@ -87,7 +70,7 @@ def _equal(checkpoint: CheckpointLike, first: str, second: str) -> bool:
 
 def _observed(model: PreTrainedModel) -> tuple[Observation | None, str]:
     # In float32 the fused experts of some families take a path that has no meta implementation.
-    model = model.to(torch.bfloat16)
+    nn.Module.to(model, torch.bfloat16)
     try:
         return observe(model, dummy_inputs(model, device="meta")), ""
     except InputError as error:
@@ -170,6 +153,8 @@ class _Discovery:
         target = self.names.targets.get(name)
         if target is None:
             return "other"
+        if target.how == "converted":
+            return role_of(name.rpartition(".")[0])
         path, attribute, owner = self._owner(target.name)
         if _is_norm(owner):
             return "norm"
@@ -183,7 +168,7 @@ class _Discovery:
         if path in self.heads:
             return "head"
         found = role_of(path)
-        if found == "other" and isinstance(owner, nn.Embedding):
+        if found == "other" and isinstance(owner, nn.Embedding) and "bias" not in path.rpartition(".")[2]:
             return "embed"
         return found
 
@@ -199,6 +184,8 @@ class _Discovery:
         shape = tuple(self.tensors[name].shape)
         if target.how == "converted":
             return "converted by transformers on load"
+        if role == "router":
+            return "router: decides which experts run"
         if parameter is None:
             return "buffer"
         if not self.tensors[name].dtype.is_floating_point:
@@ -207,8 +194,6 @@ class _Discovery:
             return "norm"
         if attribute.endswith("bias"):
             return "bias"
-        if role == "router":
-            return "router: decides which experts run"
         if len(shape) < 2:
             return "vector"
         if isinstance(owner, nn.modules.conv._ConvNd):

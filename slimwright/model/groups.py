@@ -16,6 +16,7 @@ _FUSED = ({"q", "k", "v", "kv", "qkv"}, {"gate", "up"})
 _EXPERT = re.compile(r"(?<=\.)(experts?)[._](\d+)(?=\.)")
 _MOST_PARTS = 6
 _BESIDE_ATTENTION = {"q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_norm", "key_norm"}
+_BESIDE_ATTENTION |= {"relative_attention_bias"}  # T5's, added to the scores
 
 
 def group_name(names: Iterable[str]) -> str:
@@ -135,11 +136,18 @@ def _value_fold(attention: nn.Module, parts: Mapping[str, Site]) -> FoldGroup | 
         return None
     own = {site.module.rpartition(".")[2] for site in parts.values()}
     others = {
-        name for name, child in attention.named_children() if name not in own and next(child.parameters(), None) is not None
+        name
+        for name, child in attention.named_children()
+        if name not in own and next(child.parameters(), None) is not None
     }
     value, output = parts["v"], parts["o"]
     repeat, rest = divmod(output.columns, value.rows)
     groups = getattr(attention, "num_key_value_groups", 1)
     if others - _BESIDE_ATTENTION or rest or repeat != groups or list(attention.parameters(recurse=False)):
         return None
-    return FoldGroup("v_o", value.name, (output.name,), repeat=repeat)
+    if repeat == 1:
+        return FoldGroup("v_o", value.name, (output.name,))
+    head_dim = getattr(attention, "head_dim", None)
+    if not isinstance(head_dim, int) or value.rows % head_dim:
+        return None
+    return FoldGroup("v_o", value.name, (output.name,), repeat=repeat, head_dim=head_dim)

@@ -163,8 +163,11 @@ def _image_tokens(
         with torch.device("meta"):
             model = model_class(config)
     place = next(model.parameters()).device
+    get_image_features: Any = getattr(model, "get_image_features", None)
+    if get_image_features is None:
+        raise InputError(f"Cannot count the image tokens of {model_class.__name__}: it has no get_image_features.")
     with torch.no_grad():
-        found: Any = model.get_image_features(pixel_values=pixel_values[:1].to(place))
+        found = get_image_features(pixel_values=pixel_values[:1].to(place))
     found = getattr(found, "pooler_output", found)
     found = found[0] if isinstance(found, (list, tuple)) or found.ndim == 3 else found
     return int(found.shape[0])

@@ -181,9 +181,7 @@ def _converted_shapes(
         made = fresh.convert(renamed, model=model, config=model.config)
     except Exception as error:  # whatever a conversion raises on shapes that are not what it expects
         return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return {
-        name: tuple((tensor[0] if isinstance(tensor, list) else tensor).shape) for name, tensor in made.items()
-    }
+    return {name: tuple((tensor[0] if isinstance(tensor, list) else tensor).shape) for name, tensor in made.items()}
 
 
 def _experts(converter: Any, parts: list[tuple[str, str]]) -> dict[str, tuple[int, int, int]] | None:

@@ -44,6 +44,7 @@ class Observation:
         calls: module path → its calls, in order.
         order: module paths by first call.
         consumers: identity of a tensor → (name of the function, identity of its result, module that was running).
+        returned: identities of the tensors that the model returned.
     """
 
     uses: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Observation:
     calls: dict[str, list[Call]] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     consumers: dict[int, list[tuple[str, int | None, str]]] = field(default_factory=dict)
+    returned: set[int] = field(default_factory=set)
 
     def inputs(self, module: str) -> tuple[int, ...]:
         """Identities of the tensors that the module was called with; equal for modules that are fed the same."""
@@ -62,8 +64,11 @@ class Observation:
         With ``through_product`` the tensor must first be a factor of one elementwise product, once. None if it is used
         in any other way.
         """
+        consumers = self.consumers.get(tensor, ())
+        if tensor in self.returned or (through_product and len(consumers) != 1):
+            return None
         found: set[str] = set()
-        for function, result, module in self.consumers.get(tensor, ()):
+        for function, result, module in consumers:
             if function in _MATRIX_PRODUCTS and not through_product:
                 found.add(module)
             elif function == "view" and result is not None and self.reaches(result, False) == {module}:
@@ -112,7 +117,12 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
-        if name in ("item", "__bool__") and isinstance(args[0], Tensor) and args[0].is_meta and args[0].dtype == torch.bool:
+        if (
+            name in ("item", "__bool__")
+            and isinstance(args[0], Tensor)
+            and args[0].is_meta
+            and args[0].dtype == torch.bool
+        ):
             return True  # checks on values: there are none, and a valid input passes them
         result = func(*args, **kwargs)
         given = list(_tensors((args, kwargs)))
@@ -165,10 +175,12 @@ def observe(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Observation
         handles += _hooks(recorder, path, module)
     try:
         with torch.no_grad(), recorder:
-            model(**inputs)
+            output = model(**inputs)
     finally:
         for handle in handles:
             handle.remove()
+    recorder.observation.returned = {id(tensor) for tensor in _tensors(output)}
+    recorder.alive.append(output)
     return recorder.observation
 
 
@@ -226,7 +238,7 @@ def gain_offset(norm: nn.Module) -> float | None:
     if weight is None or weight.ndim != 1:
         return None
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    if hasattr(small, "normalized_shape"):
+    if isinstance(small, nn.LayerNorm):
         small.normalized_shape = (8,)
     if getattr(small, "bias", None) is not None:
         small.bias = nn.Parameter(torch.zeros(8))
@@ -243,6 +255,5 @@ def gain_offset(norm: nn.Module) -> float | None:
     if not torch.allclose(three - zero, 3 * slope, atol=1e-4) or slope.abs().max() < 1e-3:
         return None
     ratios = zero / slope
-    offset = round(float(ratios.median()), 3)
+    offset = round(float(ratios.median()), 3) + 0.0  # no -0.0
     return offset if torch.allclose(zero, offset * slope, atol=1e-3) else None
-

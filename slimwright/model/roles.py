@@ -17,8 +17,8 @@ for _role, _names in {
     "gate_up": "gate_up_proj Wi w12",
     "down": "down_proj fc2 fc_out dense_4h_to_h lin2 down_linear linear2 ffn_output",
     "router": "router shared_expert_gate",
-    "head": "lm_head embed_out vocab_projector generator_lm_head classifier cls_classifier distillation_classifier score "
-    "classification_head",
+    "head": "lm_head embed_out vocab_projector generator_lm_head classifier cls_classifier distillation_classifier "
+    "classification_head score",
 }.items():
     _BY_LEAF |= dict.fromkeys(_names.split(), _role)
 

@@ -65,7 +65,9 @@ def skeleton(
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are model classes
         reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise InputError(f"transformers cannot build a model of config.json ({type(error).__name__}: {reason}).") from error
+        raise InputError(
+            f"transformers cannot build a model of config.json ({type(error).__name__}: {reason})."
+        ) from error
     return model.eval()
 
 
@@ -110,8 +112,8 @@ def _config(raw: dict[str, Any], directory: Path | None, trust_remote_code: bool
             "--trust-remote-code."
         )
     raise InputError(
-        f"transformers {transformers.__version__} does not know the model type '{model_type[:80]}': register it in this "
-        "process (AutoConfig.register) or use a version that knows it."
+        f"transformers {transformers.__version__} does not know the model type '{model_type[:80]}': register it in "
+        "this process (AutoConfig.register) or use a version that knows it."
     )
 
 

@@ -25,7 +25,9 @@ def find_stacks(
         order: module paths in the order of their first call; empty if not observed.
         runs: module path → how often one forward called it.
     """
-    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    lists = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
     unsplit = set(model._no_split_modules or ())
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -52,7 +54,7 @@ def find_stacks(
             found += inside if inside and whole else [path]
     found = [path for path in found if not any(other.startswith(path + ".") for other in found)]
     first = {path: position for position, path in enumerate(order)}
-    found.sort(key=lambda path: min((first.get(f"{path}.{i}", len(first)) for i in range(len(lists[path])))))
+    found.sort(key=lambda path: min(first.get(f"{path}.{i}", len(first)) for i in range(len(lists[path]))))
     return tuple(
         Stack(
             path,

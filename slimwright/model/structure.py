@@ -111,7 +111,8 @@ class FoldGroup:
 
     ``producer`` is a norm's gain or a linear's output; ``consumers`` are sites fed by it; ``kind`` is ``norm``, ``v_o``
     (with GQA: ``repeat`` query heads share one key/value head) or ``up_down``. All are disk names. The producer's bias,
-    where it has one, is scaled with it. The gain of a norm is its weight + ``offset`` (1 for Gemma's, else 0).
+    where it has one, is scaled with it. The gain of a norm is its weight + ``offset`` (1 for Gemma's, else 0). Channel
+    ``c`` of v is read by the ``repeat`` columns ``(c // head_dim * repeat + i) * head_dim + c % head_dim`` of o.
     """
 
     kind: str
@@ -119,6 +120,7 @@ class FoldGroup:
     consumers: tuple[str, ...]
     repeat: int = 1
     offset: float = 0.0
+    head_dim: int = 1
 
 
 @dataclass(frozen=True)

@@ -639,7 +639,9 @@ def experts_class(own: type[nn.Module], fused: tuple[str, ...]) -> type[PackedEx
         own: the class; its undecorated forward loops over experts and indexes the fused parameters.
         fused: names of the parameters packed as one (experts, out, bytes, 1) tensor.
     """
-    dispatched = hasattr(own, "_apply_gate")  # transformers' use_experts_implementation chooses among whole-tensor kernels
+    dispatched = hasattr(
+        own, "_apply_gate"
+    )  # transformers' use_experts_implementation chooses among whole-tensor kernels
     eager = getattr(own.forward, "__wrapped__", own.forward) if dispatched else own.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -36,7 +36,7 @@ from slimwright.runtime.modules import (
     experts_class,
     packed_class,
 )
-from slimwright.weights import Grid, disk_shapes
+from slimwright.weights import Grid
 
 _ABSENT_BUFFERS = r"rotary_emb\.inv_freq$|(^|\.)position_ids$"  # persistent in old checkpoints, computed since
 
@@ -135,7 +135,9 @@ class _Names:
 def _first(names: Iterable[str]) -> str:
     """The first three names, and how many more."""
     ordered = sorted(names)
-    return ", ".join(f"'{name}'" for name in ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+    return ", ".join(f"'{name}'" for name in ordered[:3]) + (
+        f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    )
 
 
 @register_quantizer("slimwright")
@@ -146,7 +148,9 @@ class SlimwrightQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
-            raise InputError("slimwright does not compress while loading: run `slimwright fit MODEL --out DIR` and load DIR.")
+            raise InputError(
+                "slimwright does not compress while loading: run `slimwright fit MODEL --out DIR` and load DIR."
+            )
         super().__init__(quantization_config, **kwargs)
         self.grids: dict[str, Grid] = read_config(quantization_config.to_dict())
         self.forms: dict[str, DenseForm] = read_dense(quantization_config.to_dict())
@@ -185,7 +189,9 @@ class SlimwrightQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         files = kwargs.get("checkpoint_files")
         if not files:
-            raise InputError("A slimwright model loads from its directory; a state_dict cannot be checked against its plan.")
+            raise InputError(
+                "A slimwright model loads from its directory; a state_dict cannot be checked against its plan."
+            )
         headers = read_headers(files)
         lacking = [name for name in self.grids if name not in headers]
         if lacking:
@@ -307,9 +313,7 @@ class SlimwrightQuantizer(HfQuantizer):
                 return
         # a part beside the payload (…weight_scale) matches no pattern as a whole; its payload has been noted
 
-    def _pack_stacked(
-        self, model: Any, stacked: _Stacked, headers: Mapping[str, Header], dtype: torch.dtype
-    ) -> None:
+    def _pack_stacked(self, model: Any, stacked: _Stacked, headers: Mapping[str, Header], dtype: torch.dtype) -> None:
         module = model.get_submodule(stacked.module)
         own = getattr(type(module), "own_class", type(module))
         fused = getattr(module, stacked.parameter)
@@ -352,11 +356,15 @@ class SlimwrightQuantizer(HfQuantizer):
         if parameter != "weight" or not isinstance(module, (nn.Linear, nn.Embedding)) or "packed" not in owner.__dict__:
             if "packed" not in owner.__dict__:  # a plain grid in the model's dtype: transformers ties it as ever
                 return
-            raise InputError(f"'{name}' is tied to the packed '{source}', but is not the weight of a linear or embedding.")
+            raise InputError(
+                f"'{name}' is tied to the packed '{source}', but is not the weight of a linear or embedding."
+            )
         base: type[PackedModule] = TiedHead if isinstance(module, nn.Linear) else TiedEmbedding
         module.__class__ = packed_class(base, type(module))
         module.__dict__.update(
-            packed={}, source_module=owner, compute_dtype=owner.compute_dtype,
+            packed={},
+            source_module=owner,
+            compute_dtype=owner.compute_dtype,
             _is_hf_initialized=not module._non_persistent_buffers_set,
         )
         del module._parameters["weight"]
@@ -390,9 +398,7 @@ class SlimwrightQuantizer(HfQuantizer):
             InputError: a tensor is missing, unknown, or of another shape or dtype.
         """
         names = _Names(model)
-        names.set_mapping(
-            self.update_weight_conversions(names.private.get_model_conversion_mapping(model), model)
-        )
+        names.set_mapping(self.update_weight_conversions(names.private.get_model_conversion_mapping(model), model))
         filled: dict[str, list[str]] = {}
         unknown: list[str] = []
         for disk in names.in_order(headers):

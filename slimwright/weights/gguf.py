@@ -132,7 +132,7 @@ class Q8_0(_Legacy):  # noqa: N801 - the format's name
 
     def fit(self, w: Tensor, importance: Tensor | None = None, survey: Any = None) -> Params:
         blocks = self.blocked(w)
-        return self._params(torch.maximum(blocks.amax(2), -blocks.amin(2)).float() / 127)
+        return self._params(torch.maximum(blocks.amax(2), -blocks.amin(2)).abs_().float() / 127)  # abs: 0, never -0
 
     def encode(self, w: Tensor, params: Params) -> Tensor:
         # Rounds half away from zero: truncation of |x| + 0.5 would round 0.49999997 up, hence by parts.

@@ -1,7 +1,7 @@
 """Grids: number formats. A grid says which values a weight may take and how they lie on disk; a solver chooses them.
 
-All functions work on a logical matrix ``w`` of shape (rows, columns) = (out, in) in float32. Rows are independent unless
-``row_multiple`` or ``survey`` say otherwise, so a weight of any size is handled in tiles of whole rows.
+All functions work on a logical matrix ``w`` of shape (rows, columns) = (out, in) in float32. Rows are independent
+unless ``row_multiple`` or ``survey`` say otherwise, so a weight of any size is handled in tiles of whole rows.
 
 On disk a matrix becomes a few named tensors, its *parts*. The part with the empty suffix is the payload: uint8, kept
 under the weight's own name with one dimension more than the dense weight, so that a program which does not know the
@@ -140,7 +140,11 @@ class Grid(ABC):
                 cut[suffix] = part
                 continue
             length = first.stop - first.start
-            rows = tiles if length == 1 else (tiles[:, None] * length + torch.arange(length, device=index.device)).flatten()
+            rows = (
+                tiles
+                if length == 1
+                else (tiles[:, None] * length + torch.arange(length, device=index.device)).flatten()
+            )
             # the last tile may be short: the rows beyond it repeat the last one and are never picked
             cut[suffix] = part[rows if length == 1 else rows.clamp(max=part.shape[0] - 1)]
         values = self.decode(*self.unpack(cut, columns))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,6 +71,20 @@ _DYNAMIC = _dynamic_levels()
 _DYNAMIC_MIDPOINTS = (_DYNAMIC[1:] + _DYNAMIC[:-1]) / 2
 
 
+@dataclass(frozen=True, eq=False)
+class AbsMaxima:
+    """Absolute maxima of the blocks of a matrix, one tensor per tile."""
+
+    tiles: tuple[Tensor, ...]
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Their mean as bitsandbytes takes it: float32, over one vector. Finite also where the sum is not."""
+        values = torch.cat(self.tiles)
+        mean = values.mean()
+        return mean if torch.isfinite(mean) else values.double().mean().float()
+
+
 @register_grid
 @dataclass(frozen=True)
 class NF4(Grid):
@@ -82,8 +96,8 @@ class NF4(Grid):
 
     Args:
         double: store ``absmax - mean(absmax)`` in the 8-bit dynamic code with one float32 scale per 256 consecutive
-            blocks in row-major order; they cross rows, hence :meth:`row_multiple`. The mean is over the whole matrix
-            (:meth:`survey`), summed in float64 one after the other, so that it is the same for any tiling.
+            blocks in row-major order; they cross rows, hence :meth:`row_multiple`. The mean is over the whole matrix:
+            :meth:`survey` keeps every absmax (1/16 of the float32 matrix), so that it is the same for any tiling.
     """
 
     key: ClassVar[str] = "nf4"
@@ -138,24 +152,21 @@ class NF4(Grid):
 
     # -- numbers -------------------------------------------------------------------------------------------------
 
-    def survey(self, w: Tensor, state: Any = None) -> Any:
-        """(sum of absmax in float64, number of blocks) so far."""
+    def survey(self, w: Tensor, state: Any = None) -> AbsMaxima | None:
+        """The absmax of every block so far, in row-major order."""
         if not self.double:
             return None
-        total, count = state or (0.0, 0)
-        absmax = self._absmax(w).double().flatten().cpu().numpy()
-        return float(np.cumsum(np.concatenate([[total], absmax]))[-1]), count + absmax.size
+        return AbsMaxima((*(state.tiles if state else ()), self._absmax(w).flatten()))
 
     def _absmax(self, w: Tensor) -> Tensor:
         blocks = self._blocked(w)
-        return torch.maximum(blocks.amax(2), -blocks.amin(2)).float()
+        return torch.maximum(blocks.amax(2), -blocks.amin(2)).abs_().float()  # abs: 0, never -0
 
     def fit(self, w: Tensor, importance: Tensor | None = None, survey: Any = None) -> Params:
         absmax = self._absmax(w)
         if not self.double:
             return {"absmax": absmax}
-        total, count = survey or self.survey(w)
-        mean = torch.tensor(total / count, dtype=torch.float32, device=w.device)
+        mean = (survey or AbsMaxima((absmax.flatten(),))).mean.to(w.device)
         flat = (absmax - mean).flatten()
         padded = torch.nn.functional.pad(flat, (0, -flat.numel() % SUPERBLOCK)).view(-1, SUPERBLOCK)
         scale = padded.abs().amax(1, keepdim=True)
@@ -182,7 +193,8 @@ class NF4(Grid):
 
     def encode(self, w: Tensor, params: Params) -> Tensor:
         absmax = params["exact"] if "exact" in params else self._stored_absmax(params)
-        inverse = (1 / absmax.clamp(min=1e-38)).unsqueeze(2)
+        # A stored absmax may be negative: the smallest of very unequal blocks, off by the error of their second code.
+        inverse = (1 / torch.where(absmax.abs() < 1e-38, 1e-38, absmax)).unsqueeze(2)
         below, limit = _BELOW.to(w.device), _LIMIT.to(w.device)
         codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
         for rows in row_blocks(*w.shape):
