@@ -396,8 +396,10 @@ class _OneWeight(PackedModule):
         def gather(index: Tensor) -> Tensor:
             return spec.grid.gather(parts, index, spec.shape).to(self.compute_dtype)
 
-        step = max(1, _tile_elements() // (columns * spec.grid.row_multiple(columns)))
-        if torch.compiler.is_compiling() or flat.shape[0] <= step:
+        step = max(1, _tile_elements() // columns)
+        if not torch.compiler.is_compiling() and flat.shape[0] == 0:
+            rows = torch.empty(0, columns, dtype=self.compute_dtype, device=ids.device)
+        elif torch.compiler.is_compiling() or flat.shape[0] <= step:
             rows = gather(flat)
         else:
             rows = torch.cat([gather(index) for index in flat.split(step)])
