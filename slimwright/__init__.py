@@ -15,10 +15,10 @@ from slimwright.runtime.registration import install as _install
 _install()
 
 if TYPE_CHECKING:
+    from slimwright import methods
     from slimwright.job.export import export
     from slimwright.job.fit import fit
     from slimwright.job.inspect import inspect
-    from slimwright import methods
     from slimwright.methods import SiteStatistics, method
     from slimwright.runtime.loading import load
     from slimwright.weights import Int

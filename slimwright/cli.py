@@ -158,7 +158,8 @@ def export(
         typer.echo(json.dumps(report.data))
     else:
         Console().print(
-            f"Wrote {report.data['size']['after'] / 1e6:.1f} MB to {report.out}.\nLoad it with:\n{report.data['how_to_load']}",
+            f"Wrote {report.data['size']['after'] / 1e6:.1f} MB to {report.out}.\n"
+            f"Load it with:\n{report.data['how_to_load']}",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
 
@@ -251,8 +252,8 @@ def _print_forecast(console: Console, data: dict[str, Any]) -> None:
     exact = "exactly" if found["bytes_exact"] else "99 to 100 % of"
     lines = [
         f"{data['model']['path']}: {data['model']['family']}, {data['model']['parameters']:,} parameters",
-        f"size    {data['size']['before'] / 1e6:.1f} MB → {exact} {found['bytes'] / 1e6:.3f} MB ({found['bytes']} bytes)",
-        f"memory  about {found['peak_memory_bytes'] / 1e6:.0f} MB (at least {found['least_memory_bytes'] / 1e6:.0f} MB)",
+        f"size    {data['size']['before'] / 1e6:.1f} MB → {exact} {found['bytes'] / 1e6:.3f} MB",
+        f"memory  {found['peak_memory_bytes'] / 1e6:.0f} MB (at least {found['least_memory_bytes'] / 1e6:.0f} MB)",
         f"disk    {found['disk_bytes'] / 1e6:.1f} MB, scratch included",
         f"time    about {found['seconds']:.0f} s: "
         + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found["phases"].items()),

@@ -212,7 +212,7 @@ def bind(rules: list[Rule], structure: Structure) -> dict[str, str]:
         choices = sorted(set(chosen.values()))
         if len(choices) > 1:
             raise InputError(
-                f"The rules give {' and '.join(choices)} to weights of '{group}', which runtimes fuse: give all the same."
+                f"The rules give {' and '.join(choices)} to weights of '{group}', which runtimes fuse: bind all alike."
             )
         other = next((site.name for site in sites if site.name not in chosen), None)
         if other is not None:

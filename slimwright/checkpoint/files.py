@@ -105,8 +105,12 @@ def plain_name(name: object) -> bool:
 
 def shown(value: object) -> str:
     """A path or name for an error message: control characters escaped, length bounded."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)[:400])
-    return text if len(str(value)) <= 400 else text + "…"
+    try:
+        text = str(value)
+    except RecursionError:
+        return "…"
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:400])
+    return escaped if len(text) <= 400 else escaped + "…"
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimwright.checkpoint.files import shown
 from slimwright.checkpoint.header import DTYPE_NAMES
 from slimwright.checkpoint.reader import Checkpoint
 from slimwright.errors import InputError
@@ -116,5 +115,5 @@ class Lineage:
             or not isinstance(edits, list)
             or not all(isinstance(edit, dict) for edit in edits)
         ):
-            raise InputError(f"the lineage {shown(value)[:80]} is malformed: it is not one that slimwright wrote.")
+            raise InputError("the model's lineage is malformed: restore the file that holds it, or remove its lineage.")
         return cls(name, tuple(cls.from_json(parent, generations - 1) for parent in parents), tuple(edits))

@@ -98,14 +98,14 @@ def claim(out: str | Path, job_key: str) -> Claim:
     """
     path = Path(os.path.realpath(Path(out).expanduser()))
     while True:
-        if exists(path) and not path.is_dir():
+        if exists(path) and not os.path.isdir(path):
             raise InputError(f"{shown(path)} is a file: choose another --out.")
-        if path.is_dir() and any(path.iterdir()):
+        if _filled(path):
             if _job_of(path) != job_key:
                 raise InputError(f"{shown(path)} is not empty: remove it, or choose another --out.")
             _remove_retired(_retired_scratch(path))
             return Claim(path, job_key, "finished", None)
-        if path.is_mount():
+        if os.path.ismount(path):
             raise InputError(f"{shown(path)} is a mount point: choose a directory inside it as --out.")
         lock = _lock(partial_directory(path))
         if lock is None:
@@ -116,6 +116,16 @@ def claim(out: str | Path, job_key: str) -> Claim:
             os.close(lock)
             raise
         return Claim(path, job_key, status, lock)
+
+
+def _filled(path: Path) -> bool:
+    """Whether there is a directory with anything in it."""
+    try:
+        return bool(os.listdir(path))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise InputError(f"{shown(path)} cannot be used ({error.strerror}): choose another --out.") from error
 
 
 def _lock(partial: Path) -> int | None:

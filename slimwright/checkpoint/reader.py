@@ -57,7 +57,8 @@ class Checkpoint:
         self.tensors = tensors
         self.files = files
         self.hub_id = hub_id
-        self.total_bytes = sum(file.stat().st_size for file in files)
+        self._sizes = {file: file.stat().st_size for file in files}
+        self.total_bytes = sum(self._sizes.values())
         self._mappings: dict[Path, _Mapping] = {}
         self._lock = threading.Lock()
 
@@ -74,7 +75,7 @@ class Checkpoint:
             directory = Path(path).expanduser()
         except RuntimeError:  # ~nobody
             directory = Path(path)
-        if directory.is_dir():
+        if os.path.isdir(directory):  # unlike Path.is_dir, false for a name that the system refuses
             return _open_directory(directory, None)
         if exists(directory):
             raise InputError(f"{shown(path)} is a file: name the directory that holds it and its config.json.")
@@ -147,8 +148,7 @@ class Checkpoint:
         with self._lock:
             mapping = self._mappings.get(file)
             if mapping is None:
-                size = max(info.stop for info in self.tensors.values() if info.file == file)
-                mapping = self._mappings[file] = _Mapping(file, size)
+                mapping = self._mappings[file] = _Mapping(file, self._sizes[file])
             return mapping
 
 

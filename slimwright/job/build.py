@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,18 @@ from slimwright.checkpoint.layout import Layout, TensorEntry, plan_layout
 from slimwright.errors import InputError
 from slimwright.job.ledger import Entry, kept_line
 from slimwright.job.options import kept_entry, weight_entries
-from slimwright.job.weights import ErrorSum, plain_rounding, solve_tiles, survey
-from slimwright.methods import SiteStatistics
+from slimwright.job.parallel import in_order
+from slimwright.job.weights import ErrorSum, plain_rounding, site_tiles, solve_rows, survey
+from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import Assignment, Plan
 from slimwright.weights import Dense, disk_shapes
 
 COMMIT_BYTES = 256_000_000
 """What is written between two commits (fsync of the files, then of the journal)."""
+
+COPY_BYTES = 16 << 20
+"""Bytes of a tile that is copied as it is."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ def build(
 ) -> list[Entry]:
     """Execute the plan. Finished units of an earlier run are taken from the journal.
 
+    Tiles of all units stream through the worker threads; a unit is journaled when its last tile is written.
+
     Args:
         step: called with weights done and weights in all.
 
@@ -89,53 +96,101 @@ def build(
     """
     total = sum(source.tensors[unit.name].numel for unit in units)
     done = uncommitted = 0
-    lines: list[Entry] = []
-    for unit in units:
-        key = f"build:{unit.name}"
-        found = journal.done.get(key)
-        if found is not None:
-            lines.append(Entry(**found))
-        else:
-            line = _solve(source, unit, writer) if unit.solved else _keep(source, structure, unit, writer)
-            lines.append(line)
-            journal.append(key, line.to_json())
-            uncommitted += line.bytes
-            if uncommitted >= COMMIT_BYTES:
-                writer.sync()
-                journal.commit()
-                uncommitted = 0
+    lines = {unit.name: Entry(**journal.done[_key(unit)]) for unit in units if _key(unit) in journal.done}
+    done = sum(source.tensors[name].numel for name in lines)
+    work = (tile for unit in units if unit.name not in lines for tile in _tiles(source, unit))
+    sums = (ErrorSum(), ErrorSum())
+    for tile, errors in in_order(lambda tile: tile.run(source, writer), work):
+        for total_error, error in zip(sums, errors, strict=True):
+            total_error.error += error.error
+            total_error.norm += error.norm
+        if not tile.last:
+            continue
+        unit = tile.unit
+        line = (
+            _solved_line(unit, tile, sums, source.tensors[unit.name].nbytes)
+            if unit.solved
+            else _kept_line(source, structure, unit)
+        )
+        sums = (ErrorSum(), ErrorSum())
+        lines[unit.name] = line
+        journal.append(_key(unit), line.to_json())
+        uncommitted += line.bytes
         done += source.tensors[unit.name].numel
+        if uncommitted >= COMMIT_BYTES:
+            writer.sync()
+            journal.commit()
+            uncommitted = 0
         step(done, total)
     writer.sync()
     journal.commit()
-    return lines
+    return [lines[unit.name] for unit in units]
 
 
-def _solve(source: Checkpoint, unit: Unit, writer: CheckpointWriter) -> Entry:
-    site, assignment = unit.site, unit.assignment
-    assert site is not None and assignment is not None
-    solver = assignment.solver()
-    state = survey(source, site, solver.grid)
-    plain, before, after = plain_rounding(solver), ErrorSum(), ErrorSum()
-    parts = disk_shapes(solver.grid, site.weight_shape)
-    for rows, tile, value in solve_tiles(source, site, solver, state):
+def _key(unit: Unit) -> str:
+    return f"build:{unit.name}"
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Some rows of a unit; ``solver`` is None where they are copied."""
+
+    unit: Unit
+    rows: slice
+    last: bool
+    solver: WeightSolver | None = None
+    plain: WeightSolver | None = None
+    state: Any = None
+
+    def run(self, source: Checkpoint, writer: CheckpointWriter) -> tuple[ErrorSum, ErrorSum]:
+        """Read, solve, write; returns the errors of plain rounding and of what was written."""
+        if self.solver is None:
+            _copy_rows(source, self.unit, self.rows, writer)
+            return ErrorSum(), ErrorSum()
+        site = self.unit.site
+        assert site is not None
+        tile, value = solve_rows(source, site, self.solver, self.rows, self.state)
         if isinstance(value, Dense):
-            _write_rows(writer, site, rows, value.weight)
+            _write_rows(writer, site, self.rows, value.weight)
         else:
+            parts = disk_shapes(self.solver.grid, site.weight_shape)
             for suffix, tensor in value.save().items():
+                cut = self.solver.grid.part_slice(suffix, self.rows, site.columns)
                 part = parts[suffix]
-                cut = solver.grid.part_slice(suffix, rows, site.columns)
                 per_row = part.nbytes // (site.rows if suffix == "" else max(1, part.shape[0]))
                 writer.write(site.name + suffix, tensor, cut.start * per_row)
-        if plain is not None:
-            before.add(tile, plain.solve(tile, SiteStatistics(survey=state)).dense().clone())
-        after.add(tile, value.dense().clone())
-        if not torch.isfinite(torch.tensor(after.error)):
+        before, after = ErrorSum(), ErrorSum()
+        after.add(tile, value.dense())
+        if self.plain is not None:
+            before.add(tile, self.plain.solve(tile, SiteStatistics(survey=self.state)).dense())
+        if not math.isfinite(after.error):
             raise InputError(
-                f"'{site.name}' on {solver.grid} gives values that are not finite: use another grid for it."
+                f"'{site.name}' on {self.solver.grid} gives values that are not finite: use another grid for it."
             )
+        return before, after
+
+
+def _tiles(source: Checkpoint, unit: Unit) -> Iterator[_Tile]:
+    """The tiles of a unit in order; one empty tile for a tied duplicate."""
+    site, assignment = unit.site, unit.assignment
+    if site is None or assignment is None or not unit.solved:
+        ranges = list(source.tiles(unit.name, COPY_BYTES)) if unit.entries else []
+        ranges = ranges or [slice(0, 0)]
+        yield from (_Tile(unit, rows, rows is ranges[-1]) for rows in ranges)
+        return
+    solver = assignment.solver()
+    state = survey(source, site, solver.grid)
+    ranges = list(site_tiles(site, solver.grid)) if solver.row_independent else [slice(0, site.rows)]
+    plain = plain_rounding(solver)
+    for rows in ranges:
+        yield _Tile(unit, rows, rows is ranges[-1], solver, plain, state)
+
+
+def _solved_line(unit: Unit, tile: _Tile, sums: tuple[ErrorSum, ErrorSum], bytes_before: int) -> Entry:
+    before, after = sums
+    site, assignment, solver = unit.site, unit.assignment, tile.solver
+    assert site is not None and assignment is not None and solver is not None
     nbytes = sum(entry.nbytes for entry in unit.entries)
-    error = after.relative
     return Entry(
         site=site.name,
         group=site.choice_group,
@@ -146,10 +201,12 @@ def _solve(source: Checkpoint, unit: Unit, writer: CheckpointWriter) -> Entry:
         grid=solver.grid.spec,
         bits=8 * nbytes / site.numel,
         bytes=nbytes,
-        error_before=error if plain is None else before.relative,
-        error_after=error,
+        error_before=(after if tile.plain is None else before).relative,
+        error_after=after.relative,
         tokens=0,
         parameters=site.numel,
+        block=site.block,
+        bytes_before=bytes_before,
     )
 
 
@@ -177,25 +234,30 @@ def _within_experts(rows: slice, out: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _keep(source: Checkpoint, structure: Structure, unit: Unit, writer: CheckpointWriter) -> Entry:
+def _copy_rows(source: Checkpoint, unit: Unit, rows: slice, writer: CheckpointWriter) -> None:
+    """Copy rows as they are; a tied duplicate has nothing to copy."""
+    if not unit.entries:
+        return
+    info = source.tensors[unit.name]
+    tile = source.read(unit.name, rows)
+    if tile.is_floating_point() and tile.element_size() > 1 and not torch.isfinite(tile).all():
+        raise InputError(
+            f"The tensor '{unit.name}' of {source.path} holds NaN or Inf: repair or replace the checkpoint."
+        )
+    per_row = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
+    writer.write(unit.name, tile, rows.start * per_row if info.shape else 0)
+
+
+def _kept_line(source: Checkpoint, structure: Structure, unit: Unit) -> Entry:
     info = source.tensors[unit.name]
     if not unit.entries:
-        return kept_line(unit.name, structure, f"tied to {structure.ties[unit.name]}", 0, info.numel)
-    for rows in source.tiles(unit.name):
-        tile = source.read(unit.name, rows)
-        if tile.is_floating_point() and tile.element_size() > 1 and not torch.isfinite(tile).all():
-            raise InputError(
-                f"The tensor '{unit.name}' of {source.path} holds NaN or Inf: repair or replace the checkpoint."
-            )
-        per_row = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
-        writer.write(unit.name, tile, rows.start * per_row if info.shape else 0)
+        return kept_line(unit.name, structure, f"tied to {structure.ties[unit.name]}", info, written=False)
     if unit.assignment is not None:
-        reason = {"rule": "asked by a rule", "": "the budget allows it as it is"}.get(
-            unit.assignment.reason, unit.assignment.reason
-        )
+        reasons = {"rule": "asked by a rule", "": "the budget allows it as it is"}
+        reason = reasons.get(unit.assignment.reason, unit.assignment.reason)
     else:
         reason = structure.kept[unit.name]
-    return kept_line(unit.name, structure, reason, info.nbytes, info.numel)
+    return kept_line(unit.name, structure, reason, info, written=True)
 
 
 def grids_written(units: list[Unit]) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -108,9 +109,10 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
     Args:
         model: a directory with config.json and safetensors, a sentence-transformers directory, or a hub id.
         out: directory that the result is written to; it exists only when the result is whole and verified.
-        options: fields of :class:`FitOptions`: ``size`` (``4.25bit | 30% | 4.7GB``), ``grid`` (``int4:g128`` everywhere),
-            ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``method`` (the solver), ``search`` (``dp | milp``),
-            ``job_memory`` (``2GB``), ``job_time`` (seconds), ``seed``, ``dry_run``, ``trust_remote_code``, ``quiet``.
+        options: fields of :class:`FitOptions`: ``size`` (``4.25bit | 30% | 4.7GB``), ``grid`` (``int4:g128``
+            everywhere), ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``method`` (the solver), ``search``
+            (``dp | milp``), ``job_memory`` (``2GB``), ``job_time`` (seconds), ``seed``, ``dry_run``,
+            ``trust_remote_code``, ``quiet``.
 
     Raises:
         InputError: something about the input cannot work; nothing was written.
@@ -256,7 +258,8 @@ class _Job:
         there = sum(f.stat().st_blocks * 512 for f in partial.glob("**/*.safetensors")) if partial.is_dir() else 0
         if free + there < predicted.disk_bytes:
             raise InputError(
-                f"The disk of {folder} has {free / 1e9:.2f} GB free; the result needs {predicted.disk_bytes / 1e9:.2f} GB."
+                f"The disk of {folder} has {free / 1e9:.2f} GB free, but the result needs "
+                f"{predicted.disk_bytes / 1e9:.2f} GB."
             )
 
     def _dry_report(
@@ -279,6 +282,20 @@ class _Job:
             },
             "notes": self.notes,
         }
+
+    def _command(self) -> str:
+        """The command line that does this job again."""
+        asked = self.asked
+        words = ["slimwright", "fit", asked.model]
+        for name in ("size", "grid", "plan", "out"):
+            if getattr(asked, name) is not None:
+                words += [f"--{name}", str(getattr(asked, name))]
+        for rule in asked.rules:
+            words += ["--rule", rule]
+        for name in ("method", "search", "seed"):
+            if getattr(asked, name) != FitOptions.__dataclass_fields__[name].default:
+                words += [f"--{name}", str(getattr(asked, name))]
+        return shlex.join(words)
 
     def _asked_budget(self) -> str:
         asked = self.asked
@@ -510,6 +527,7 @@ class _Job:
                 "tensors_compared": outcome.tensors_compared,
                 "inputs": outcome.inputs,
             },
+            "measured_on": {"inputs": outcome.inputs, **outcome.measured_on},
             "samples": outcome.samples,
             "calibration": "none (data-free)",
             "lineage": lineage.to_json(),
@@ -520,7 +538,7 @@ class _Job:
                 "transformers": transformers.__version__,
                 "python": platform.python_version(),
             },
-            "command": _command(),
+            "reproduce": self._command(),
             "how_to_load": how_to_load(held.out, directory.relative_to(held.partial), source, packed),
             "notes": self.notes,
         }  # fmt: skip
@@ -532,11 +550,7 @@ class _Job:
             ("Base model", self.asked.model),
             ("Size", f"{data['size']['before'] / 1e6:.1f} MB → {data['size']['after'] / 1e6:.1f} MB"),
             ("Bits per weight", f"{data['size']['bits_per_weight']:.2f}"),
-            *(
-                (name, f"{q['value']:.4g} [{q['low']:.4g}, {q['high']:.4g}]")
-                for name, q in quality.items()
-                if isinstance(q, dict)
-            ),
+            *((name, f"{q['value']:.4g} ({q['low']:.4g} to {q['high']:.4g})") for name, q in quality.items()),
             ("Weights hash", data["hash"]),
         ]
         card = model_card(
@@ -620,12 +634,3 @@ def _model_facts(path: str, source: Checkpoint, structure: Structure) -> dict[st
         "parameters": structure.parameters,
         "blocks": sum(len(stack.blocks) for stack in structure.stacks),
     }
-
-
-def _command() -> str:
-    import shlex
-
-    name = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else ""
-    if name in ("slimwright", "__main__.py"):
-        return shlex.join(["slimwright", *sys.argv[1:]])
-    return ""

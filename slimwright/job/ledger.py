@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from slimwright.checkpoint import Checkpoint
+from slimwright.checkpoint import Checkpoint, TensorInfo
 from slimwright.errors import SlimwrightError
 from slimwright.model.structure import Structure
 
@@ -30,6 +30,8 @@ class Entry:
         error_after: the same of what was written.
         tokens: tokens that the solver saw.
         parameters: elements of the source tensor.
+        block: module path of the block it lies in; None outside blocks.
+        bytes_before: bytes in the source.
     """
 
     site: str
@@ -45,18 +47,31 @@ class Entry:
     error_after: float
     tokens: int
     parameters: int
+    block: str | None
+    bytes_before: int
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def kept_line(name: str, structure: Structure, reason: str, nbytes: int, parameters: int) -> Entry:
-    """The line of a tensor that stays as it is; ``nbytes`` is 0 for a tied duplicate that is not written."""
+def kept_line(name: str, structure: Structure, reason: str, info: TensorInfo, written: bool) -> Entry:
+    """The line of a tensor that stays as it is, or of a tied duplicate that is not written."""
     site = structure.sites.get(name)
+    nbytes, parameters = info.nbytes if written else 0, info.numel
     bits = 8 * nbytes / parameters if parameters else 0.0
     group = site.choice_group if site else name
     role = structure.roles.get(name, "other")
-    return Entry(name, group, role, "kept", reason, None, None, bits, nbytes, 0.0, 0.0, 0, parameters)
+    block = site.block if site else block_of(name, structure)
+    return Entry(
+        name, group, role, "kept", reason, None, None, bits, nbytes, 0.0, 0.0, 0, parameters, block, info.nbytes
+    )  # fmt: skip
+
+
+def block_of(name: str, structure: Structure) -> str | None:
+    """Module path of the block that a tensor lies in, by its name in the model."""
+    module = structure.to_module.get(name, name)
+    blocks = (block.module for stack in structure.stacks for block in stack.blocks)
+    return next((block for block in blocks if module.startswith(f"{block}.")), None)
 
 
 def check_complete(entries: list[Entry], source: Checkpoint, written_bytes: int) -> None:

@@ -93,7 +93,7 @@ class MemoryWatch:
         if self.exceeded:
             raise InputError(
                 f"The job needed {self.peak / 1e6:.0f} MB of memory but --job-memory allows "
-                f"{(self.cap or 0) / 1e6:.0f} MB; run the same command with a larger --job-memory to continue where it stopped."
+                f"{(self.cap or 0) / 1e6:.0f} MB; run the same command with a larger --job-memory to continue."
             )
 
     def __enter__(self) -> MemoryWatch:

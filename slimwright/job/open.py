@@ -43,8 +43,8 @@ class DequantizedCheckpoint(Checkpoint):
                 found = packed.tensors.get(name + suffix)
                 if found is None or found.shape != part.shape or found.dtype != part.dtype:
                     raise InputError(
-                        f"The tensor '{name + suffix}' of {packed.path} is missing or not {part.dtype} {part.shape}, as "
-                        "its grid needs: the result is damaged; make it again."
+                        f"The tensor '{name + suffix}' of {packed.path} is missing or not {part.dtype} {part.shape}, "
+                        "as its grid needs: the result is damaged; make it again."
                     )
                 if suffix:
                     del tensors[name + suffix]

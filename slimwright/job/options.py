@@ -9,15 +9,25 @@ import torch
 
 from slimwright.checkpoint import Checkpoint
 from slimwright.checkpoint.layout import TensorEntry, entry_cost
+from slimwright.job.parallel import in_order
 from slimwright.job.weights import ErrorSum, site_rows, survey
-from slimwright.methods import SiteStatistics, WeightSolver, parse_method
+from slimwright.methods import SiteStatistics
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import KEEP, Assignment
 from slimwright.search.options import Option
 from slimwright.weights import Grid, Int, disk_shapes, parse_grid
 
-LADDER: tuple[Grid, ...] = tuple(Int(bits, group=group) for bits in range(2, 9) for group in (32, 64, 128))
+LADDER: tuple[Grid, ...] = tuple(
+    Int(bits, group=group) for bits in range(2, 9) for group in (16, 32, 64, 128, None)
+)  # fmt: skip
 """What the search may choose by default."""
+
+FINE_LADDER: tuple[Grid, ...] = LADDER + tuple(
+    Int(bits, group=group, symmetric=True) for bits in range(2, 9) for group in (16, 32, 64, 128, None)
+)  # fmt: skip
+"""The same for a model of few groups, which could not use 99 % of a size otherwise."""
+
+FEW_GROUPS = 24
 
 SAMPLED_WEIGHTS = 1 << 24
 """Weights over the whole model on which options are scored (smaller models are scored on every weight)."""
@@ -47,11 +57,13 @@ def group_cost(checkpoint: Checkpoint, sites: Sequence[Site], grid: str, budget:
     return sum(entry_cost(entry, budget) for entry in entries)
 
 
-def ladder_for(checkpoint: Checkpoint, sites: Sequence[Site], solver: str) -> list[Assignment]:
+def ladder_for(
+    checkpoint: Checkpoint, sites: Sequence[Site], solver: str, ladder: Sequence[Grid] = LADDER
+) -> list[Assignment]:
     """Every legal choice for a group: the grids of the ladder, 16-bit floats for wider sources, and keeping."""
     found = [
         Assignment(grid=grid.spec, method=solver)
-        for grid in LADDER
+        for grid in ladder
         if all(grid.illegal(site.rows, site.columns) is None for site in sites)
     ]
     if any(checkpoint.tensors[site.name].dtype in (torch.float32, torch.float64) for site in sites):
@@ -147,26 +159,24 @@ def option_table(
         record: called with each group's new losses.
     """
     how = sampling(structure)
-    table: dict[str, list[Option]] = {}
-    for group, sites in structure.choice_groups().items():
-        if group in bound:
-            kept = bound[group] == KEEP
-            choices = [Assignment(grid=bound[group], method=None if kept else solver, reason="rule")]
-            losses = [0.0]
-        else:
-            choices = ladder_for(checkpoint, sites, solver)
-            losses = done.get(group) or score_group(checkpoint, sites, choices, how)
-            if group not in done:
-                record(group, losses)
-        table[group] = [
+    groups = structure.choice_groups()
+    ladder = FINE_LADDER if len(groups) <= FEW_GROUPS else LADDER
+    choices = {
+        group: [Assignment(grid=bound[group], method=None if bound[group] == KEEP else solver, reason="rule")]
+        if group in bound
+        else ladder_for(checkpoint, sites, solver, ladder)
+        for group, sites in groups.items()
+    }
+    losses = {group: [0.0] for group in bound}
+    losses |= {group: done[group] for group in groups if group in done}
+    missing = [group for group in groups if group not in losses]
+    for group, found in in_order(lambda g: score_group(checkpoint, groups[g], choices[g], how), missing):
+        losses[group] = found
+        record(group, found)
+    return {
+        group: [
             Option(group, choice.grid, group_cost(checkpoint, sites, choice.grid, budget), loss, choice=choice)
-            for choice, loss in zip(choices, losses, strict=True)
+            for choice, loss in zip(choices[group], losses[group], strict=True)
         ]
-    return table
-
-
-def solver_of(spec: str) -> WeightSolver:
-    """The solver that a spec names, on its default grid (for checks before work starts)."""
-    solver = parse_method(spec)
-    assert isinstance(solver, WeightSolver)
-    return solver
+        for group, sites in groups.items()
+    }

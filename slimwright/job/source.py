@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from slimwright.checkpoint import Checkpoint
-from slimwright.job.weights import site_rows, survey
+from slimwright.job.parallel import in_order
+from slimwright.job.weights import TILE_ELEMENTS, site_rows, survey
 from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.model.structure import Site, Structure
-from slimwright.plan import Plan
+from slimwright.plan import Assignment, Plan
 from slimwright.runtime.streamed import WeightSource
 
 
@@ -51,18 +50,56 @@ class PlannedSource(WeightSource):
         return self._solver.solve(tile, self._stats).dense()[rows.start - first : rows.stop - first]
 
 
+class ParallelSource(WeightSource):
+    """Another source whose rows are made in tiles by the worker threads."""
+
+    def __init__(self, source: WeightSource) -> None:
+        super().__init__(source.site)
+        self._source = source
+
+    def rows(self, rows: slice) -> Tensor:
+        columns = self.site.columns
+        step = max(1, TILE_ELEMENTS // max(1, columns))
+        if rows.stop - rows.start <= step:
+            return self._source.rows(rows)
+        step = -(-step // 512) * 512 if step > 512 else step
+        out = torch.empty(rows.stop - rows.start, columns)
+        tiles = (slice(first, min(first + step, rows.stop)) for first in range(rows.start, rows.stop, step))
+
+        def fill(tile: slice) -> None:
+            out[tile.start - rows.start : tile.stop - rows.start] = self._source.rows(tile)
+
+        for _ in in_order(fill, tiles):
+            pass
+        return out
+
+    def gather(self, index: Tensor) -> Tensor:
+        out = torch.empty(len(index), self.site.columns)
+
+        def fill(part: Tensor) -> None:
+            first = int(part[0])
+            out[first : first + len(part)] = self._source.gather(index[part])
+
+        for _ in in_order(fill, torch.arange(len(index)).split(64)):
+            pass
+        return out
+
+
 def plain_sources(checkpoint: Checkpoint, structure: Structure) -> dict[str, WeightSource]:
     """Every site as it is."""
-    return {name: PlainSource(checkpoint, site) for name, site in structure.sites.items()}
+    return {name: ParallelSource(PlainSource(checkpoint, site)) for name, site in structure.sites.items()}
 
 
-def planned_sources(checkpoint: Checkpoint, structure: Structure, plan: Plan) -> Mapping[str, WeightSource]:
+def planned_source(checkpoint: Checkpoint, site: Site, assignment: Assignment) -> WeightSource:
+    """One site as the plan says."""
+    if assignment.kept:
+        return PlainSource(checkpoint, site)
+    return PlannedSource(checkpoint, site, assignment.solver())
+
+
+def planned_sources(checkpoint: Checkpoint, structure: Structure, plan: Plan) -> dict[str, WeightSource]:
     """Every site as the plan says."""
-    found: dict[str, WeightSource] = {}
-    for name, assignment in plan.by_site(structure).items():
-        site = structure.sites[name]
-        if assignment.kept:
-            found[name] = PlainSource(checkpoint, site)
-        else:
-            found[name] = PlannedSource(checkpoint, site, assignment.solver())
-    return found
+    return {
+        name: ParallelSource(planned_source(checkpoint, structure.sites[name], assignment))
+        for name, assignment in plan.by_site(structure).items()
+    }

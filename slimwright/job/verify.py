@@ -27,7 +27,8 @@ from slimwright.evaluate.quality import EncoderQuality, LanguageQuality
 from slimwright.job.build import Unit, plan_units
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of, open_source
-from slimwright.job.source import plain_sources, planned_sources
+from slimwright.job.parallel import in_order
+from slimwright.job.source import plain_sources, planned_source, planned_sources
 from slimwright.job.weights import site_rows, site_tiles
 from slimwright.model.discover import discover
 from slimwright.model.inputs import dummy_inputs
@@ -82,6 +83,7 @@ class Outcome:
     tensors_compared: int = 0
     inputs: str = ""
     quality: dict[str, Any] = field(default_factory=dict)
+    measured_on: dict[str, int] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
     evaluations: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -106,12 +108,12 @@ def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
     plan = Plan.load(Path(spec.written) / "plan.yaml")
     units = plan_units(source, structure, plan)
     started = time.monotonic()
-    _compare_files(source, written, structure, units, outcome, step)
+    _compare_files(source, written, units, outcome, step)
     outcome.seconds["tensors"] = time.monotonic() - started
     trim()
     if outcome.ok:
         started = time.monotonic()
-        with torch.inference_mode():
+        with torch.no_grad():
             _compare_outputs(spec, source, structure, plan, outcome, step)
         outcome.seconds["outputs"] = time.monotonic() - started
     return outcome
@@ -123,7 +125,6 @@ def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
 def _compare_files(
     source: Checkpoint,
     written: Checkpoint,
-    structure: Structure,
     units: list[Unit],
     outcome: Outcome,
     step: Callable[[int, int], None],
@@ -135,28 +136,19 @@ def _compare_files(
         if planned.get(name) != found.get(name):
             outcome.problems.append(f"'{name}' is {found.get(name)} in the files but {planned.get(name)} in the plan")
             return
-    sources = {
-        unit.name: unit_source
-        for unit, unit_source in _unit_sources(source, structure, units)
-    }  # fmt: skip
-    for index, unit in enumerate(units):
+
+    def compare(unit: Unit) -> str | None:
         if unit.solved:
-            problem = _compare_site(written, unit, sources[unit.name])
-        else:
-            problem = _compare_kept(source, written, unit)
+            assert unit.site is not None and unit.assignment is not None
+            return _compare_site(written, unit, planned_source(source, unit.site, unit.assignment))
+        return _compare_kept(source, written, unit)
+
+    for _, problem in in_order(compare, units):
         if problem:
             outcome.problems.append(problem)
             return
         outcome.tensors_compared += 1
-        step(index + 1, 2 * len(units))
-
-
-def _unit_sources(source: Checkpoint, structure: Structure, units: list[Unit]) -> Iterator[tuple[Unit, WeightSource]]:
-    plan = Plan(assignments={u.site.choice_group: u.assignment for u in units if u.site and u.assignment})
-    sources = planned_sources(source, structure, plan)
-    for unit in units:
-        if unit.solved:
-            yield unit, sources[unit.name]
+        step(outcome.tensors_compared, 2 * len(units))
 
 
 def _sampled(tiles: list[slice]) -> list[slice]:
@@ -229,7 +221,9 @@ def _compare_outputs(
         step(len(batches) + 1 + index, 2 * len(batches))
     outcome.evaluations += 1
     assert quality is not None
-    outcome.quality = quality.result()
+    found = quality.result(spec.seed)
+    outcome.quality = {name: value for name, value in found.items() if isinstance(value, dict)}
+    outcome.measured_on = {name: value for name, value in found.items() if not isinstance(value, dict)}
     if spec.sample and hasattr(packed, "generate") and packed.can_generate():
         outcome.samples = _samples(source, original, packed)
 
@@ -262,7 +256,8 @@ def _judge(got: dict[str, Tensor], expected: dict[str, Tensor], outcome: Outcome
         outcome.logits_error = max(outcome.logits_error, error)
         if not error <= TOLERANCE:
             outcome.problems.append(
-                f"the reloaded model's {name} differ from the reference by {error:.2e} relative (allowed {TOLERANCE:.0e})"
+                f"the reloaded model's {name} differ from the reference by {error:.2e} relative "
+                f"(allowed {TOLERANCE:.0e})"
             )
 
 
@@ -340,7 +335,7 @@ def _held_out(source: Checkpoint, model: Any, length: int, count: int) -> list[t
     vocabulary = model.config.get_text_config().vocab_size
     found: list[tuple[str, Tensor]] = []
     for document in standard_library("heldout"):
-        ids = tokenizer(document.text[: 8 * length], add_special_tokens=True, truncation=True, max_length=length)[
+        ids = tokenizer(document.text[: 16 * length], add_special_tokens=True, truncation=True, max_length=length)[
             "input_ids"
         ]
         if len(ids) == length and max(ids) < vocabulary:

@@ -16,9 +16,9 @@ from slimwright.methods import SiteStatistics, WeightSolver, method
 from slimwright.model.structure import Site
 from slimwright.weights import Compressed, Grid
 
-TILE_ELEMENTS = 1 << 21
-"""Elements of a tile: 8 MB in float32, so that a solver's temporaries stay in the caches. Part of what a job writes
-depends on it only for solvers that are not row-independent; those get the whole matrix."""
+TILE_ELEMENTS = 1 << 19
+"""Elements of a tile: 2 MB in float32, so that a solver's temporaries stay in a core's cache. What a job writes does
+not depend on it: rows are independent, and a solver whose rows are not gets the whole matrix."""
 
 
 def site_rows(checkpoint: Checkpoint, site: Site, rows: slice) -> Tensor:
@@ -85,30 +85,24 @@ class ErrorSum:
         return self.error / self.norm if self.norm else (0.0 if self.error == 0 else float("inf"))
 
 
-def solve_tiles(
-    checkpoint: Checkpoint, site: Site, solver: WeightSolver, state: Any = None
-) -> Iterator[tuple[slice, Tensor, Compressed]]:
-    """Solve a site tile by tile: (rows, source tile in float32, value).
-
-    A solver whose rows depend on each other gets the whole matrix as one tile.
+def solve_rows(
+    checkpoint: Checkpoint, site: Site, solver: WeightSolver, rows: slice, state: Any = None
+) -> tuple[Tensor, Compressed]:
+    """Solve some rows of a site: (source in float32, value). A solver that is not row-independent needs all rows.
 
     Raises:
         InputError: NaN or Inf in the source, named with the tensor.
     """
-    stats = SiteStatistics(survey=state)
-    tiles = site_tiles(site, solver.grid) if solver.row_independent else iter([slice(0, site.rows)])
-    for rows in tiles:
-        source = site_rows(checkpoint, site, rows).to(torch.float32).contiguous()
-        try:
-            value = solver.solve(source, stats)
-        except InputError as error:
-            if not torch.isfinite(source).all():
-                raise InputError(
-                    f"The tensor '{site.name}' of {checkpoint.path} holds NaN or Inf (rows {rows.start} to "
-                    f"{rows.stop - 1}): repair or replace the checkpoint."
-                ) from None
-            raise InputError(f"'{site.name}': {error}") from None
-        yield rows, source, value
+    source = site_rows(checkpoint, site, rows).to(torch.float32).contiguous()
+    try:
+        return source, solver.solve(source, SiteStatistics(survey=state))
+    except InputError as error:
+        if not torch.isfinite(source).all():
+            raise InputError(
+                f"The tensor '{site.name}' of {checkpoint.path} holds NaN or Inf (rows {rows.start} to "
+                f"{rows.stop - 1}): repair or replace the checkpoint."
+            ) from None
+        raise InputError(f"'{site.name}': {error}") from None
 
 
 def plain_rounding(solver: WeightSolver) -> WeightSolver | None:

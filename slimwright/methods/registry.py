@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -71,12 +72,19 @@ def knob(
     choices: tuple[Any, ...] | None = None,
     help: str = "",
 ) -> Any:
-    """A dataclass field with a range (inclusive) or a set of choices, checked when the method is made."""
+    """A dataclass field with a range (inclusive) or a set of choices, checked when the method is made.
+
+    A value must have the default's type; text is converted, so that knobs can come from a command line. With
+    ``default=None`` the value may be None or of the type of ``low`` or of the choices, one of which must be given.
+    """
+    if default is None and low is None and not choices:
+        raise TypeError("A knob whose default is None needs low or choices, which say its type.")
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices, "help": help})
 
 
 def _checked(name: str, field: dataclasses.Field[Any], value: Any) -> Any:
-    default, rule = field.default, field.metadata
+    rule = field.metadata
+    default: Any = field.default
     where = f"{name}: knob '{field.name}'"
     if isinstance(default, Grid):
         if isinstance(value, str):
@@ -84,21 +92,27 @@ def _checked(name: str, field: dataclasses.Field[Any], value: Any) -> Any:
         if not isinstance(value, Grid):
             raise InputError(f"{where} takes a grid such as int4:g128, not {value!r}.")
         return value
-    if isinstance(value, str) and not isinstance(default, str):  # from a command line
+    if default is None and (value is None or (isinstance(value, str) and value.lower() == "none")):
+        return None
+    # A knob that may be None has the type of its lower end or of its choices.
+    kind: Any = type(default) if default is not None else type(next(iter(rule["choices"] or ()), rule["low"]))
+    wanted = "a number" if kind is float else "a whole number" if kind is int else kind.__name__
+    if isinstance(value, str) and kind is not str:  # from a command line
         try:
-            value = {"true": True, "false": False}[value.lower()] if isinstance(default, bool) else type(default)(value)  # type: ignore[misc]
+            value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError, TypeError):
-            raise InputError(f"{where} takes {type(default).__name__}, not {value!r}.") from None
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            raise InputError(f"{where} takes {wanted}, not {value!r}.") from None
+    if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
-    if default is not None and (type(value) is not type(default)):
-        raise InputError(f"{where} takes {type(default).__name__}, not {value!r}.")
-    if rule.get("choices") is not None and value not in rule["choices"]:
-        raise InputError(f"{where} takes one of {', '.join(map(str, rule['choices']))}, not {value!r}.")
-    low, high = rule.get("low"), rule.get("high")
-    if (low is not None or high is not None) and not (
-        (low is None or value >= low) and (high is None or value <= high)  # written so that NaN is refused
-    ):
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise InputError(f"{where} takes {wanted}, not {value!r}.")
+    if rule["choices"] is not None and value not in rule["choices"]:
+        near = difflib.get_close_matches(str(value), [str(choice) for choice in rule["choices"]], n=1, cutoff=0.4)
+        hint = f"; did you mean '{near[0]}'?" if near else "."
+        raise InputError(f"{where} takes one of {', '.join(map(str, rule['choices']))}, not {value!r}{hint}")
+    low, high = rule["low"], rule["high"]
+    if (low is not None and value < low) or (high is not None and value > high):
+        low, high = "-inf" if low is None else low, "inf" if high is None else high
         raise InputError(f"{where} is {value!r}; it must lie in [{low}, {high}].")
     return value
 
@@ -145,6 +159,9 @@ class WeightSolver(Method):
 
     def checked(self, weight: Tensor, stats: SiteStatistics) -> tuple[Tensor, Any]:
         """The weight in float32 and the grid's survey, after the checks that every solver makes."""
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            raise InputError(f"{self.name} takes a tensor of floats, not {kind}.")
         if weight.ndim != 2 or not weight.numel():
             raise InputError(f"{self.name} takes a weight (out, in), not one of shape {tuple(weight.shape)}.")
         reason = self.grid.illegal(*weight.shape)
@@ -154,7 +171,8 @@ class WeightSolver(Method):
             if getattr(stats, need) is None:
                 raise InputError(f"{self.name} needs the statistic '{need}': give data.")
         weight = weight.float()
-        if not torch.isfinite(weight).all():
+        low, high = weight.aminmax()  # NaN and Inf come through: one pass instead of isfinite's three
+        if not (torch.isfinite(low) and torch.isfinite(high)):
             raise InputError("The weight holds NaN or Inf.")
         return weight, self.grid.survey(weight) if stats.survey is None else stats.survey
 
@@ -192,7 +210,7 @@ def method_class(name: str) -> type[Method]:
     known = methods()
     if name not in known:
         near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.3)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         raise InputError(f"Unknown method '{name}'{hint} Known: {', '.join(known)}.")
     return known[name]
 
@@ -208,7 +226,7 @@ def method(name: str, **knobs: Any) -> Any:
     for given in knobs:
         if given not in known:
             near = difflib.get_close_matches(given, known, n=1, cutoff=0.3)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+            hint = f"; did you mean '{near[0]}'?" if near else "."
             raise InputError(f"{name} has no knob '{given}'{hint} It has: {', '.join(known)}.")
     return cls(**knobs)
 
@@ -220,5 +238,7 @@ def parse_method(spec: str, **knobs: Any) -> Any:
         key, equals, value = word.partition("=")
         if not equals:
             raise InputError(f"'{spec}': '{word}' is not of the form knob=value.")
+        if key.strip() in knobs:
+            raise InputError(f"'{spec}': the knob '{key.strip()}' is given twice.")
         knobs[key.strip()] = value.strip()
     return method(name.strip(), **knobs)

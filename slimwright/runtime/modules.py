@@ -21,8 +21,15 @@ from torch import Tensor, nn
 from slimwright.errors import InputError
 from slimwright.weights import Grid, disk_shapes, matrix_shape, unpack_rows
 
-TILE_BYTES = 64 * 2**20
-"""Most bytes (as float32) of the dense weight that exist at one time."""
+TILE_BYTES = 8 * 2**20
+"""Most bytes (as float32) of a dense weight that exist at one time; tiles that stay in the caches decode 4 times faster
+than tiles of 64 MB."""
+COMPILED_TILE_BYTES = 64 * 2**20
+"""The same in a compiled model, where every tile makes the graph longer and the decoding is fused."""
+
+
+def _tile_elements() -> int:
+    return (COMPILED_TILE_BYTES if torch.compiler.is_compiling() else TILE_BYTES) // 4
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ def tile_slices(grid: Grid, shape: tuple[int, ...], rows: slice | None = None) -
     count, columns = matrix_shape(shape)
     start, stop = (0, count) if rows is None else (rows.start, rows.stop)
     multiple = grid.row_multiple(columns)
-    step = max(multiple, TILE_BYTES // (4 * columns) // multiple * multiple)
+    step = max(multiple, _tile_elements() // columns // multiple * multiple)
     while start < stop:
         end = min(stop, (start // step + 1) * step)
         yield slice(start, end)
@@ -146,8 +153,9 @@ def packed_linear(
 _HARMLESS = {"size", "dim", "numel", "nelement", "element_size", "stride", "data_ptr", "untyped_storage", "storage",
              "is_contiguous", "is_floating_point", "is_complex", "to", "cpu", "cuda", "detach", "clone", "contiguous",
              "requires_grad_", "get_device", "storage_offset", "__repr__", "__format__", "__hash__", "__len__",
-             "is_pinned", "is_shared", "__reduce_ex__", "_is_view", "type", "ndimension", "empty_like",
-             "has_names", "is_inference", "register_hook", "__get__"}  # fmt: skip
+             "is_pinned", "is_shared", "__reduce_ex__", "_is_view", "ndimension", "empty_like",
+             "has_names", "is_inference"}  # fmt: skip
+_TRANSPOSES = {"T", "mT", "H", "mH"}
 
 
 class PackedWeight(nn.Parameter):
@@ -159,12 +167,14 @@ class PackedWeight(nn.Parameter):
     """
 
     owner: PackedModule
-    name: str
+    parameter: str
+    _is_hf_initialized: bool
 
     @classmethod
     def of(cls, owner: PackedModule, name: str) -> PackedWeight:
         view = torch.Tensor._make_subclass(cls, owner.payload(name), False)
-        view.owner, view.name = owner, name
+        view.owner, view.parameter = owner, name
+        view._is_hf_initialized = True  # or transformers' initialization would write into it
         return view
 
     @property
@@ -173,30 +183,32 @@ class PackedWeight(nn.Parameter):
 
     def _refuse(self, *_: Any) -> Any:
         raise InputError(
-            f"A {self.owner.packed[self.name].grid} weight is packed and cannot be changed or used as a plain tensor: "
+            f"A {self.owner.packed[self.parameter].grid} weight is packed and cannot be changed or used as a plain tensor: "
             "keep the adapter beside it instead of merging, or call model.dequantize() first."
         )
 
     data = property(_refuse, _refuse)  # type: ignore[assignment]
 
     def __getitem__(self, index: Any) -> Any:
-        spec = self.owner.packed[self.name]
+        spec = self.owner.packed[self.parameter]
         if len(spec.shape) != 3:
             self._refuse()
-        expert, rows = int(index), spec.shape[1]
+        parts, one, rows = self.owner.expert(self.parameter, int(index))
         return ExpertWeight(
-            [functools.partial(self.owner.multiply_rows, self.name, slice(expert * rows, (expert + 1) * rows))],
-            lambda: [decode_tile(spec.grid, self.owner.parts(self.name), spec.shape,
-                                 slice(expert * rows, (expert + 1) * rows))],
-            spec.transposed, self.owner.compute_dtype,
-        )  # fmt: skip
+            [lambda x: packed_linear(x, parts, one, rows=rows)],
+            lambda: [decode_tile(one.grid, parts, one.shape, rows)],
+            spec.transposed,
+            self.owner.compute_dtype,
+        )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in _HARMLESS:
+        name = getattr(func, "__name__", "")
+        if name not in _HARMLESS and (name != "__get__" or func.__self__.__name__ in _TRANSPOSES):
             next(arg for arg in _flatten(args, kwargs) if isinstance(arg, PackedWeight))._refuse()
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            return result.detach() if isinstance(result, PackedWeight) else result  # ``to`` may give the same object
 
 
 def _flatten(args: Any, kwargs: Any) -> Iterator[Any]:
@@ -217,11 +229,13 @@ class PackedModule(nn.Module):
     def pack_parameter(self, name: str, spec: PackedSpec) -> None:
         """Replace the parameter ``name`` by empty parts on the meta device."""
         self.__dict__.setdefault("packed", {})[name] = spec
-        for suffix, part in disk_shapes(spec.grid, spec.shape).items():
+        for suffix, part in disk_shapes(spec.grid, spec.dense_shape if spec.grid.plain else spec.shape).items():
             tensor = torch.empty(part.shape, dtype=part.dtype, device="meta")
-            if suffix or part.dtype.is_floating_point:  # a plain grid: as a buffer, it does not decide model.dtype
-                self._parameters.pop(name, None)
+            if suffix:
                 self._buffers[name + suffix] = tensor
+            elif part.dtype.is_floating_point:  # a plain grid: as a buffer, it does not decide model.dtype
+                self._parameters.pop(name, None)
+                self._buffers[name] = tensor
             else:
                 self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
@@ -245,7 +259,17 @@ class PackedModule(nn.Module):
             assert tensor is not None
             # accelerate's offloading casts what it reads to the dtype that the weight shows; bytes survive that exactly
             found[suffix] = tensor if tensor.dtype == part.dtype else tensor.to(part.dtype)
+        if spec.grid.plain and spec.transposed:  # a plain tensor lies as the source's does
+            found[""] = found[""].transpose(-1, -2)
         return found
+
+    def expert(self, name: str, index: int) -> tuple[dict[str, Tensor], PackedSpec, slice]:
+        """Parts, spec and rows of one expert of a parameter packed as one tensor."""
+        spec, parts = self.packed[name], self.parts(name)
+        rows = slice(index * spec.shape[1], (index + 1) * spec.shape[1])
+        if spec.grid.plain:  # flattening a transposed one would copy it whole
+            return {"": parts[""][index]}, PackedSpec(spec.grid, spec.shape[1:]), slice(0, spec.shape[1])
+        return parts, spec, rows
 
     def multiply_rows(self, name: str, rows: slice | None, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ W[rows].T + bias`` of one packed parameter."""
@@ -306,12 +330,31 @@ def packed_class(base: type[PackedModule], own: type[nn.Module]) -> type[PackedM
             return getattr(self, packed_use)(*args)
         return super(cls, self).forward(*args, **kwargs)
 
+    if issubclass(base, PackedLinear) and own is not nn.Linear and _is_plain_linear(own):
+        bases = (base, own)  # its forward reads the weight as a tensor, and is no other than nn.Linear's
+
     namespace: dict[str, Any] = {"packed_base": base, "own_class": own, "__module__": own.__module__}
     if issubclass(base, _OneWeight):
         namespace["forward"] = forward
     name = base.__name__ if own in (nn.Linear, nn.Embedding) else f"Packed{own.__name__}"
     cls = type(name, bases, namespace)
     return cls
+
+
+def _is_plain_linear(own: type[nn.Module]) -> bool:
+    """Whether a subclass of nn.Linear has a forward of its own that computes what nn.Linear's does."""
+    if own.forward is nn.Linear.forward:
+        return False
+    probe, generator = own.__new__(own), torch.Generator().manual_seed(0)
+    nn.Linear.__init__(probe, 8, 6, device="cpu", dtype=torch.float32)  # type: ignore[arg-type]
+    with torch.device("cpu"), torch.no_grad():
+        for parameter in probe.parameters():
+            parameter.normal_(generator=generator)
+        x = torch.randn(4, 8, generator=generator)
+        try:
+            return torch.allclose(probe(x), F.linear(x, probe.weight, probe.bias), atol=1e-5)  # type: ignore[arg-type]
+        except Exception:  # needs more than nn.Linear has: it stays itself
+            return False
 
 
 # -- linear, Conv1D, embedding -------------------------------------------------------------------------------------
@@ -325,8 +368,8 @@ class _OneWeight(PackedModule):
 
     @property
     def weight(self) -> Any:
-        if torch.compiler.is_compiling():  # no subclass in the graph: only dtype and device are ever asked here
-            return self.payload("weight").new_empty(0, dtype=self.compute_dtype)
+        if torch.compiler.is_compiling():  # no subclass in the graph; only dtype, device and rows are ever asked here
+            return self.payload("weight").new_empty(self.packed["weight"].dense_shape[0], 0, dtype=self.compute_dtype)
         return PackedWeight.of(self, "weight")
 
     @weight.setter
@@ -335,7 +378,7 @@ class _OneWeight(PackedModule):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if isinstance(param, PackedWeight):
-            param = param.owner._parameters[param.name]
+            param = param.owner._parameters[param.parameter]
         if name == "weight":
             self._parameters[name] = param
         else:
@@ -353,8 +396,10 @@ class _OneWeight(PackedModule):
         def gather(index: Tensor) -> Tensor:
             return spec.grid.gather(parts, index, spec.shape).to(self.compute_dtype)
 
-        step = max(1, TILE_BYTES // (4 * columns * spec.grid.row_multiple(columns)))
-        if torch.compiler.is_compiling() or flat.shape[0] <= step:
+        step = max(1, _tile_elements() // columns)
+        if not torch.compiler.is_compiling() and flat.shape[0] == 0:
+            rows = torch.empty(0, columns, dtype=self.compute_dtype, device=ids.device)
+        elif torch.compiler.is_compiling() or flat.shape[0] <= step:
             rows = gather(flat)
         else:
             rows = torch.cat([gather(index) for index in flat.split(step)])
@@ -494,6 +539,8 @@ class ExpertWeight:
 class ExpertStack:
     """Stands for a fused (experts, out, in) parameter whose experts lie in modules of their own; ``[i]`` gives one."""
 
+    _is_hf_initialized = True
+
     def __init__(self, experts: list[list[ExpertLeaf]], shape: tuple[int, ...]) -> None:
         self.experts, self.shape = experts, shape
 
@@ -592,7 +639,9 @@ def experts_class(own: type[nn.Module], fused: tuple[str, ...]) -> type[PackedEx
         own: the class; its undecorated forward loops over experts and indexes the fused parameters.
         fused: names of the parameters packed as one (experts, out, bytes, 1) tensor.
     """
-    dispatched = hasattr(own, "_apply_gate")  # transformers' use_experts_implementation chooses among whole-tensor kernels
+    dispatched = hasattr(
+        own, "_apply_gate"
+    )  # transformers' use_experts_implementation chooses among whole-tensor kernels
     eager = getattr(own.forward, "__wrapped__", own.forward) if dispatched else own.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

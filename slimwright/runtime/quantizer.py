@@ -7,11 +7,9 @@ silence raises here.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimwright.errors import InputError
-from slimwright.runtime.format import read_config
+from slimwright.runtime.format import DenseForm, read_config, read_dense
 from slimwright.runtime.modules import (
     DenseExpertLeaf,
     ExpertLeaf,
@@ -38,7 +36,7 @@ from slimwright.runtime.modules import (
     experts_class,
     packed_class,
 )
-from slimwright.weights import Grid, disk_shapes
+from slimwright.weights import Grid
 
 _ABSENT_BUFFERS = r"rotary_emb\.inv_freq$|(^|\.)position_ids$"  # persistent in old checkpoints, computed since
 
@@ -137,7 +135,9 @@ class _Names:
 def _first(names: Iterable[str]) -> str:
     """The first three names, and how many more."""
     ordered = sorted(names)
-    return ", ".join(f"'{name}'" for name in ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+    return ", ".join(f"'{name}'" for name in ordered[:3]) + (
+        f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    )
 
 
 @register_quantizer("slimwright")
@@ -148,9 +148,12 @@ class SlimwrightQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
-            raise InputError("slimwright does not compress while loading: run `slimwright fit MODEL --out DIR` and load DIR.")
+            raise InputError(
+                "slimwright does not compress while loading: run `slimwright fit MODEL --out DIR` and load DIR."
+            )
         super().__init__(quantization_config, **kwargs)
         self.grids: dict[str, Grid] = read_config(quantization_config.to_dict())
+        self.forms: dict[str, DenseForm] = read_dense(quantization_config.to_dict())
         self.part_names: set[str] = set()
         self.dropped: list[tuple[list[str], list[str]]] = []
         self.tied: dict[str, str] = {}
@@ -186,7 +189,9 @@ class SlimwrightQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         files = kwargs.get("checkpoint_files")
         if not files:
-            raise InputError("A slimwright model loads from its directory; a state_dict cannot be checked against its plan.")
+            raise InputError(
+                "A slimwright model loads from its directory; a state_dict cannot be checked against its plan."
+            )
         headers = read_headers(files)
         lacking = [name for name in self.grids if name not in headers]
         if lacking:
@@ -195,9 +200,14 @@ class SlimwrightQuantizer(HfQuantizer):
                 "file holds it: a file is missing or of another model."
             )
         dtypes = _Dtypes(model, kwargs.get("dtype"))
+        ties = {
+            prefix: module.get_expanded_tied_weights_keys(all_submodels=False)
+            for prefix, module in model.named_modules()
+            if hasattr(module, "get_expanded_tied_weights_keys")
+        }
         with torch.device("meta"):
             self._pack(model, headers, dtypes)
-        self._rewrite_ties(model)
+        self._rewrite_ties(model, ties)
         self._check(model, headers)
         return model
 
@@ -263,9 +273,7 @@ class SlimwrightQuantizer(HfQuantizer):
                 module.in_features, module.out_features = shape  # type: ignore[assignment]
             module.__class__ = packed_class(base, own)
         elif dense.ndim == 3:
-            transposed = bool(getattr(module, "is_transposed", False))
-            if grid_payload(grid, flipped if transposed else shape) != headers[disk].shape:
-                transposed = not transposed  # classes that do not say; the check of the files refuses what fits neither
+            transposed = self.forms[disk].transposed
             fused = tuple(sorted({*getattr(own, "fused_names", ()), parameter}))
             module.__class__ = experts_class(getattr(own, "own_class", own), fused)
         else:
@@ -274,7 +282,14 @@ class SlimwrightQuantizer(HfQuantizer):
                 "layer, an embedding or experts: the file is damaged or of another version of transformers."
             )
         assert isinstance(module, PackedModule)
-        module.compute_dtype, module._is_hf_initialized = dtype, True
+        if self.forms[disk].shape != shape:
+            raise InputError(
+                f"quantization_config says that '{disk}' was {list(self.forms[disk].shape)}, but {own.__name__} has "
+                f"{list(shape)}: config.json is damaged."
+            )
+        module.compute_dtype = dtype
+        # Gemma's embed_scale is made by the model's initialization, which must then see the module
+        module._is_hf_initialized = not module._non_persistent_buffers_set
         module.pack_parameter(parameter, PackedSpec(grid, flipped if transposed else shape, transposed))
 
     def _stack(self, names: _Names, disk: str, target: str, converter: Any) -> None:
@@ -298,9 +313,7 @@ class SlimwrightQuantizer(HfQuantizer):
                 return
         # a part beside the payload (…weight_scale) matches no pattern as a whole; its payload has been noted
 
-    def _pack_stacked(
-        self, model: Any, stacked: _Stacked, headers: Mapping[str, Header], dtype: torch.dtype
-    ) -> None:
+    def _pack_stacked(self, model: Any, stacked: _Stacked, headers: Mapping[str, Header], dtype: torch.dtype) -> None:
         module = model.get_submodule(stacked.module)
         own = getattr(type(module), "own_class", type(module))
         fused = getattr(module, stacked.parameter)
@@ -327,7 +340,8 @@ class SlimwrightQuantizer(HfQuantizer):
             leaves[expert].append(leaf)
         if not isinstance(module, PackedExperts):
             module.__class__ = experts_class(own, ())
-            module.packed, module.compute_dtype, module._is_hf_initialized = {}, dtype, True  # type: ignore[assignment]
+            module.packed, module.compute_dtype = {}, dtype
+            module._is_hf_initialized = not module._non_persistent_buffers_set
         module.__dict__.setdefault("stacks", {})[stacked.parameter] = ExpertStack(leaves, tuple(fused.shape))
         module.__dict__.setdefault("stack_paths", {})[stacked.parameter] = sorted(
             path for _, path in stacked.names.values()
@@ -342,22 +356,28 @@ class SlimwrightQuantizer(HfQuantizer):
         if parameter != "weight" or not isinstance(module, (nn.Linear, nn.Embedding)) or "packed" not in owner.__dict__:
             if "packed" not in owner.__dict__:  # a plain grid in the model's dtype: transformers ties it as ever
                 return
-            raise InputError(f"'{name}' is tied to the packed '{source}', but is not the weight of a linear or embedding.")
+            raise InputError(
+                f"'{name}' is tied to the packed '{source}', but is not the weight of a linear or embedding."
+            )
         base: type[PackedModule] = TiedHead if isinstance(module, nn.Linear) else TiedEmbedding
         module.__class__ = packed_class(base, type(module))
         module.__dict__.update(
-            packed={}, source_module=owner, compute_dtype=owner.compute_dtype, _is_hf_initialized=True
+            packed={},
+            source_module=owner,
+            compute_dtype=owner.compute_dtype,
+            _is_hf_initialized=not module._non_persistent_buffers_set,
         )
         del module._parameters["weight"]
 
-    def _rewrite_ties(self, model: Any) -> None:
-        """Take the packed ones out of every mapping of ties, the instance's ``_tied_weights_keys`` included."""
+    def _rewrite_ties(self, model: Any, ties: Mapping[str, dict[str, str]]) -> None:
+        """Take the packed ones out of every mapping of ties, the instance's ``_tied_weights_keys`` included.
+
+        Args:
+            ties: what each sub-model declared before it was rebuilt, by module path.
+        """
         gone = {name for name, source in self.tied.items() if self._is_packed(model, source)}
-        for prefix, module in model.named_modules():
-            if not hasattr(module, "get_expanded_tied_weights_keys"):
-                continue
-            start = f"{prefix}." if prefix else ""
-            expanded = module.get_expanded_tied_weights_keys(all_submodels=False)
+        for prefix, expanded in ties.items():
+            module, start = model.get_submodule(prefix), f"{prefix}." if prefix else ""
             if any(start + name in gone for name in expanded):
                 module._tied_weights_keys = {key: value for key, value in expanded.items() if start + key not in gone}
             keys = getattr(module, "all_tied_weights_keys", {})
@@ -378,9 +398,7 @@ class SlimwrightQuantizer(HfQuantizer):
             InputError: a tensor is missing, unknown, or of another shape or dtype.
         """
         names = _Names(model)
-        names.set_mapping(
-            self.update_weight_conversions(names.private.get_model_conversion_mapping(model), model)
-        )
+        names.set_mapping(self.update_weight_conversions(names.private.get_model_conversion_mapping(model), model))
         filled: dict[str, list[str]] = {}
         unknown: list[str] = []
         for disk in names.in_order(headers):
@@ -426,7 +444,7 @@ class SlimwrightQuantizer(HfQuantizer):
             owners = {
                 disk + suffix: disk
                 for disk, grid in self.grids.items()
-                for suffix in (part.suffix for part in grid.parts(grid.row_multiple(64), 64))
+                for suffix in (part.suffix for part in grid.parts(1, 256))
             }
             unknown = [disk for disk in unknown if names.resolve(owners.get(disk, disk))[0] not in names.state]
         if missing:
@@ -444,6 +462,7 @@ class SlimwrightQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Put dense parameters back, and what belongs to them: classes, ties, converters."""
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for module in list(model.modules()):
             if not isinstance(module, PackedModule) or isinstance(module, (PackedExpertLeaf, TiedHead, TiedEmbedding)):
                 continue
@@ -489,11 +508,6 @@ class _Dtypes:
         return self.dtype
 
 
-def grid_payload(grid: Grid, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape on disk of the payload of a weight."""
-    return disk_shapes(grid, shape)[""].shape
-
-
 def _spellings(name: str, prefixes: Iterable[str]) -> list[str]:
     """A name with and without the base model's prefix."""
     return [name, *(f"{p}.{name}" for p in prefixes if p), *(name.removeprefix(f"{p}.") for p in prefixes if p)]
@@ -501,20 +515,13 @@ def _spellings(name: str, prefixes: Iterable[str]) -> list[str]:
 
 def _checkpoint_model(model: Any) -> Any:
     """The model of the checkpoint's own architecture on the meta device; None if that is this one's, or unknown."""
-    import sys
+    from slimwright.model.skeleton import skeleton
 
-    import transformers
-
-    wanted = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
-    cls = getattr(transformers, wanted, None) or getattr(sys.modules[type(model).__module__], wanted, None)
-    if cls is None or cls is type(model):
-        return None
-    config = copy.deepcopy(model.config)
     try:
-        with torch.device("meta"):
-            return cls(config)
-    except Exception:  # of another config class: the checkpoint is then held to be this model's own
+        whole = skeleton(model.config.to_dict())
+    except InputError:  # code of the checkpoint's own: it is then held to be this model's class
         return None
+    return None if type(whole) is type(model) else whole
 
 
 def _attach(model: nn.Module, path: str, leaf: nn.Module) -> None:
@@ -540,15 +547,3 @@ def _detach(model: nn.Module, paths: Iterable[str]) -> None:
             if type(holder) is not nn.Module or holder._modules:
                 break
             path = parent
-
-
-def is_slimwright(directory: str | Path) -> bool:
-    """Whether config.json of a directory says that slimwright wrote the model."""
-    import json
-
-    try:
-        config = json.loads((Path(directory) / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    section = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(section, dict) and section.get("quant_method") == "slimwright"

@@ -51,6 +51,8 @@ class WeightSource(ABC):
 class _StreamedLinear(nn.Module):
     """``x Wᵀ + b`` in row tiles; stands for nn.Linear, transformers' Conv1D and a tied head."""
 
+    source: WeightSource
+
     def __init__(self, source: WeightSource, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.__dict__["source"] = source
@@ -72,9 +74,11 @@ class _StreamedEmbedding(nn.Embedding):
     """Reads only the rows that are looked up. The embedding's own class comes first in the method resolution order, so
     that scales and offsets of its forward stay."""
 
+    source: WeightSource
+
     def forward(self, ids: Tensor) -> Tensor:
         index, inverse = torch.unique(ids, return_inverse=True)
-        return self.source.gather(index)[inverse]  # type: ignore[operator]
+        return self.source.gather(index)[inverse]
 
 
 class _Expert:
@@ -133,6 +137,7 @@ def _stream_module(model: PreTrainedModel, path: str, source: WeightSource) -> N
         bases = (_StreamedEmbedding,) if own is nn.Embedding else (own, _StreamedEmbedding)
         module.__class__ = type(f"Streamed{own.__name__}", bases, {})
         module.__dict__["source"] = source
+        module._is_hf_initialized = True  # type: ignore[assignment]
         del module._parameters["weight"]
     else:
         streamed = _StreamedLinear(source, getattr(module, "bias", None))
@@ -147,6 +152,7 @@ def _stream_experts(module: nn.Module, parameter: str, sources: list[WeightSourc
     del module._parameters[parameter]
     cls = type(module)
     module.__class__ = type(cls.__name__, (cls,), {parameter: property(lambda self: proxy)})
+    module._is_hf_initialized = True  # type: ignore[assignment]
     if hasattr(module, "config"):
         config = copy.copy(module.config)
         config._experts_implementation_internal = "eager"  # type: ignore[union-attr]
@@ -166,7 +172,7 @@ class StreamedConfig(QuantizationConfigMixin):
     """Carries the sources into ``from_pretrained``; never saved."""
 
     def __init__(self, sources: Mapping[str, WeightSource] | None = None) -> None:
-        self.quant_method = "slimwright-streamed"
+        self.quant_method = "slimwright-streamed"  # type: ignore[assignment]
         self.sources = sources or {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedConfig:
@@ -184,7 +190,7 @@ class StreamedQuantizer(HfQuantizer):
     """Replaces modules before loading; the weights of the sites are then simply not asked for."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        replace_sites(model, self.quantization_config.sources)
+        replace_sites(model, self.quantization_config.sources)  # type: ignore[attr-defined]
         return model
 
     def is_serializable(self) -> bool:

@@ -1,7 +1,7 @@
 """Grids: number formats. A grid says which values a weight may take and how they lie on disk; a solver chooses them.
 
-All functions work on a logical matrix ``w`` of shape (rows, columns) = (out, in) in float32. Rows are independent unless
-``row_multiple`` or ``survey`` say otherwise, so a weight of any size is handled in tiles of whole rows.
+All functions work on a logical matrix ``w`` of shape (rows, columns) = (out, in) in float32. Rows are independent
+unless ``row_multiple`` or ``survey`` say otherwise, so a weight of any size is handled in tiles of whole rows.
 
 On disk a matrix becomes a few named tensors, its *parts*. The part with the empty suffix is the payload: uint8, kept
 under the weight's own name with one dimension more than the dense weight, so that a program which does not know the
@@ -10,9 +10,10 @@ format stops with a size mismatch instead of loading garbage. The others have a 
 
 from __future__ import annotations
 
+import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +23,14 @@ from torch import Tensor
 from slimwright.errors import InputError
 
 Params = dict[str, Tensor]
-"""What ``fit`` finds for a tile: named tensors such as ``scale`` and ``zero``, rows first."""
+"""What ``fit`` finds for a tile: named tensors such as ``scale`` and ``zero``, every one with the rows first.
+
+Formats that round their scales after the codes are chosen (NF4's second quantization, GGUF's legacy blocks) keep the
+unrounded scale under ``exact``, which ``encode`` then uses; it is not stored, so ``unpack`` does not return it.
+"""
+
+_BLOCK_ELEMENTS = 1 << 19
+"""Elements worked on at a time, so that temporaries stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,11 @@ class Grid(ABC):
     """A number format. Subclasses are frozen dataclasses registered by :func:`register_grid`."""
 
     key: ClassVar[str]
+    """Name of the kind; the spec of most grids."""
+    examples: ClassVar[tuple[str, ...]] = ()
+    """Specs that show what the kind offers (error messages, tests over the registry); empty: just the key."""
+    plain: ClassVar[bool] = False
+    """Whether the payload is the dense tensor itself in another dtype, which every program reads."""
 
     @property
     @abstractmethod
@@ -73,7 +86,7 @@ class Grid(ABC):
 
     @abstractmethod
     def encode(self, w: Tensor, params: Params) -> Tensor:
-        """Nearest codes: (rows, columns) uint8."""
+        """Nearest codes: (rows, columns) uint8 (a plain grid: the values in its dtype)."""
 
     @abstractmethod
     def decode(self, codes: Tensor, params: Params) -> Tensor:
@@ -127,7 +140,11 @@ class Grid(ABC):
                 cut[suffix] = part
                 continue
             length = first.stop - first.start
-            rows = tiles if length == 1 else (tiles[:, None] * length + torch.arange(length, device=index.device)).flatten()
+            rows = (
+                tiles
+                if length == 1
+                else (tiles[:, None] * length + torch.arange(length, device=index.device)).flatten()
+            )
             # the last tile may be short: the rows beyond it repeat the last one and are never picked
             cut[suffix] = part[rows if length == 1 else rows.clamp(max=part.shape[0] - 1)]
         values = self.decode(*self.unpack(cut, columns))
@@ -153,6 +170,13 @@ class Grid(ABC):
 _GRIDS: dict[str, type[Grid]] = {}
 
 
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Ranges of rows that cover a matrix, each of about half a million elements."""
+    step = max(1, _BLOCK_ELEMENTS // columns)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
 def register_grid(cls: type[Grid]) -> type[Grid]:
     """Class decorator: makes :func:`parse_grid` know the grid."""
     _GRIDS[cls.key] = cls
@@ -170,15 +194,14 @@ def parse_grid(spec: str) -> Grid:
     Raises:
         InputError: unknown or out of range, with the nearest known names.
     """
+    if not isinstance(spec, str):
+        raise InputError(f"A grid is written as text such as int4:g128, not {spec!r}.")
     text = spec.strip().lower()
     for cls in _GRIDS.values():
         grid = cls.parse(text)
         if grid is not None:
             return grid
-    import difflib
-
-    near = difflib.get_close_matches(text.split(":")[0], list(_GRIDS), n=1, cutoff=0.4)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    raise InputError(
-        f"Unknown grid '{spec}'{hint} Known: int2..int8[:gN|:row][:sym][:real], {', '.join(sorted(_GRIDS))}."
-    )
+    known = [example for cls in _GRIDS.values() for example in cls.examples or (cls.key,)]
+    near = difflib.get_close_matches(text, known, n=1, cutoff=0.4)
+    hint = f"; did you mean '{near[0]}'?" if near else "."
+    raise InputError(f"Unknown grid '{spec}'{hint} Known: int<2-8>[:g<N>|:row][:sym|:real], {', '.join(known)}.")

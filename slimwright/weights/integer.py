@@ -1,4 +1,4 @@
-"""Uniform affine integers, 2-8 bits, grouped along the input (card: rtn; GPTQ-family and llm-compressor conventions)."""
+"""Uniform affine integers, 2-8 bits, grouped along the input (card: rtn; GPTQ-family conventions)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
-from slimwright.weights.grid import Grid, Params, Part, register_grid
+from slimwright.weights.grid import Grid, Params, Part, register_grid, row_blocks
 from slimwright.weights.packing import pack_codes, packed_row_bytes, unpack_codes
 
-_SPEC = re.compile(r"int(\d+)((?::[a-z0-9]+)*)$")
+_SPEC = re.compile(r"int([0-9]{1,3})((?::[a-z0-9]+)*)$")
 _SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
+_SMALLEST_NORMAL = 2.0**-14
+_LARGEST_SCALE = 65504.0
 
 
 @register_grid
@@ -33,6 +35,7 @@ class Int(Grid):
     """
 
     key: ClassVar[str] = "int"
+    examples: ClassVar[tuple[str, ...]] = ("int4:g128", "int8:row", "int3:g64:real", "int4:g32:sym")
     bits: int = 4
     group: int | None = None
     symmetric: bool = False
@@ -59,14 +62,18 @@ class Int(Grid):
         if not match:
             return None
         options: dict[str, Any] = {"bits": int(match[1]), "group": 128}
-        for word in match[2].split(":")[1:]:
+        words = match[2].split(":")[1:]
+        kinds = ["group" if word[0] == "g" or word == "row" else word for word in words]
+        if len(set(kinds)) < len(kinds):
+            raise InputError(f"Grid '{spec}' says the same thing twice; write at most one of g<N> and row.")
+        for word in words:
             if word == "row":
                 options["group"] = None
             elif word == "sym":
                 options["symmetric"] = True
             elif word == "real":
                 options["zero"] = "real"
-            elif re.fullmatch(r"g\d{1,6}", word):
+            elif re.fullmatch(r"g[0-9]{1,6}", word):
                 options["group"] = int(word[1:])
             else:
                 raise InputError(f"Grid '{spec}': '{word}' is none of g<N>, row, sym, real.")
@@ -110,37 +117,51 @@ class Int(Grid):
         """Scale and zero for ranges (rows, groups) with ``low <= 0 <= high``, rounded as they are stored."""
         top = 2**self.bits - 1
         if self.symmetric:
-            scale = torch.maximum(-low, high) / (2 ** (self.bits - 1) - 1)
-            return {"scale": self._stored(scale)}
-        scale = self._stored((high - low) / top)
-        zero = -low / scale
-        return {"scale": scale, "zero": zero.half().float() if self.zero == "real" else zero.round().clamp_(0, top)}
+            return {"scale": self.stored_scale(torch.maximum(-low, high) / (2 ** (self.bits - 1) - 1))}
+        scale = self.stored_scale(high / top - low / top)  # each divided first: their difference may be infinite
+        zero = (-low / scale).clamp_(0, top)
+        return {"scale": scale, "zero": zero.half().float() if self.zero == "real" else zero.round_()}
 
     @staticmethod
-    def _stored(scale: Tensor) -> Tensor:
-        """The float32 value of the float16 scale that is stored: never 0, never infinite."""
-        return torch.where(scale > 0, scale, 1.0).clamp_(_SMALLEST_SCALE, 65504.0).half().float()
+    def stored_scale(scale: Tensor) -> Tensor:
+        """The float32 value of the float16 scale that is stored: positive and finite; 1 for a scale of 0.
+
+        Rounded to nearest; subnormal float16 are rounded up, whose steps are so coarse that a scale rounded down would
+        clip the group's largest weights.
+        """
+        half = torch.where(scale > 0, scale, 1.0).clamp_(_SMALLEST_SCALE, _LARGEST_SCALE).half()
+        short = (half < _SMALLEST_NORMAL) & (half.float() < scale)
+        return torch.where(short, (half.view(torch.int16) + 1).view(torch.float16), half).float()
 
     def fit(self, w: Tensor, importance: Tensor | None = None, survey: Any = None) -> Params:
         """Min-max (card rtn, steps 2-5): 0 is always representable; an all-zero group gets scale 1."""
-        low, high = self.grouped(w).aminmax(dim=2)
-        return self.from_range(low.clamp_(max=0), high.clamp_(min=0))
+        return self.from_range(*self.extent(w))
 
-    def _zero_of(self, params: Params) -> Tensor | float:
+    def extent(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and largest weight of each group, 0 included: (rows, groups) twice."""
+        grouped = self.grouped(w)  # two reductions: aminmax over a dimension takes ten times as long
+        return grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
+
+    def zero_of(self, params: Params) -> Tensor | float:
+        """The zero point in code units, to broadcast over (rows, groups, group)."""
         return params["zero"].unsqueeze(2) if "zero" in params else float(2 ** (self.bits - 1))
 
     def encode(self, w: Tensor, params: Params) -> Tensor:
-        codes = self.grouped(w) / params["scale"].unsqueeze(2)
-        if self.zero == "integer":
-            codes.round_()  # round first, shift after: half to even is then the same for every zero point
-        codes += self._zero_of(params)
-        if self.zero == "real":
-            codes.round_()
-        return self.ungrouped(codes.clamp_(0, 2**self.bits - 1).to(torch.uint8), w.shape[1])
+        codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+        for rows in row_blocks(*w.shape):
+            block = {name: value[rows] for name, value in params.items()}
+            values = self.grouped(w[rows]) / block["scale"].unsqueeze(2)
+            if self.zero == "integer":
+                values.round_()  # round first, shift after: half to even is then the same for every zero point
+            values += self.zero_of(block)
+            if self.zero == "real":
+                values.round_()
+            codes[rows] = self.ungrouped(values.clamp_(0, 2**self.bits - 1), w.shape[1])
+        return codes
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         values = self.grouped(codes).to(torch.float32)
-        values -= self._zero_of(params)
+        values -= self.zero_of(params)
         values *= params["scale"].unsqueeze(2)
         return self.ungrouped(values, codes.shape[1])
 

@@ -3,9 +3,9 @@
 A row of codes of ``bits`` bits is cut into chunks of 64 codes. Each chunk occupies exactly ``8 * bits`` bytes and holds
 one *plane* per power of two that makes up ``bits`` (3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1), widest plane first. A plane
 of width ``p`` over a chunk of ``L`` codes has ``L * p / 8`` bytes; byte ``j`` holds, from its low bits up, the codes
-``j, j + S, j + 2S, ...`` with ``S = L * p / 8`` (``p`` = 8, 4, 2), and the one-bit plane is in plain order (bit ``i`` of
-byte ``j`` is code ``8 j + i``). The low bits of a code lie in the widest plane. The last chunk of a row may be shorter:
-its length is the rest of the row rounded up to a multiple of 8 and the same formulas hold with that ``L``.
+``j, j + S, j + 2S, ...`` with ``S = L * p / 8`` (``p`` = 8, 4, 2), and the one-bit plane is in plain order (bit ``i``
+of byte ``j`` is code ``8 j + i``). The low bits of a code lie in the widest plane. The last chunk of a row may be
+shorter: its length is the rest of the row rounded up to a multiple of 8 and the same formulas hold with that ``L``.
 
 Why it is as it is, since every later version reads it:
 

@@ -83,7 +83,7 @@ class Quantized(Compressed):
 
     Args:
         grid: the number format.
-        codes: (rows, columns) uint8, rows being experts × out for stacked experts.
+        codes: (rows, columns), as the grid's ``encode`` gives them; rows are experts × out for stacked experts.
         params: the grid's parameters, rows first.
         shape: the weight's shape; None is that of ``codes``.
     """
@@ -145,6 +145,19 @@ class Shared(Compressed):
         return {"form": "shared", "key": self.key}
 
 
+def quantize(grid: Grid, w: Tensor, params: Params, shape: tuple[int, ...] = ()) -> Compressed:
+    """The value that rounding a matrix ``w`` (rows, columns) with ``params`` gives.
+
+    Args:
+        shape: the weight's shape where rows are stacked experts; empty is that of ``w``.
+
+    Returns:
+        :class:`Quantized`, or :class:`Dense` on a plain grid (``bf16``, ``fp16``).
+    """
+    codes = grid.encode(w, params)
+    return Dense(codes.reshape(shape or codes.shape)) if grid.plain else Quantized(grid, codes, params, shape)
+
+
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of the logical matrix of a weight: experts are stacked along the rows."""
     return math.prod(shape[:-1]), shape[-1]
@@ -153,7 +166,8 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def disk_shapes(grid: Grid, shape: tuple[int, ...]) -> dict[str, Part]:
     """The tensors on disk of a weight of ``shape`` on ``grid``, by suffix.
 
-    The payload has one dimension more than the weight: (experts, out, bytes, 1) for stacked experts.
+    The payload has one dimension more than the weight: (experts, out, bytes, 1) for stacked experts; a plain grid's
+    payload is the weight's own shape in the grid's dtype.
     """
     payload, *rest = grid.parts(*matrix_shape(shape))
     found = {"": Part("", payload.dtype, (*shape[:-1], *payload.shape[1:]))}

@@ -38,7 +38,9 @@ def main() -> int:
     for report in reports:
         assert report.out is not None
         console.print(f"Report: {report.out / 'report.html'}", highlight=False, soft_wrap=True)
-    console.print(f"Load the last one with:\n{reports[-1]['how_to_load']}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"Load the last one with:\n{reports[-1]['how_to_load']}", highlight=False, markup=False, soft_wrap=True
+    )
     return 0
 
 

@@ -100,9 +100,7 @@ def _modules() -> list[Document]:
 
 
 def _is_excluded(relative: Path) -> bool:
-    return any(
-        part in TESTS or part in INSTALLED or part.startswith(BUILD_PREFIXES) for part in relative.parts
-    )
+    return any(part in TESTS or part in INSTALLED or part.startswith(BUILD_PREFIXES) for part in relative.parts)
 
 
 def _help_topics() -> list[Document]:

@@ -32,9 +32,9 @@ SEED = 0
 TOKENS_PER_STEP = 4096
 PEAK_RATE = 3e-3
 WARMUP_STEPS = 100
-DECAY_SHARE = 0.4  # of the steps, at the end: the rate falls linearly to zero
+DECAY_SHARE = 0.6  # of the steps, at the end: the rate falls linearly to zero
 LONG_SHARE = 0.2  # of the steps, at the end: windows of POSITIONS tokens instead of half as many, which cost less
-SAVE_EVERY = 250
+SAVE_EVERY = 300
 LOG_EVERY = 50
 
 
@@ -49,7 +49,7 @@ class Progress:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="directory that receives the model")
-    parser.add_argument("--steps", type=int, default=4000, help=f"optimizer steps of {TOKENS_PER_STEP} tokens")
+    parser.add_argument("--steps", type=int, default=2400, help=f"optimizer steps of {TOKENS_PER_STEP} tokens")
     arguments = parser.parse_args()
     train(arguments.out, arguments.steps)
 
@@ -61,32 +61,34 @@ def train(out: Path, steps: int) -> None:
     tokenizer = train_tokenizer(documents)
     tokenizer.save_pretrained(out)
     tokens = packed(tokenizer, documents)
-    watched = standard_library("calibrate")[::8]
+    watched = standard_library("calibrate")[::16]
     model = LlamaForCausalLM(configuration(tokenizer.eos_token_id))
     model.generation_config.pad_token_id = tokenizer.eos_token_id
-    optimizer = optimizer_for(model)
+    optimizers = optimizers_for(model)
     state_file = Path(tempfile.gettempdir()) / f"slimwright-bundled-{steps}.pt"
-    progress = _resume(state_file, model, optimizer)
+    progress = _resume(state_file, model, optimizers)
     log(parameters=model.num_parameters(), train_tokens=len(tokens), first_step=progress.step, state=str(state_file))
     loss_of = compiled_loss(model)
     began = time.perf_counter() - progress.seconds
     model.train()
     while progress.step < steps:
-        for group in optimizer.param_groups:
-            group["lr"] = rate(progress.step, steps)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(progress.step, steps)
         window = POSITIONS if progress.step >= (1 - LONG_SHARE) * steps else POSITIONS // 2
         loss = loss_of(batch(tokens, window, progress.step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         progress.step += 1
         progress.seconds = time.perf_counter() - began
         if progress.step % LOG_EVERY == 0:
             log(step=progress.step, loss=round(loss.item(), 4), seconds=round(progress.seconds))
         if progress.step % SAVE_EVERY == 0 or progress.step == steps:
             saved = save(model, out)
-            _keep(state_file, model, optimizer, progress)
+            _keep(state_file, model, optimizers, progress)
             log(step=progress.step, calibrate_bits_per_byte=round(bits_per_byte(saved, tokenizer, watched), 4))
     heldout = bits_per_byte(save(model, out), tokenizer, standard_library("heldout"))
     log(heldout_bits_per_byte=round(heldout, 4), steps=steps, seconds=round(progress.seconds))
@@ -142,12 +144,14 @@ def configuration(end: int) -> LlamaConfig:
     )
 
 
-def optimizer_for(model: LlamaForCausalLM) -> torch.optim.AdamW:
-    """AdamW; matrices decay, the norms' gains do not."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    gains = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
+def optimizers_for(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices (Jordan 2024; updates scaled to AdamW's size), AdamW for embedding and gains."""
+    matrices = [weight for name, weight in model.named_parameters() if "proj" in name]
+    others = [weight for name, weight in model.named_parameters() if "proj" not in name]
+    return [
+        torch.optim.Muon(matrices, lr=PEAK_RATE, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
 
 
 def rate(step: int, steps: int) -> float:
@@ -183,10 +187,10 @@ def save(model: LlamaForCausalLM, out: Path) -> LlamaForCausalLM:
     return written.float()
 
 
-def _keep(file: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+def _keep(file: Path, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer], progress: Progress) -> None:
     state = {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "step": progress.step,
         "seconds": progress.seconds,
     }
@@ -195,12 +199,13 @@ def _keep(file: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer,
     partial.replace(file)
 
 
-def _resume(file: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> Progress:
+def _resume(file: Path, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> Progress:
     if not file.exists():
         return Progress()
     state = torch.load(file, weights_only=True)
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(kept)
     return Progress(state["step"], state["seconds"])
 
 

@@ -41,7 +41,7 @@ def test_it_beats_what_xz_needs_for_all_held_out_text(
 def test_coarser_weights_cost_bits(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, excerpts: list[Document]
 ) -> None:
-    """Trained weights, unlike random ones, get worse with fewer levels: 8 bits cost nearly nothing, 4 a little, 2 a lot."""
+    """Trained weights, unlike random ones, get worse with fewer levels: 8 bits cost little, 4 more, 2 a lot."""
     sources = {name: weight.clone() for name, weight in model.named_parameters() if "proj" in name}
     measured = [bits_per_byte(model, tokenizer, excerpts[:3])]
     for bits in (8, 4, 2):

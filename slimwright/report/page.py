@@ -1,0 +1,293 @@
+"""``report.html``: one self-contained page (no request, no script) from the contents of ``report.json``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from slimwright.report import pictures, words
+from slimwright.report.ledger import PARTS, REST, Entry, by, mean, merge_experts, read_ledger
+from slimwright.report.words import DASH, is_number
+
+MAX_ROWS = 4000
+"""Rows of the full ledger on the page; beyond that it refers to ``report.json``."""
+
+
+def render_report(report: Mapping[str, Any]) -> str:
+    """The page for a report.
+
+    Fields may be missing: what they would show is left out or a dash. Text from the report is escaped throughout, for
+    names and paths come from whoever made the model.
+
+    Args:
+        report: the contents of ``report.json``. Beside its contract these are used where they are there: in the ledger
+            ``role``, ``block`` (index or module path), ``parameters``, ``bytes_before``; in ``verified`` any further
+            figures; ``quality.tokens`` and ``quality.documents``; ``reproduce`` (commands).
+
+    Returns:
+        HTML.
+    """
+    environment = Environment(
+        loader=PackageLoader("slimwright.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(view(report))
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def model_name(report: Mapping[str, Any]) -> str:
+    """The last part of the model's path or hub id."""
+    path = str(mapping(report.get("model")).get("path") or "model")
+    return words.printable(path.replace("\\", "/").rstrip("/").rpartition("/")[2] or path)
+
+
+def before_after(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, before, after) of size and quality, for the page and the terminal."""
+    size, model = mapping(report.get("size")), mapping(report.get("model"))
+    before, parameters = size.get("before"), model.get("parameters")
+    wide = 8 * before / parameters if is_number(before) and is_number(parameters) and parameters else None
+    rows = [
+        ("Weight files", words.size(before), words.size(size.get("after"))),
+        ("Bits per weight", words.decimal(wide), words.decimal(size.get("bits_per_weight"))),
+    ]
+    perfect = {"kl": "0", "top1_agreement": "100 %", "cosine_mean": "1", "cosine_min": "1"}
+    for name, leaf in mapping(report.get("quality")).items():
+        if isinstance(leaf, Mapping) and "value" in leaf:
+            label = words.QUALITY_NAMES.get(name, str(name).replace("_", " "))
+            rows.append((label, perfect.get(name, DASH), words.estimate(str(name), leaf)))
+    return rows
+
+
+def view(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template shows."""
+    model, size, budget, job, verified, quality = (
+        mapping(report.get(key)) for key in ("model", "size", "budget", "job", "verified", "quality")
+    )
+    entries = read_ledger(report)
+    ok = verified.get("ok")
+    return {
+        "name": model_name(report),
+        "before": words.size(size.get("before")),
+        "after": words.size(size.get("after")),
+        "bits": words.decimal(size.get("bits_per_weight")),
+        "shrunk": words.share(size.get("after"), size.get("before")),
+        "facts": [
+            (label, words.printable(value))
+            for label, value in (
+                ("Model", model.get("path")),
+                ("Family", model.get("family")),
+                ("Parameters", words.count(model.get("parameters"))),
+                ("Asked for", budget.get("asked")),
+                ("Fingerprint", model.get("fingerprint")),
+            )
+            if value not in (None, "", DASH)
+        ],
+        "verified": {
+            "known": bool(verified),
+            "ok": ok is True,
+            "how": verified.get("how") or "",
+            "figures": [
+                (str(key).replace("_", " "), _figure(value))
+                for key, value in verified.items()
+                if key not in ("ok", "how") and value is not None
+            ],
+        },
+        "tiles": _tiles(quality, job),
+        "table": before_after(report),
+        "evaluated": _evaluated(quality),
+        "stacks": pictures.stacks(entries),
+        "legend": pictures.legend(entries),
+        "parts": _parts(entries, size),
+        "states": _states(entries),
+        "kept": _kept(entries),
+        "forecast": _forecast(job, size),
+        "job": [
+            ("Evaluations of the model", words.count(job.get("evaluations"))),
+            *(
+                [("Budget used", words.share(size.get("after"), budget["bytes"]))]
+                if is_number(budget.get("bytes"))
+                else []
+            ),
+        ],
+        "ledger": _rows(entries),
+        "ledger_more": max(0, len(merge_experts(entries)) - MAX_ROWS),
+        "samples": [
+            {key: str(sample.get(key) or "") for key in ("prompt", "before", "after")}
+            for sample in report.get("samples") or []
+            if isinstance(sample, Mapping)
+        ],
+        "notes": _lines(report.get("notes")),
+        "how_to_load": "\n".join(_lines(report.get("how_to_load"))),
+        "reproduce": "\n".join(_lines(report.get("reproduce")) or _command(model, budget)),
+        "versions": [(str(key), _figure(value)) for key, value in mapping(report.get("versions")).items()],
+        "hash": str(report.get("hash") or ""),
+        "format_version": report.get("format_version", DASH),
+    }
+
+
+def _tiles(quality: Mapping[str, Any], job: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(label, value, remark) of what the headline does not say."""
+    tiles = []
+    for label, before, after in before_after({"quality": quality})[2:]:
+        value, bracket, interval = after.partition(" (")
+        remark = f"95 % interval {interval.rstrip(')')}" if bracket else f"the source: {before}"
+        tiles.append((label, value, remark))
+    if is_number(job.get("seconds")):
+        memory = job.get("peak_memory_bytes")
+        tiles.append(("Made in", words.duration(job["seconds"]), f"with {words.size(memory)} of memory"))
+    return [tile for tile in tiles if tile[1] != DASH]
+
+
+def _lines(value: Any) -> list[str]:
+    if value is None or value == "":
+        return []
+    return [str(line) for line in value] if isinstance(value, (list, tuple)) else [str(value)]
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return words.significant(value)
+    if isinstance(value, int):
+        return words.count(value)
+    return words.printable(value)
+
+
+def _evaluated(quality: Mapping[str, Any]) -> str:
+    found = [f"{words.count(quality[key])} {key}" for key in ("tokens", "documents") if is_number(quality.get(key))]
+    return " in ".join(found)
+
+
+def _command(model: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:
+    if not model.get("path") or not budget.get("asked"):
+        return []
+    return [f"slimwright fit {shlex.quote(str(model['path']))} --size {shlex.quote(str(budget['asked']))} --out OUT"]
+
+
+def _parts(entries: Sequence[Entry], size: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Where the bytes went, before and after, by part of the model; None if the ledger does not tell."""
+    if not any(entry.bytes for entry in entries):
+        return None
+    groups = by(entries, "part")
+    tones = [*PARTS, REST]
+    names = [name for name in tones if name in groups]
+    before = {name: sum(entry.before or 0 for entry in groups[name]) for name in names}
+    after: dict[str, float] = {name: sum(entry.bytes for entry in groups[name]) for name in names}
+    known = all(entry.before is not None for entry in entries)
+    whole = max(sum(before.values()) if known else 0, sum(after.values()))
+    rows = [
+        {
+            "name": name,
+            "tone": tones.index(name),
+            "before": words.size(before[name]) if known else DASH,
+            "after": words.size(after[name]),
+            "share": words.share(after[name], sum(after.values())),
+            "bits": words.decimal(mean(groups[name], "bits")),
+        }
+        for name in names
+    ]
+    extra = size.get("after")
+    return {
+        "rows": rows,
+        "before": pictures.bar(before, whole, tones) if known else [],
+        "after": pictures.bar(after, whole, tones),
+        "headers": words.size(extra - sum(after.values())) if is_number(extra) and extra > sum(after.values()) else "",
+    }
+
+
+def _states(entries: Sequence[Entry]) -> dict[str, Any] | None:
+    groups = by(entries, "state")
+    tones = ["calibrated", "data-free", "kept"]
+    tones += [state for state in groups if state not in tones]
+    order = [state for state in tones if state in groups]
+    sizes: dict[str, float] = {state: sum(entry.bytes for entry in groups[state]) for state in order}
+    whole = sum(sizes.values())
+    if not whole:
+        return None
+    return {
+        "bar": pictures.bar(sizes, whole, tones),
+        "rows": [
+            {
+                "name": state,
+                "tone": tones.index(state),
+                "tensors": words.count(len(groups[state])),
+                "parameters": words.count(sum(entry.parameters for entry in groups[state])),
+                "bytes": words.size(sizes[state]),
+                "share": words.share(sizes[state], whole),
+            }
+            for state in order
+        ],
+    }
+
+
+def _kept(entries: Sequence[Entry]) -> list[dict[str, str]]:
+    """What stayed dense, by reason, most bytes first."""
+    kept = by([entry for entry in entries if entry.state == "kept"], "reason")
+    whole = sum(entry.bytes for entry in entries)
+    rows = []
+    for reason, members in sorted(kept.items(), key=lambda item: -sum(entry.bytes for entry in item[1])):
+        total = sum(entry.bytes for entry in members)
+        names = [entry.site for entry in members[:2]] + ([f"{len(members) - 2} more"] if len(members) > 2 else [])
+        rows.append(
+            {
+                "reason": reason or "no reason given",
+                "tensors": words.count(len(members)),
+                "bytes": words.size(total),
+                "share": words.share(total, whole),
+                "names": ", ".join(names),
+            }
+        )
+    return rows
+
+
+def _forecast(job: Mapping[str, Any], size: Mapping[str, Any]) -> list[dict[str, str]]:
+    predicted = mapping(job.get("predicted"))
+    rows = []
+    for label, key, measured, write in (
+        ("Size of the result", "bytes", size.get("after"), words.size),
+        ("Peak memory of the job", "peak_memory_bytes", job.get("peak_memory_bytes"), words.size),
+        ("Time", "seconds", job.get("seconds"), words.duration),
+    ):
+        guess = predicted.get(key)
+        ratio = f"{measured / guess:.2f}×" if is_number(guess) and is_number(measured) and guess else DASH
+        rows.append({"label": label, "predicted": write(guess), "measured": write(measured), "ratio": ratio})
+    return [row for row in rows if row["predicted"] != DASH or row["measured"] != DASH]
+
+
+def _rows(entries: Sequence[Entry]) -> list[dict[str, str]]:
+    """The full ledger, a layer's experts in one row."""
+    rows = []
+    for name, members in list(merge_experts(entries).items())[:MAX_ROWS]:
+
+        def text(key: str, members: list[Entry] = members) -> str:
+            values = list(dict.fromkeys(value for entry in members if (value := getattr(entry, key))))
+            return ", ".join(values[:3]) + (f" and {len(values) - 3} more" if len(values) > 3 else "")
+
+        tokens = [entry.tokens for entry in members if entry.tokens is not None]
+        rows.append(
+            {
+                "site": name if len(members) > 1 else members[0].site,
+                "times": f"× {len(members)}" if len(members) > 1 else "",
+                "group": text("group") if len(members) == 1 else "",
+                "state": text("state"),
+                "reason": text("reason"),
+                "method": text("method"),
+                "grid": text("grid"),
+                "bits": words.decimal(mean(members, "bits")),
+                "bytes": words.size(sum(entry.bytes for entry in members)),
+                "error_before": words.significant(mean(members, "error_before")),
+                "error_after": words.significant(mean(members, "error_after")),
+                "tokens": words.count(min(tokens)) if tokens else DASH,
+            }
+        )
+    return rows

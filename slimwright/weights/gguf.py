@@ -1,0 +1,149 @@
+"""GGUF's legacy blocks Q4_0 and Q8_0: the payload is the exact bytes of ggml's blocks (card: gguf; ggml-common.h)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from slimwright.weights.grid import Grid, Params, Part, register_grid
+
+_FLOAT16_MAX = 65504.0
+
+
+def stored_half(values: Tensor) -> Tensor:
+    """The float32 values of the float16 that are stored: finite, at most 65504 in size."""
+    return values.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half().float()
+
+
+def half_bytes(values: Tensor) -> Tensor:
+    """(...) float32 holding float16 values → (..., 2) bytes."""
+    return values.half().unsqueeze(-1).view(torch.uint8)
+
+
+def bytes_half(data: Tensor) -> Tensor:
+    """Inverse of :func:`half_bytes`."""
+    return data.contiguous().view(torch.float16).squeeze(-1).float()
+
+
+class GGUFBlocks(Grid):
+    """Blocks along the row, each a struct of ggml's; the only part is the payload, (rows, bytes, 1).
+
+    Block boundaries are the rows', so the columns must be a multiple of the block.
+    """
+
+    block: ClassVar[int]
+    block_bytes: ClassVar[int]
+
+    @property
+    def spec(self) -> str:
+        return self.key
+
+    @classmethod
+    def parse(cls, spec: str) -> Grid | None:
+        return cls() if spec == cls.key else None
+
+    def illegal(self, rows: int, columns: int) -> str | None:
+        return f"its {columns} columns are not a multiple of {self.block}" if columns % self.block else None
+
+    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
+        return (Part("", torch.uint8, (rows, -(-columns // self.block) * self.block_bytes, 1)),)
+
+    def blocked(self, values: Tensor) -> Tensor:
+        """(rows, columns) → (rows, blocks, block)."""
+        return values.unflatten(1, (-1, self.block))
+
+    @abstractmethod
+    def to_bytes(self, codes: Tensor, params: Params) -> Tensor:
+        """Codes (rows, blocks, block) → (rows, blocks, block_bytes)."""
+
+    @abstractmethod
+    def from_bytes(self, data: Tensor) -> tuple[Tensor, Params]:
+        """Inverse of :meth:`to_bytes`."""
+
+    def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        return {"": self.to_bytes(self.blocked(codes), params).flatten(1).unsqueeze(-1)}
+
+    def unpack(self, parts: Mapping[str, Tensor], columns: int) -> tuple[Tensor, Params]:
+        payload = parts[""]
+        codes, params = self.from_bytes(payload.reshape(payload.shape[0], -1, self.block_bytes))
+        return codes.flatten(1), params
+
+
+class _Legacy(GGUFBlocks):
+    """One float16 scale per 32 weights. As in ggml, codes are chosen with the scale before it is rounded to float16;
+    ``importance`` is not used."""
+
+    block = 32
+    top: ClassVar[int]
+
+    def _params(self, exact: Tensor) -> Params:
+        return {"exact": exact.clamp(-_FLOAT16_MAX, _FLOAT16_MAX), "scale": stored_half(exact)}
+
+    def _scaled(self, w: Tensor, params: Params) -> Tensor:
+        """w / scale by blocks, computed as ggml does, by the reciprocal; 0 where the scale is 0."""
+        scale = params["exact"] if "exact" in params else params["scale"]
+        inverse = 1 / scale
+        inverse = torch.where(torch.isfinite(inverse), inverse, 0.0)
+        return self.blocked(w) * inverse.unsqueeze(2)
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        values = self.blocked(codes).to(torch.float32).sub_(self.top // 2 + 1)
+        return values.mul_(params["scale"].unsqueeze(2)).flatten(1)
+
+
+@register_grid
+@dataclass(frozen=True)
+class Q4_0(_Legacy):  # noqa: N801 - the format's name
+    """``w ≈ scale * (code - 8)``; 18 bytes per 32. The weight of largest magnitude in a block falls on code 0."""
+
+    key: ClassVar[str] = "q4_0"
+    block_bytes = 18
+    top = 15
+
+    def fit(self, w: Tensor, importance: Tensor | None = None, survey: Any = None) -> Params:
+        blocks = self.blocked(w)
+        extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)).squeeze(2)  # the first one on ties
+        return self._params(extreme.float() / -8)
+
+    def encode(self, w: Tensor, params: Params) -> Tensor:
+        return self._scaled(w, params).add_(8.5).clamp_(0, 15).to(torch.uint8).flatten(1)
+
+    def to_bytes(self, codes: Tensor, params: Params) -> Tensor:
+        return torch.cat([half_bytes(params["scale"]), codes[..., :16] | (codes[..., 16:] << 4)], dim=-1)
+
+    def from_bytes(self, data: Tensor) -> tuple[Tensor, Params]:
+        nibbles = data[..., 2:]
+        return torch.cat([nibbles & 15, nibbles >> 4], dim=-1), {"scale": bytes_half(data[..., :2])}
+
+
+@register_grid
+@dataclass(frozen=True)
+class Q8_0(_Legacy):  # noqa: N801 - the format's name
+    """``w ≈ scale * (code - 128)``; 34 bytes per 32; ``scale = absmax / 127``. On disk the codes are signed bytes."""
+
+    key: ClassVar[str] = "q8_0"
+    block_bytes = 34
+    top = 255
+
+    def fit(self, w: Tensor, importance: Tensor | None = None, survey: Any = None) -> Params:
+        blocks = self.blocked(w)
+        return self._params(torch.maximum(blocks.amax(2), -blocks.amin(2)).abs_().float() / 127)  # abs: 0, never -0
+
+    def encode(self, w: Tensor, params: Params) -> Tensor:
+        # Rounds half away from zero: truncation of |x| + 0.5 would round 0.49999997 up, hence by parts.
+        x = self._scaled(w, params)
+        size = x.abs()
+        whole = size.floor()
+        whole += (size - whole) >= 0.5
+        return whole.copysign_(x).clamp_(-128, 127).add_(128).to(torch.uint8).flatten(1)
+
+    def to_bytes(self, codes: Tensor, params: Params) -> Tensor:
+        return torch.cat([half_bytes(params["scale"]), codes ^ 128], dim=-1)
+
+    def from_bytes(self, data: Tensor) -> tuple[Tensor, Params]:
+        return data[..., 2:] ^ 128, {"scale": bytes_half(data[..., :2])}
