@@ -172,9 +172,16 @@ class PackedWeight(nn.Parameter):
 
     @classmethod
     def of(cls, owner: PackedModule, name: str) -> PackedWeight:
-        view = torch.Tensor._make_subclass(cls, owner.payload(name), False)
+        payload = owner.payload(name)
+        views = owner.__dict__.setdefault("views", {})
+        if name in views and views[name][0] is payload:
+            return views[name][1]
+        view = torch.Tensor._make_subclass(cls, payload, False)
         view.owner, view.parameter = owner, name
         view._is_hf_initialized = True  # or transformers' initialization would write into it
+        views.pop(name, None)
+        if payload.device.type == "meta":  # transformers tells offloaded parameters apart by identity
+            views[name] = (payload, view)
         return view
 
     @property
@@ -308,9 +315,12 @@ class PackedModule(nn.Module):
             self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "views"}
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         base, own = type(self).packed_base, type(self).own_class  # type: ignore[attr-defined]
-        return _empty_instance, (base, own), self.__dict__
+        return _empty_instance, (base, own), self.__getstate__()
 
 
 def _empty_instance(base: type[PackedModule], own: type[nn.Module]) -> PackedModule:
@@ -341,12 +351,14 @@ def packed_class(base: type[PackedModule], own: type[nn.Module]) -> type[PackedM
     return cls
 
 
+@functools.cache
 def _is_plain_linear(own: type[nn.Module]) -> bool:
     """Whether a subclass of nn.Linear has a forward of its own that computes what nn.Linear's does."""
     if own.forward is nn.Linear.forward:
         return False
     probe, generator = own.__new__(own), torch.Generator().manual_seed(0)
-    nn.Linear.__init__(probe, 8, 6, device="cpu", dtype=torch.float32)  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):
+        nn.Linear.__init__(probe, 8, 6, device="cpu", dtype=torch.float32)  # type: ignore[arg-type]
     with torch.device("cpu"), torch.no_grad():
         for parameter in probe.parameters():
             parameter.normal_(generator=generator)
@@ -623,7 +635,7 @@ class PackedExperts(PackedModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         cls = type(self)
-        return _empty_experts, (cls.own_class, cls.fused_names), self.__dict__  # type: ignore[attr-defined]
+        return _empty_experts, (cls.own_class, cls.fused_names), self.__getstate__()  # type: ignore[attr-defined]
 
 
 def _empty_experts(own: type[nn.Module], fused: tuple[str, ...]) -> PackedModule:

@@ -479,8 +479,8 @@ class SlimwrightQuantizer(HfQuantizer):
                 module._parameters["weight"] = module.__dict__.pop("source_module")._parameters["weight"]
         for module in list(model.modules()):
             if isinstance(module, PackedModule) and not isinstance(module, PackedExpertLeaf):
-                module.__dict__.pop("packed", None)
-                module.__dict__.pop("compute_dtype", None)
+                for key in ("packed", "compute_dtype", "views"):
+                    module.__dict__.pop(key, None)
                 module.__class__ = type(module).own_class
         for module in model.modules():
             module.__dict__.pop("_tied_weights_keys", None)
