@@ -151,7 +151,7 @@ def packed_linear(
 # -- what a module shows under the weight's name -------------------------------------------------------------------
 
 _HARMLESS = {"size", "dim", "numel", "nelement", "element_size", "stride", "data_ptr", "untyped_storage", "storage",
-             "is_contiguous", "is_floating_point", "is_complex", "to", "cpu", "cuda", "detach", "clone", "contiguous",
+             "is_contiguous", "is_floating_point", "is_complex", "to", "cpu", "cuda", "detach", "contiguous",
              "requires_grad_", "get_device", "storage_offset", "__repr__", "__format__", "__hash__", "__len__",
              "is_pinned", "is_shared", "__reduce_ex__", "_is_view", "ndimension", "empty_like",
              "has_names", "is_inference"}  # fmt: skip
@@ -188,13 +188,36 @@ class PackedWeight(nn.Parameter):
     def dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.owner.compute_dtype
 
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        """Moving the payload, or casting it where numbers survive (PEFT's preparation for training), changes nothing."""
+        stored = self.owner.payload(self.parameter)
+        if value.shape != stored.shape:
+            self._refuse()
+        if value is not self:
+            stored.data = value.detach().to(stored.dtype)
+
     def _refuse(self, *_: Any) -> Any:
         raise InputError(
             f"A {self.owner.packed[self.parameter].grid} weight is packed and cannot be changed or used as a plain tensor: "
             "keep the adapter beside it instead of merging, or call model.dequantize() first."
         )
 
-    data = property(_refuse, _refuse)  # type: ignore[assignment]
+    def copy_(self, source: Tensor, non_blocking: bool = False) -> PackedWeight:  # type: ignore[override]
+        """What ``load_state_dict`` does: takes a payload of the same kind, nothing else."""
+        stored = self.owner.payload(self.parameter)
+        if source.shape != stored.shape or source.dtype != stored.dtype:
+            self._refuse()
+        stored.copy_(source, non_blocking)
+        return self
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        spec = self.owner.packed[self.parameter]
+        return f"PackedWeight({spec.grid}, {list(spec.dense_shape)}, {self.device})"
 
     def __getitem__(self, index: Any) -> Any:
         spec = self.owner.packed[self.parameter]
@@ -211,16 +234,43 @@ class PackedWeight(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name not in _HARMLESS and (name != "__get__" or func.__self__.__name__ in _TRANSPOSES):
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        harmless = (
+            name in _HARMLESS
+            or (name == "__get__" and attribute not in _TRANSPOSES)
+            or (name in ("__set__", "__delete__") and attribute in ("requires_grad", "grad"))
+        )
+        if not harmless:
             next(arg for arg in _flatten(args, kwargs) if isinstance(arg, PackedWeight))._refuse()
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-            return result.detach() if isinstance(result, PackedWeight) else result  # ``to`` may give the same object
+            if isinstance(result, PackedWeight) and name != "__get__":  # ``to`` may give the same object
+                result = result.as_subclass(Tensor)
+            return result
 
 
 def _flatten(args: Any, kwargs: Any) -> Iterator[Any]:
     for value in (*args, *(kwargs or {}).values()):
         yield from value if isinstance(value, (list, tuple)) else (value,)
+
+
+class _Parameters(dict[str, Any]):
+    """``_parameters`` of a packed module: who walks over a model's parameters sees packed ones as :class:`PackedWeight`,
+    because ``next(model.parameters()).dtype`` is asked everywhere; who takes one by name gets the payload as it is."""
+
+    def __init__(self, owner: PackedModule, parameters: Mapping[str, Any]) -> None:
+        super().__init__(parameters)
+        self.owner = owner
+
+    def items(self) -> Any:
+        for name, parameter in super().items():
+            if parameter is not None and name in self.owner.packed:
+                yield name, PackedWeight.of(self.owner, name)
+            else:
+                yield name, parameter
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _Parameters, (self.owner, {}), None, None, iter(list(dict.items(self)))
 
 
 class PackedModule(nn.Module):
@@ -236,6 +286,8 @@ class PackedModule(nn.Module):
     def pack_parameter(self, name: str, spec: PackedSpec) -> None:
         """Replace the parameter ``name`` by empty parts on the meta device."""
         self.__dict__.setdefault("packed", {})[name] = spec
+        if not isinstance(self._parameters, _Parameters):
+            self.__dict__["_parameters"] = _Parameters(self, self._parameters)
         for suffix, part in disk_shapes(spec.grid, spec.dense_shape if spec.grid.plain else spec.shape).items():
             tensor = torch.empty(part.shape, dtype=part.dtype, device="meta")
             if suffix:
@@ -301,18 +353,22 @@ class PackedModule(nn.Module):
         self._parameters[name] = nn.Parameter(dense, requires_grad=dtype.is_floating_point)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        names = [name for name in self.part_names() if name in self._buffers]
-        kept = {name: self._buffers.pop(name) for name in names}
+        kept = {name: self.payload(name) for name in self.part_names() if name in self._parameters}
+        kept |= {name: self._buffers[name] for name in self.part_names() if name in self._buffers}  # type: ignore[misc]
+        for name in kept:
+            (self._parameters if name in self._parameters else self._buffers).pop(name)
+        moved = dict(kept)
         try:
             super()._apply(fn, recurse)
             self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+            for name, tensor in kept.items():  # as bytes, so that no cast of floating point tensors applies
+                moved[name] = fn(tensor.detach().view(torch.uint8)).view(tensor.dtype)
         finally:
-            for name, tensor in kept.items():
-                assert tensor is not None
-                self._buffers[name] = tensor
-        for name, tensor in kept.items():  # as bytes, so that no cast of floating point tensors applies
-            assert tensor is not None
-            self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
+            for name, tensor in moved.items():
+                if isinstance(kept[name], nn.Parameter):
+                    self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+                else:
+                    self._buffers[name] = tensor
         return self
 
     def __getstate__(self) -> dict[str, Any]:

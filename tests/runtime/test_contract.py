@@ -198,7 +198,9 @@ def test_state_dict_instead_of_files() -> None:
     packed = packed_family("llama")
     config = LlamaForCausalLM.config_class.from_pretrained(packed.directory)
     with pytest.raises(InputError, match="directory"):
-        LlamaForCausalLM.from_pretrained(None, config=config, state_dict=load_file(packed.directory / "model.safetensors"))
+        LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=load_file(packed.directory / "model.safetensors")
+        )
 
 
 def test_llama4_like_experts_are_refused(tmp_path: Path) -> None:

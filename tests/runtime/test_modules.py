@@ -155,7 +155,8 @@ def test_weight_is_never_a_plain_tensor() -> None:
     fill(module, "int4:g32")
     assert module.weight.shape == (32, 32, 1) and isinstance(module.weight, nn.Parameter)
     for use in (
-        lambda: module.weight.data,
+        lambda: module.weight.data.clone(),
+        lambda: module.weight.data.add_(torch.ones(32, 64)),
         lambda: module.weight + 1,
         lambda: module.weight.T,
         lambda: F.linear(torch.randn(2, 64), module.weight),
@@ -281,7 +282,9 @@ def test_packed_linear_of_a_range_of_rows() -> None:
     grid = parse_grid("nf4")
     w = torch.randn(64, 192)
     value = method("quantize/rtn", grid=grid).solve(w, SiteStatistics.none())
-    parts = {suffix: tensor.reshape(disk_shapes(grid, (64, 192))[suffix].shape) for suffix, tensor in value.save().items()}
+    parts = {
+        suffix: tensor.reshape(disk_shapes(grid, (64, 192))[suffix].shape) for suffix, tensor in value.save().items()
+    }
     x = torch.randn(2, 192)
     got = packed_linear(x, parts, PackedSpec(grid, (64, 192)), rows=slice(3, 30))
     torch.testing.assert_close(got, F.linear(x, value.dense()[3:30]))
