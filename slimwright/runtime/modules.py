@@ -194,7 +194,7 @@ class PackedWeight(nn.Parameter):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        """Moving the payload, or casting it where numbers survive (PEFT's preparation for training), changes nothing."""
+        """Moving the payload changes nothing, nor does casting it, as PEFT's preparation for training does."""
         stored = self.owner.payload(self.parameter)
         if value.shape != stored.shape:
             self._refuse()
@@ -203,7 +203,7 @@ class PackedWeight(nn.Parameter):
 
     def _refuse(self, *_: Any) -> Any:
         raise InputError(
-            f"A {self.owner.packed[self.parameter].grid} weight is packed and cannot be changed or used as a plain tensor: "
+            f"A weight on {self.owner.packed[self.parameter].grid} is packed and no plain tensor to compute with or change: "
             "keep the adapter beside it instead of merging, or call model.dequantize() first."
         )
 
@@ -255,7 +255,7 @@ def _flatten(args: Any, kwargs: Any) -> Iterator[Any]:
 
 
 class _Parameters(dict[str, Any]):
-    """``_parameters`` of a packed module: who walks over a model's parameters sees packed ones as :class:`PackedWeight`,
+    """``_parameters`` of a packed module: who walks over the parameters sees packed ones as :class:`PackedWeight`,
     because ``next(model.parameters()).dtype`` is asked everywhere; who takes one by name gets the payload as it is."""
 
     def __init__(self, owner: PackedModule, parameters: Mapping[str, Any]) -> None:
@@ -380,7 +380,7 @@ class PackedModule(nn.Module):
 
 
 def _empty_instance(base: type[PackedModule], own: type[nn.Module]) -> PackedModule:
-    cls = packed_class(base, own)
+    cls = packed_class(base, own)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
@@ -394,9 +394,9 @@ def packed_class(base: type[PackedModule], own: type[nn.Module]) -> type[PackedM
     def forward(self: Any, *args: Any, packed_use: str | None = None, **kwargs: Any) -> Any:
         if packed_use is not None:
             return getattr(self, packed_use)(*args)
-        return super(cls, self).forward(*args, **kwargs)
+        return super(cls, self).forward(*args, **kwargs)  # type: ignore[arg-type]
 
-    if issubclass(base, PackedLinear) and own is not nn.Linear and _is_plain_linear(own):
+    if issubclass(base, PackedLinear) and own is not nn.Linear and _is_plain_linear(own):  # type: ignore[arg-type]
         bases = (base, own)  # its forward reads the weight as a tensor, and is no other than nn.Linear's
 
     namespace: dict[str, Any] = {"packed_base": base, "own_class": own, "__module__": own.__module__}
@@ -485,7 +485,7 @@ class PackedLinear(_OneWeight, nn.Linear):
 
 
 class PackedConv1D(_OneWeight, nn.Linear):
-    """GPT-2's ``Conv1D``, whose dense weight is (in, out): packed as (out, in), it is a linear layer, and PEFT's too."""
+    """GPT-2's ``Conv1D``, whose dense weight is (in, out): packed as (out, in) it is a linear layer, also for PEFT."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(x, self.bias)
@@ -695,7 +695,7 @@ class PackedExperts(PackedModule):
 
 
 def _empty_experts(own: type[nn.Module], fused: tuple[str, ...]) -> PackedModule:
-    cls = experts_class(own, fused)
+    cls = experts_class(own, fused)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 

@@ -43,7 +43,9 @@ def spoil(name: str, out: Path, edit: Callable[[dict[str, Tensor]], Any]) -> Pat
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python code in a fresh process."""
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 # -- the import ----------------------------------------------------------------------------------------------------

@@ -315,7 +315,11 @@ print(json.dumps([loaded - before, anonymous() - before]))
 
     small = packed_family("llama").directory
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), str(small)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, str(tmp_path), str(small)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     loading, running = json.loads(done.stdout.splitlines()[-1])

@@ -15,9 +15,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.pytorch_utils import Conv1D
 
-import slimwright.runtime.modules as modules
 from slimwright.errors import InputError
 from slimwright.methods import SiteStatistics, method
+from slimwright.runtime import modules
 from slimwright.runtime.modules import (
     PackedConv1D,
     PackedEmbedding,
@@ -155,13 +155,13 @@ def test_weight_is_never_a_plain_tensor() -> None:
     fill(module, "int4:g32")
     assert module.weight.shape == (32, 32, 1) and isinstance(module.weight, nn.Parameter)
     for use in (
-        lambda: module.weight.data.clone(),
+        module.weight.data.clone,
         lambda: module.weight.data.add_(torch.ones(32, 64)),
         lambda: module.weight + 1,
         lambda: module.weight.T,
         lambda: F.linear(torch.randn(2, 64), module.weight),
         lambda: module.weight[0],
-        lambda: module.weight.norm(),
+        module.weight.norm,
         lambda: module.weight.add_(1),
         lambda: setattr(module.weight, "data", torch.zeros(1)),
     ):
