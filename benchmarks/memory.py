@@ -76,7 +76,7 @@ def run(name: str, root: Path, arguments: list[str]) -> dict[str, object]:
         "--job-memory", str(CAP), *arguments,
     ]  # fmt: skip
     started = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter)  # noqa: PLW1509
     if enter is None:
         _watch(child, limit)
     output, _ = child.communicate()
