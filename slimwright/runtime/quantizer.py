@@ -409,6 +409,10 @@ class SlimwrightQuantizer(HfQuantizer):
             filled.setdefault(target, []).append(disk)
             if converter is None:
                 self._check_tensor(disk, headers[disk], target, names.state[target])
+                continue
+            first, *others = converter.target_patterns  # one tensor may become several parameters
+            for other in others:
+                filled.setdefault(target.replace(first, other), []).append(disk)
         ties = model.all_tied_weights_keys
         for target, source in ties.items():
             if target in filled or source in filled:
