@@ -29,7 +29,7 @@ def _workers() -> tuple[ThreadPoolExecutor, int]:
         if _pool is not None:
             _pool.shutdown(wait=True)
         _pool, _size = (
-            ThreadPoolExecutor(threads, "slimwright-tile", initializer=torch.set_num_threads, initargs=(1,)),
+            ThreadPoolExecutor(threads, "slimwright-tile", initializer=_single_threaded),
             threads,
         )
         ready = [_pool.submit(_wait_a_little) for _ in range(threads)]
@@ -37,6 +37,11 @@ def _workers() -> tuple[ThreadPoolExecutor, int]:
             future.result()
         torch.set_num_threads(threads)  # the workers' setting must not reach the matrix products of this thread
     return _pool, _size
+
+
+def _single_threaded() -> None:
+    torch.get_num_threads()  # a thread's first question takes the process's number over, which would undo the next line
+    torch.set_num_threads(1)
 
 
 def _wait_a_little() -> None:

@@ -48,10 +48,22 @@ class WeightSource(ABC):
         return self.rows(slice(index * out, (index + 1) * out))
 
 
+
+def _no_weight(self: nn.Module) -> Tensor:
+    weight = torch.empty(0)
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    return weight
+
+
+_WEIGHT = property(_no_weight)
+"""What a model finds that asks a weight's dtype or device, or initialises it: float32 on the CPU, no elements."""
+
+
 class _StreamedLinear(nn.Module):
     """``x Wᵀ + b`` in row tiles; stands for nn.Linear, transformers' Conv1D and a tied head."""
 
     source: WeightSource
+    weight = _WEIGHT
 
     def __init__(self, source: WeightSource, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -75,6 +87,7 @@ class _StreamedEmbedding(nn.Embedding):
     that scales and offsets of its forward stay."""
 
     source: WeightSource
+    weight = _WEIGHT  # type: ignore[assignment]
 
     def forward(self, ids: Tensor) -> Tensor:
         index, inverse = torch.unique(ids, return_inverse=True)
@@ -136,8 +149,7 @@ def _stream_module(model: PreTrainedModel, path: str, source: WeightSource) -> N
         own = type(module)
         bases = (_StreamedEmbedding,) if own is nn.Embedding else (own, _StreamedEmbedding)
         module.__class__ = type(f"Streamed{own.__name__}", bases, {})
-        module.__dict__["source"] = source
-        module._is_hf_initialized = True  # type: ignore[assignment]
+        module.__dict__["source"] = source  # buffers that are not saved (Gemma's scale) are still to be initialised
         del module._parameters["weight"]
     else:
         streamed = _StreamedLinear(source, getattr(module, "bias", None))
