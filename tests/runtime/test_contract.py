@@ -43,7 +43,9 @@ def spoil(name: str, out: Path, edit: Callable[[dict[str, Tensor]], Any]) -> Pat
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python code in a fresh process."""
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 # -- the import ----------------------------------------------------------------------------------------------------
@@ -198,7 +200,9 @@ def test_state_dict_instead_of_files() -> None:
     packed = packed_family("llama")
     config = LlamaForCausalLM.config_class.from_pretrained(packed.directory)
     with pytest.raises(InputError, match="directory"):
-        LlamaForCausalLM.from_pretrained(None, config=config, state_dict=load_file(packed.directory / "model.safetensors"))
+        LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=load_file(packed.directory / "model.safetensors")
+        )
 
 
 def test_llama4_like_experts_are_refused(tmp_path: Path) -> None:

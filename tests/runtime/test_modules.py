@@ -15,9 +15,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.pytorch_utils import Conv1D
 
-import slimwright.runtime.modules as modules
 from slimwright.errors import InputError
 from slimwright.methods import SiteStatistics, method
+from slimwright.runtime import modules
 from slimwright.runtime.modules import (
     PackedConv1D,
     PackedEmbedding,
@@ -155,12 +155,13 @@ def test_weight_is_never_a_plain_tensor() -> None:
     fill(module, "int4:g32")
     assert module.weight.shape == (32, 32, 1) and isinstance(module.weight, nn.Parameter)
     for use in (
-        lambda: module.weight.data,
+        module.weight.data.clone,
+        lambda: module.weight.data.add_(torch.ones(32, 64)),
         lambda: module.weight + 1,
         lambda: module.weight.T,
         lambda: F.linear(torch.randn(2, 64), module.weight),
         lambda: module.weight[0],
-        lambda: module.weight.norm(),
+        module.weight.norm,
         lambda: module.weight.add_(1),
         lambda: setattr(module.weight, "data", torch.zeros(1)),
     ):
@@ -281,7 +282,9 @@ def test_packed_linear_of_a_range_of_rows() -> None:
     grid = parse_grid("nf4")
     w = torch.randn(64, 192)
     value = method("quantize/rtn", grid=grid).solve(w, SiteStatistics.none())
-    parts = {suffix: tensor.reshape(disk_shapes(grid, (64, 192))[suffix].shape) for suffix, tensor in value.save().items()}
+    parts = {
+        suffix: tensor.reshape(disk_shapes(grid, (64, 192))[suffix].shape) for suffix, tensor in value.save().items()
+    }
     x = torch.randn(2, 192)
     got = packed_linear(x, parts, PackedSpec(grid, (64, 192)), rows=slice(3, 30))
     torch.testing.assert_close(got, F.linear(x, value.dense()[3:30]))
