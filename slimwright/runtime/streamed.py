@@ -49,14 +49,15 @@ class WeightSource(ABC):
 
 
 
-def _no_weight(self: nn.Module) -> Tensor:
-    weight = torch.empty(0)
+def _no_weight(self: Any) -> Tensor:
+    site = self.source.site
+    weight = torch.zeros(()).expand(site.rows, site.columns)
     weight._is_hf_initialized = True  # type: ignore[attr-defined]
     return weight
 
 
 _WEIGHT = property(_no_weight)
-"""What a model finds that asks a weight's dtype or device, or initialises it: float32 on the CPU, no elements."""
+"""What a model finds that asks a weight's dtype, device or shape, or initialises it: one zero, seen as the matrix."""
 
 
 class _StreamedLinear(nn.Module):
