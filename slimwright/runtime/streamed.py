@@ -53,10 +53,11 @@ class _StreamedLinear(nn.Module):
 
     source: WeightSource
 
-    def __init__(self, source: WeightSource, bias: nn.Parameter | None) -> None:
+    def __init__(self, source: WeightSource, module: nn.Module) -> None:
         super().__init__()
         self.__dict__["source"] = source
-        self.bias = bias
+        self.bias: nn.Parameter | None = getattr(module, "bias", None)
+        self.__dict__["weight"] = _placeholder(module)
         self.out_features, self.in_features = source.site.rows, source.site.columns
         self.nf = self.out_features
 
@@ -68,6 +69,14 @@ class _StreamedLinear(nn.Module):
             pieces.append(nn.functional.linear(x, tile.to(x.dtype)))
         out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         return out if self.bias is None else out + self.bias
+
+
+def _placeholder(module: nn.Module) -> Tensor:
+    """What stands for the weight of a streamed module: blocks ask their children's weights for the dtype, and initialise
+    them. It takes no memory, and whoever computes with it gets NaN."""
+    weight = torch.full((), float("nan"), dtype=torch.float32, device="cpu").expand(module.weight.shape)  # type: ignore
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    return weight
 
 
 class _StreamedEmbedding(nn.Embedding):
@@ -138,9 +147,11 @@ def _stream_module(model: PreTrainedModel, path: str, source: WeightSource) -> N
         module.__class__ = type(f"Streamed{own.__name__}", bases, {})
         module.__dict__["source"] = source
         module._is_hf_initialized = True  # type: ignore[assignment]
+        weight = _placeholder(module)
         del module._parameters["weight"]
+        module.__dict__["weight"] = weight
     else:
-        streamed = _StreamedLinear(source, getattr(module, "bias", None))
+        streamed = _StreamedLinear(source, module)
         streamed._is_hf_initialized = True  # type: ignore[assignment]
         model.set_submodule(path, streamed)
 
