@@ -48,7 +48,6 @@ class WeightSource(ABC):
         return self.rows(slice(index * out, (index + 1) * out))
 
 
-
 def _no_weight(self: Any) -> Tensor:
     site = self.source.site
     weight = torch.zeros(()).expand(site.rows, site.columns)
