@@ -316,9 +316,9 @@ def _batches(
 
 
 def _length(model: Any, spec: Spec) -> int:
-    """Tokens of one sequence."""
+    """Tokens of one sequence; few where the config does not say how many positions there are."""
     config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 256
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 68
     return max(8, min(256, int(longest) - 4, spec.batch_tokens, spec.tokens // 2))
 
 

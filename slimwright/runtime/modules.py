@@ -203,8 +203,8 @@ class PackedWeight(nn.Parameter):
 
     def _refuse(self, *_: Any) -> Any:
         raise InputError(
-            f"A weight on {self.owner.packed[self.parameter].grid} is packed and no plain tensor to compute with or change: "
-            "keep the adapter beside it instead of merging, or call model.dequantize() first."
+            f"A weight on {self.owner.packed[self.parameter].grid} is packed, not a plain tensor to use or change:"
+            " keep the adapter beside it instead of merging, or call model.dequantize() first."
         )
 
     def copy_(self, source: Tensor, non_blocking: bool = False) -> PackedWeight:  # type: ignore[override]

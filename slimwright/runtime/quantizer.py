@@ -289,7 +289,7 @@ class SlimwrightQuantizer(HfQuantizer):
             )
         module.compute_dtype = dtype
         # Gemma's embed_scale is made by the model's initialization, which must then see the module
-        module._is_hf_initialized = not module._non_persistent_buffers_set
+        module._is_hf_initialized = not module._non_persistent_buffers_set  # type: ignore[assignment]
         module.pack_parameter(parameter, PackedSpec(grid, flipped if transposed else shape, transposed))
 
     def _stack(self, names: _Names, disk: str, target: str, converter: Any) -> None:
@@ -339,7 +339,7 @@ class SlimwrightQuantizer(HfQuantizer):
             _attach(model, path, leaf)
             leaves[expert].append(leaf)
         if not isinstance(module, PackedExperts):
-            module.__class__ = experts_class(own, ())
+            module.__class__ = experts_class(own, ())  # type: ignore[arg-type]
             module.packed, module.compute_dtype = {}, dtype
             module._is_hf_initialized = not module._non_persistent_buffers_set
         module.__dict__.setdefault("stacks", {})[stacked.parameter] = ExpertStack(leaves, tuple(fused.shape))
@@ -360,7 +360,7 @@ class SlimwrightQuantizer(HfQuantizer):
                 f"'{name}' is tied to the packed '{source}', but is not the weight of a linear or embedding."
             )
         base: type[PackedModule] = TiedHead if isinstance(module, nn.Linear) else TiedEmbedding
-        module.__class__ = packed_class(base, type(module))
+        module.__class__ = packed_class(base, type(module))  # type: ignore[arg-type, assignment]
         module.__dict__.update(
             packed={},
             source_module=owner,
@@ -409,6 +409,10 @@ class SlimwrightQuantizer(HfQuantizer):
             filled.setdefault(target, []).append(disk)
             if converter is None:
                 self._check_tensor(disk, headers[disk], target, names.state[target])
+                continue
+            first, *others = converter.target_patterns  # one tensor may become several parameters
+            for other in others:
+                filled.setdefault(target.replace(first, other), []).append(disk)
         ties = model.all_tied_weights_keys
         for target, source in ties.items():
             if target in filled or source in filled:
@@ -482,7 +486,7 @@ class SlimwrightQuantizer(HfQuantizer):
                 for key in ("packed", "compute_dtype", "views"):
                     module.__dict__.pop(key, None)
                 module.__dict__["_parameters"] = dict(module._parameters)
-                module.__class__ = type(module).own_class
+                module.__class__ = type(module).own_class  # type: ignore[assignment]
         for module in model.modules():
             module.__dict__.pop("_tied_weights_keys", None)
         for module in model.modules():

@@ -48,7 +48,6 @@ class WeightSource(ABC):
         return self.rows(slice(index * out, (index + 1) * out))
 
 
-
 def _no_weight(self: Any) -> Tensor:
     site = self.source.site
     weight = torch.zeros(()).expand(site.rows, site.columns)
@@ -160,8 +159,7 @@ def _stream_module(model: PreTrainedModel, path: str, source: WeightSource) -> N
 
 def _stream_experts(module: nn.Module, parameter: str, sources: list[WeightSource]) -> None:
     """Let the module's own eager forward read its fused parameter expert by expert."""
-    shape = module._parameters[parameter].shape  # type: ignore[union-attr]
-    proxy = _Expert(sources, transposed=_orientation(sources, tuple(shape)))
+    proxy = _Expert(sources, transposed=sources[0].site.transposed)
     del module._parameters[parameter]
     cls = type(module)
     module.__class__ = type(cls.__name__, (cls,), {parameter: property(lambda self: proxy)})
@@ -170,14 +168,6 @@ def _stream_experts(module: nn.Module, parameter: str, sources: list[WeightSourc
         config = copy.copy(module.config)
         config._experts_implementation_internal = "eager"  # type: ignore[union-attr]
         module.config = config  # type: ignore[assignment]
-
-
-def _orientation(sources: list[WeightSource], shape: tuple[int, ...]) -> bool:
-    """Whether the module holds an expert as (in, out): read from the site's own record, since shapes can be square."""
-    site = sources[0].site
-    if site.expert is None:
-        return site.transposed
-    return shape[-1] != site.columns
 
 
 @register_quantization_config("slimwright-streamed")
