@@ -72,7 +72,8 @@ class CheckpointWriter:
             raise ValueError(f"{name} has {entry.nbytes} bytes; {nbytes} at {offset_bytes} do not fit")
         if nbytes == 0:
             return
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))  # one element may have any stride
+        flat = flat.view(torch.uint8)
         content = memoryview(flat.numpy().data)
         descriptor, position = self._descriptors[number], placed.start + offset_bytes
         faults.reach("write")

@@ -28,6 +28,7 @@ from slimwright.checkpoint import (
     Lineage,
     claim,
     copy_side_files,
+    entry_cost,
     environment_key,
     fingerprint,
     job_key,
@@ -46,7 +47,7 @@ from slimwright.job.forecast import Forecast, forecast, measure_rates
 from slimwright.job.ledger import Entry, check_complete
 from slimwright.job.memory import MemoryWatch, memory_cap, trim
 from slimwright.job.open import model_of, open_source
-from slimwright.job.options import option_table
+from slimwright.job.options import option_costs, score_options
 from slimwright.job.progress import Reporter
 from slimwright.methods import WeightSolver, parse_method
 from slimwright.model.discover import discover
@@ -54,7 +55,7 @@ from slimwright.model.structure import Structure
 from slimwright.plan import DEFAULT_METHOD, KEEP, Assignment, Plan, Rule, bind, parse_size
 from slimwright.report import render_report
 from slimwright.runtime.format import DenseForm, write_config
-from slimwright.search import search
+from slimwright.search import Option, search, smallest_cost
 from slimwright.weights import parse_grid
 
 REPORT_VERSION = 1
@@ -184,6 +185,7 @@ class _Job:
         if copied:
             fixed = _keep_all(structure, "the budget is above the source")
             self.notes.append("The budget is above the size of the source: it was copied as it is.")
+        options, rest = self._options(source, structure, bound, budget) if fixed is None else ({}, 0)
         cap = self.watch.cap or 0
         predicted = forecast(
             source, structure, _representative(solver, fixed), measure_rates(_representative(solver, fixed)),
@@ -208,7 +210,7 @@ class _Job:
                 data = json.loads((held.out / "report.json").read_text(encoding="utf-8"))
                 data.setdefault("notes", []).append(f"{held.out} is the finished result of this same job.")
                 return FitReport(data, held.out)
-            return self._work(held, source, structure, _Target(budget, fixed, bound, predicted, state))
+            return self._work(held, source, structure, _Target(budget, fixed, options, rest, predicted, state))
 
     # -- before work -----------------------------------------------------------------------------------------------
 
@@ -248,6 +250,26 @@ class _Job:
             plan_units(source, structure, _keep_all(structure, "")), structure, self.asked.max_shard_bytes
         ).total_bytes  # fmt: skip
         return (whole, True) if budget >= whole and not self.asked.rules else (budget, False)
+
+    def _options(
+        self, source: Checkpoint, structure: Structure, bound: Mapping[str, str], budget: int
+    ) -> tuple[dict[str, list[Option]], int]:
+        """Options with their costs, and the bytes of everything that is not a site, headers included.
+
+        Raises:
+            InputError: the budget is below the smallest possible, which is named.
+        """
+        options = option_costs(source, structure, bound, self.asked.method, budget)
+        kept = plan_units(source, structure, _keep_all(structure, ""))
+        rest = sum(entry_cost(entry, budget) for unit in kept if unit.site is None for entry in unit.entries)
+        rest += overhead_bound(budget, self.asked.max_shard_bytes)
+        smallest = rest + smallest_cost(options)
+        if smallest > budget:
+            raise InputError(
+                f"--size {self.asked.size} is {budget} bytes, but the smallest possible is {smallest} bytes "
+                f"({8 * smallest / structure.parameters:.2f}bit): {rest} of them are kept as they are."
+            )
+        return options, rest
 
     def _check_disk(self, out: Path, predicted: Forecast) -> None:
         folder = out.absolute().parent
@@ -380,20 +402,9 @@ class _Job:
                 last = time.monotonic()
             step(len(found), groups)
 
-        table = option_table(source, structure, target.bound, self.asked.method, target.budget, dict(found), record)
+        table = score_options(source, structure, target.options, dict(found), record)
         journal.commit()
-        rest = plan_units(source, structure, _keep_all(structure, ""))
-        from slimwright.checkpoint import entry_cost
-
-        fixed = sum(entry_cost(e, target.budget) for u in rest if u.site is None for e in u.entries)
-        fixed += overhead_bound(target.budget, self.asked.max_shard_bytes)
-        smallest = fixed + sum(min(option.cost for option in options) for options in table.values())
-        if smallest > target.budget:
-            raise InputError(
-                f"--size {self.asked.size} is {target.budget} bytes, but the smallest possible is {smallest} bytes "
-                f"({8 * smallest / structure.parameters:.2f}bit): {fixed} of them are kept as they are."
-            )
-        allocation = search(table, target.budget - fixed, solver=self.asked.search)
+        allocation = search(table, target.budget - target.rest, solver=self.asked.search)
         return Plan(assignments={group: option.choice for group, option in allocation.choices.items()})
 
     def _build(
@@ -575,11 +586,13 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Target:
-    """What the job works towards: bytes, the plan where it is fixed, bound choices, forecast, state of the source."""
+    """What the job works towards: bytes, the plan where it is fixed, else the options and the bytes of all that is no
+    site, the forecast, the state of the source."""
 
     budget: int
     fixed: Plan | None
-    bound: Mapping[str, str]
+    options: Mapping[str, list[Option]]
+    rest: int
     predicted: Forecast
     state: str
 

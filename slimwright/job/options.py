@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -140,25 +140,16 @@ def _some_experts(sites: Sequence[Site], most: int = 4) -> list[tuple[Site, floa
     return chosen
 
 
-def option_table(
-    checkpoint: Checkpoint,
-    structure: Structure,
-    bound: Mapping[str, str],
-    solver: str,
-    budget: int,
-    done: Mapping[str, list[float]],
-    record: Callable[[str, list[float]], None],
+def option_costs(
+    checkpoint: Checkpoint, structure: Structure, bound: Mapping[str, str], solver: str, budget: int
 ) -> dict[str, list[Option]]:
-    """Options of every choice group.
+    """Options of every choice group with their costs; losses are 0 until :func:`score_options`.
 
     Args:
         bound: choice by group that the user's rules fix.
         solver: spec of the solver.
         budget: bytes, for the width of offsets in the header.
-        done: losses by group that an earlier, interrupted run has found.
-        record: called with each group's new losses.
     """
-    how = sampling(structure)
     groups = structure.choice_groups()
     ladder = FINE_LADDER if len(groups) <= FEW_GROUPS else LADDER
     choices = {
@@ -167,16 +158,39 @@ def option_table(
         else ladder_for(checkpoint, sites, solver, ladder)
         for group, sites in groups.items()
     }
-    losses = {group: [0.0] for group in bound}
-    losses |= {group: done[group] for group in groups if group in done}
-    missing = [group for group in groups if group not in losses]
-    for group, found in in_order(lambda g: score_group(checkpoint, groups[g], choices[g], how), missing):
+    return {
+        group: [
+            Option(group, choice.grid, group_cost(checkpoint, sites, choice.grid, budget), 0.0, choice=choice)
+            for choice in choices[group]
+        ]
+        for group, sites in groups.items()
+    }
+
+
+def score_options(
+    checkpoint: Checkpoint,
+    structure: Structure,
+    table: Mapping[str, list[Option]],
+    done: Mapping[str, list[float]],
+    record: Callable[[str, list[float]], None],
+) -> dict[str, list[Option]]:
+    """The same options with their losses; a group of one option has nothing to choose and is not scored.
+
+    Args:
+        done: losses by group that an earlier, interrupted run has found.
+        record: called with each group's new losses.
+    """
+    how = sampling(structure)
+    groups = structure.choice_groups()
+    losses = {group: done.get(group, [0.0]) for group in groups if group in done or len(table[group]) == 1}
+
+    def score(group: str) -> list[float]:
+        return score_group(checkpoint, groups[group], [option.choice for option in table[group]], how)
+
+    for group, found in in_order(score, [group for group in groups if group not in losses]):
         losses[group] = found
         record(group, found)
     return {
-        group: [
-            Option(group, choice.grid, group_cost(checkpoint, sites, choice.grid, budget), loss, choice=choice)
-            for choice, loss in zip(choices[group], losses[group], strict=True)
-        ]
-        for group, sites in groups.items()
+        group: [replace(option, loss=loss) for option, loss in zip(options, losses[group], strict=True)]
+        for group, options in table.items()
     }

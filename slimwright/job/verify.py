@@ -294,7 +294,7 @@ def _batches(
     """Inputs with the names of their documents: held-out text where the model reads text, else random."""
     length = _length(model, spec)
     rows = max(1, min(spec.batch_tokens // length, 64))
-    count = max(2, min(512, spec.tokens // length)) if spec.tokens >= 2 * length else 1
+    count = max(2, min(512, spec.tokens // length))
     texts = _held_out(source, model, length, count)
     outcome.inputs = "held-out text of the Python standard library" if texts else "random inputs"
     made = 0
@@ -319,7 +319,7 @@ def _length(model: Any, spec: Spec) -> int:
     """Tokens of one sequence; few where the config does not say how many positions there are."""
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 68
-    return max(8, min(256, int(longest) - 4, spec.batch_tokens))
+    return max(8, min(256, int(longest) - 4, spec.batch_tokens, spec.tokens // 2))
 
 
 def _held_out(source: Checkpoint, model: Any, length: int, count: int) -> list[tuple[str, Tensor]]:

@@ -1,0 +1,61 @@
+"""Jobs on tiny models, in the process of the tests: a fresh verifying process costs seconds, and two tests have one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slimwright.job import verify as verification
+from slimwright.job.fit import FitReport, _Job, fit
+from tests.families import cached
+
+PLAIN = "quantize/rtn,clip=none"
+"""Rounding without the search for a range: these tests are about jobs, not about solvers."""
+
+
+def verify_here(job: _Job, held: Any, spec: verification.Spec, step: Callable[[int, int], None]) -> Any:
+    """Stands for ``_Job._verify_in_fresh_process``: the same verification, in this process."""
+    return verification.verify(spec, step, "this process")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def in_this_process() -> Iterator[None]:
+    """Verify in this process, with few tokens; ``fresh_process`` undoes it for one test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Job, "_verify_in_fresh_process", verify_here)
+        patch.setattr(verification, "tokens_for", lambda parameters, vocabulary, free: (64, 64))
+        yield
+
+
+FRESH = _Job._verify_in_fresh_process
+
+
+@pytest.fixture
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify as users do."""
+    monkeypatch.setattr(_Job, "_verify_in_fresh_process", FRESH)
+
+
+def tiny(name: str = "qwen2") -> str:
+    """A tiny checkpoint in bfloat16; never write to it."""
+    return str(cached(name, torch.bfloat16))
+
+
+def fitted(model: str, out: Path, **options: Any) -> FitReport:
+    """``fit`` with plain rounding and without a word on stderr."""
+    return fit(model, str(out), **{"method": PLAIN, "quiet": True, **options})
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """Content of the weight files by name."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*.safetensors"))}
+
+
+@pytest.fixture(scope="session")
+def result(in_this_process: None, tmp_path_factory: pytest.TempPathFactory) -> FitReport:
+    """A tiny Qwen2 at 40 %; never write to it."""
+    return fitted(tiny(), tmp_path_factory.mktemp("result") / "out", size="40%")
