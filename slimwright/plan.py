@@ -119,7 +119,10 @@ class Plan(BaseModel):
                 hint = f"; did you mean '{near[0]}'?" if near else "."
                 raise InputError(f"The plan assigns the group '{name}', which this model does not have{hint}")
             if not assignment.kept:
-                solver = assignment.solver()
+                try:
+                    solver = assignment.solver()
+                except InputError as error:
+                    raise InputError(f"The plan's assignment of '{name}' is wrong: {error}") from None
                 for site in groups[name]:
                     reason = solver.grid.illegal(site.rows, site.columns)
                     if reason:

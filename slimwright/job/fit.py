@@ -433,7 +433,8 @@ class _Job:
         spec = verification.Spec(
             source=self.asked.model, written=str(held.partial), result=str(held.scratch / "verified.json"),
             tokens=tokens, batch_tokens=batch, threads=torch.get_num_threads(), seed=self.asked.seed,
-            sample=structure.parameters < 300_000_000, trust_remote_code=self.asked.trust_remote_code, progress=True,
+            sample=structure.parameters < verification.SAMPLED_BELOW,
+            trust_remote_code=self.asked.trust_remote_code, progress=True,
         )  # fmt: skip
         own = model_of(source, self.asked.trust_remote_code)[0].__module__
         if not own.startswith("transformers."):

@@ -12,14 +12,19 @@ import torch
 
 from slimwright.checkpoint import Checkpoint
 from slimwright.job.memory import anonymous_bytes
-from slimwright.job.options import LADDER, sampling
-from slimwright.job.verify import SAMPLED_TILES, tokens_for
-from slimwright.job.weights import TILE_ELEMENTS
+from slimwright.job.options import FEW_GROUPS, FINE_LADDER, LADDER, sampling
+from slimwright.job.parallel import in_order
+from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, SAMPLED_TILES, tokens_for
+from slimwright.job.weights import TILE_ELEMENTS, plain_rounding
 from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.model.structure import Structure
+from slimwright.weights import Dense, unpack_rows
 
 WRITE_RATE = 8e8
 """Bytes per second assumed for writing with fsync; a guess until the job itself has written something."""
+
+CONVERT = 4e-10
+"""Seconds to read one weight of the source and convert it to float32."""
 
 READ_RATE = 2e9
 """Bytes per second assumed for reading weights that may not be in the page cache."""
@@ -30,9 +35,9 @@ class Rates:
     """Weights (or products) per second of this machine, each timed for some tens of milliseconds.
 
     Attributes:
-        solve: solving, packing and measuring the error, weights/s.
-        score: one solve on a small sample, weights/s.
-        decode: unpacking to float32, weights/s.
+        solve: solving, packing and measuring the errors on all worker threads, weights/s.
+        score: one solve on all worker threads, weights/s.
+        decode: unpacking to float32 in one call of torch, weights/s.
         multiply: float32 matrix products, multiply-adds/s.
         start: seconds that a fresh process needs until its imports are done.
     """
@@ -60,7 +65,7 @@ class Forecast:
 
 
 def _rate(work: int, function: Callable[[], object]) -> float:
-    """Work per second, best of the second and third call."""
+    """Work per second of the calling thread, best of the second and third call."""
     function()
     best = float("inf")
     for _ in range(2):
@@ -70,25 +75,39 @@ def _rate(work: int, function: Callable[[], object]) -> float:
     return work / max(best, 1e-9)
 
 
+def _pooled_rate(work: int, function: Callable[[], object]) -> float:
+    """Work per second of all worker threads together, each doing ``work`` in a call."""
+    calls = 2 * torch.get_num_threads()
+    return _rate(work * calls, lambda: [None for _ in in_order(lambda _: function(), range(calls))])
+
+
 def measure_rates(solver: WeightSolver) -> Rates:
-    """Time the solver and a matrix product on this machine (about 0.3 s)."""
+    """Time the solver and a matrix product on this machine, as busy as it is now (about 0.5 s)."""
     generator = torch.Generator().manual_seed(0)
-    rows, columns = 512, 1024
-    weight = torch.randn(rows, columns, generator=generator)
+    weight = torch.randn(256, 1024, generator=generator)
     stats = SiteStatistics(survey=solver.grid.survey(weight))
+    plain = plain_rounding(solver)
+    value = solver.solve(weight, stats)
+    parts = value.save()
 
     def solve() -> object:
-        value = solver.solve(weight, stats)
-        value.dense().sub_(weight).square_().sum(dtype=torch.float64)
-        return value.save()
+        solved = solver.solve(weight, stats)
+        solved.dense().sub_(weight).square_().sum(dtype=torch.float64)
+        if plain is not None:
+            plain.solve(weight, stats).dense().sub_(weight).square_().sum(dtype=torch.float64)
+        return solved.save()
 
-    value = solver.solve(weight, stats)
-    a, b = torch.randn(512, 1024, generator=generator), torch.randn(1024, 1024, generator=generator)
+    def decode() -> object:
+        if isinstance(value, Dense):
+            return value.dense()
+        return solver.grid.decode(*unpack_rows(solver.grid, parts, value.shape))
+
+    a, b = torch.randn(128, 1024, generator=generator), torch.randn(1024, 2048, generator=generator)
     return Rates(
-        solve=_rate(weight.numel(), solve),
-        score=_rate(weight.numel(), lambda: solver.solve(weight, stats).dense()),
-        decode=_rate(weight.numel(), value.dense),
-        multiply=_rate(512 * 1024 * 1024, lambda: a @ b),
+        solve=_pooled_rate(weight.numel(), solve),
+        score=_pooled_rate(weight.numel(), lambda: solver.solve(weight, stats).dense()),
+        decode=_rate(weight.numel(), decode),
+        multiply=_rate(a.shape[0] * b.numel(), lambda: a @ b),
         start=min(20.0, max(2.0, time.time() - psutil.Process(os.getpid()).create_time())),
     )
 
@@ -121,18 +140,18 @@ def forecast(
     overhead = 3e-4 * len(source.tensors)
     phases = {}
     if searched:
-        phases["score"] = weights * share * len(LADDER) / rates.score + overhead * len(LADDER)
-    phases["build"] = (
-        weights / rates.solve * 1.4 + source.total_bytes / READ_RATE + budget / WRITE_RATE + overhead * 10 + 0.2
-    )
+        ladder = FINE_LADDER if len(structure.choice_groups()) <= FEW_GROUPS else LADDER
+        phases["score"] = weights * share * len(ladder) / rates.score + overhead * len(ladder)
+    phases["build"] = weights / rates.solve + source.total_bytes / READ_RATE + budget / WRITE_RATE + 4 * overhead + 0.1
+    generated = 2 * SAMPLE_TOKENS if parameters < SAMPLED_BELOW else 0
     phases["verify"] = (
         rates.start
+        + (compared + weights) / rates.score
+        + batches * weights * (1 / rates.decode + CONVERT)
+        + (2 * tokens + min(tokens, batch)) * parameters / rates.multiply
+        + generated * weights * (1 / rates.decode + CONVERT)
+        + 10 * overhead
         + 0.5
-        + 1.3 * compared / rates.score
-        + weights / rates.score
-        + batches * weights * (1.5 / rates.decode + 4e-10)
-        + 3 * tokens * parameters / rates.multiply
-        + overhead * 10
     )
     phases["publish"] = budget / 1.2e9 + 0.3
     memory, least = _memory(source, structure, batch, vocabulary)

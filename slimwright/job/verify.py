@@ -356,6 +356,10 @@ def load_tokenizer(source: Checkpoint) -> Any | None:
         return None
 
 
+SAMPLE_TOKENS = 24
+SAMPLED_BELOW = 300_000_000
+"""Parameters up to which a line of text is generated: the source's side of it streams every weight for every token."""
+
 PROMPT = "def read_lines(path):\n    "
 
 
@@ -369,7 +373,7 @@ def _samples(source: Checkpoint, original: Any, packed: Any) -> list[dict[str, s
     for model in (original, packed):
         out = model.generate(
             input_ids=inputs["input_ids"], attention_mask=torch.ones_like(inputs["input_ids"]),
-            max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0,
+            max_new_tokens=SAMPLE_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0,
         )  # fmt: skip
         texts.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return [{"prompt": PROMPT, "before": texts[0], "after": texts[1]}]

@@ -27,6 +27,7 @@ SMALLEST_SITE = 1024
 """Values; a smaller matrix is kept: its scales and headers would eat what packing saves."""
 
 _TILE_BYTES = 64 << 20
+_UNUSED = "not used in the observed forward"
 
 
 def discover(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Structure:
@@ -140,8 +141,18 @@ class _Discovery:
             to_module=self.names.to_module,
             parameters=sum(p.numel() for name, p in self.parameters.items() if name not in self.names.ties),
             observed=self.observation is not None,
-            note=self.note,
+            note=self.note or self._unused_note(kept),
             bytes={name: info.nbytes for name, info in self.tensors.items()},
+        )
+
+    def _unused_note(self, kept: Mapping[str, str]) -> str:
+        unused = [name for name, reason in kept.items() if reason == _UNUSED]
+        if not unused:
+            return ""
+        size = sum(self.tensors[name].nbytes for name in unused)
+        return (
+            f"{len(unused)} weights ({size / 1e6:.1f} MB, '{unused[0]}' first) took no part in a forward on random "
+            "inputs and are kept as they are."
         )
 
     def _owner(self, module_name: str) -> tuple[str, str, nn.Module]:
@@ -239,7 +250,7 @@ class _Discovery:
             return f"functional use: {type(owner).__name__} is no linear or embedding"
         if kind is not None and _kin(path, self.modules) in self.regular_kin:
             return kind
-        return "not used in the observed forward"
+        return _UNUSED
 
     def _regular_kin(self) -> set[tuple[str, str, str]]:
         """Kin of modules that were seen to use their weight in the regular way: experts that no token went to."""

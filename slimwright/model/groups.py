@@ -64,8 +64,12 @@ def assign_groups(sites: Mapping[str, Site], observation: Observation | None) ->
                 choice = (_EXPERT.sub(r"\1", parent + "."), "input" if site.role in _FUSED[1] else site.role)
         grams.setdefault(gram, []).append(site)
         choices.setdefault(choice, []).append(site)
-    gram_names = {site.name: _gram_name(members) for members in grams.values() for site in members}
-    choice_names = {site.name: _choice_name(members) for members in choices.values() for site in members}
+    gram_names: dict[str, str] = {}
+    for members in grams.values():
+        gram_names |= dict.fromkeys((site.name for site in members), _gram_name(members))
+    choice_names: dict[str, str] = {}
+    for members in choices.values():
+        choice_names |= dict.fromkeys((site.name for site in members), _choice_name(members))
     return {
         name: dataclasses.replace(site, gram_group=gram_names[name], choice_group=choice_names[name])
         for name, site in sites.items()

@@ -125,7 +125,7 @@ def name_map(model: PreTrainedModel, tensors: Mapping[str, HasShape]) -> NameMap
     collected: dict[str, list[tuple[str, str]]] = {}  # module name → (disk name, source pattern), in loading order
     for name in sorted(tensors, key=dot_natural_key):
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if renamed not in state and name in state:
+        if renamed not in state and name in state:  # as the loader does: a name that needed no renaming
             renamed, pattern = name, None
         if renamed not in state:
             unexpected.append(name)

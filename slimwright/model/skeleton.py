@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from slimwright.errors import InputError
+from slimwright.model.names import name_map
 from slimwright.runtime.transformers_private import (
     CONFIG_MAPPING,
     BaseAutoModel,
@@ -22,11 +24,15 @@ from slimwright.runtime.transformers_private import (
 
 # Keys of config.json that transformers loops over in Python while it makes a config or a model.
 _COUNT = re.compile(r"layer|block|depth|stage|experts|n_head|num_heads|_heads|num_labels|num_classes|codebooks|levels")
+_LAYERS = re.compile(r"layers?$|depths?$|_groups$")
 _POSITIONS = re.compile(r"position|n_ctx|max_seq_len|max_source|max_target")
 _MOST_POSITIONS = 1 << 27
 _LARGEST = 1 << 62
 _MOST_NESTED = 32
-_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
+_MODULES_PER_TENSOR = 64  # real models have fewer than five
+_MOST_MODULES = 1 << 20
+# In this order, because encoders and encoder-decoders can be wrapped as causal models too.
+_TASKS = ("AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
 
 
 def skeleton(
@@ -38,8 +44,8 @@ def skeleton(
     """Build the model of a config.json on the meta device, in evaluation mode.
 
     The class is ``architectures[0]``: of transformers, or registered in this process (``AutoModelForX.register``), or,
-    with ``trust_remote_code``, of the checkpoint's own code. Without ``architectures`` it is the causal, seq2seq or
-    masked language model of the ``model_type``, else its base model.
+    with ``trust_remote_code``, of the checkpoint's own code. Without ``architectures`` it is the first of the seq2seq,
+    masked and causal language models and the base model of the ``model_type`` that the tensors fill.
 
     Args:
         config: the contents of config.json: not trusted.
@@ -58,9 +64,10 @@ def skeleton(
         raise InputError("config.json: `architectures` must be a list of class names.")
     try:
         made = _config(raw, directory, trust_remote_code)
-        model_class = _model_class(made, names[0] if names else None, raw, directory, trust_remote_code)
-        with torch.device("meta"):
-            model = model_class(made)
+        if names:
+            model = _build(_model_class(made, names[0], raw, directory, trust_remote_code), made, tensors or {})
+        else:
+            model = _fitting(made, tensors or {})
     except InputError:
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are model classes
@@ -88,11 +95,13 @@ def _leaves(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, An
 def _check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     """Refuse numbers that would make transformers loop or allocate without end."""
     widest = max((max(info.shape, default=1) for info in tensors.values()), default=0)
-    # A layer has a tensor of its own, except where one block runs many times.
     most = max(4096, len(tensors), min(widest, 1 << 20))
+    # A layer has a tensor of its own, except where one block runs many times.
+    layers = max(256, len(tensors)) if tensors else most
     positions = widest if config.get("sinusoidal_pos_embds") and widest else _MOST_POSITIONS
+    limits = ((_LAYERS, layers), (_COUNT, most), (_POSITIONS, positions))
     for key, value in _leaves(config):
-        limit = most if _COUNT.search(key) else positions if _POSITIONS.search(key) else _LARGEST
+        limit = next((limit for pattern, limit in limits if pattern.search(key)), _LARGEST)
         if abs(value) > limit and not (isinstance(value, float) and (limit == _LARGEST or math.isinf(value))):
             raise InputError(f"config.json: {key} is {value}, more than this checkpoint can hold.")
 
@@ -132,19 +141,48 @@ def _mapped(auto: Any, config: PretrainedConfig) -> list[type[PreTrainedModel]]:
     return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
+def _build(model_class: type[PreTrainedModel], config: PretrainedConfig, tensors: Mapping[str, Any]) -> PreTrainedModel:
+    """Build on the meta device; stop when there are far more modules than the tensors could be for."""
+    most = _MODULES_PER_TENSOR * len(tensors) + 4096 if tensors else _MOST_MODULES
+    made = 0
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > most:
+            raise InputError(
+                f"config.json describes more than {most} modules for a checkpoint of {len(tensors)} tensors."
+            )
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    finally:
+        hook.remove()
+
+
+def _fitting(config: PretrainedConfig, tensors: Mapping[str, Any]) -> PreTrainedModel:
+    """The first of the usual models of this config that has no parameter beyond the tensors."""
+    classes = dict.fromkeys(found for task in _TASKS for found in _mapped(getattr(modeling_auto, task), config)[:1])
+    models = (_build(model_class, config, tensors) for model_class in classes)
+    fitting = next((model for model in models if not tensors or not name_map(model, tensors).missing), None)
+    if fitting is None:
+        raise InputError(
+            f"config.json names no architecture, and the tensors fill no usual model of '{config.model_type}': add "
+            "`architectures` to it."
+        )
+    return fitting
+
+
 def _model_class(
     config: PretrainedConfig,
-    name: str | None,
+    name: str,
     raw: Mapping[str, Any],
     directory: Path | None,
     trust_remote_code: bool,
 ) -> type[PreTrainedModel]:
     auto_map = raw.get("auto_map")
-    if name is None:
-        for task in _TASKS:
-            if found := _mapped(getattr(modeling_auto, task), config):
-                return found[0]
-        raise InputError(f"config.json names no architecture, and '{config.model_type}' has no default one.")
     for auto in _auto_classes():
         for candidate in _mapped(auto, config):
             if candidate.__name__ == name:

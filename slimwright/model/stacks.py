@@ -45,7 +45,7 @@ def find_stacks(
             path
             for path, children in lists.items()
             if len({type(child) for child in children}) == 1
-            and all(len(holding(f"{path}.{index}")) > 1 for index in range(len(children)))
+            and all(holding(f"{path}.{index}") for index in range(len(children)))
         ]
         outer = [path for path in uniform if not any(path.startswith(other + ".") for other in uniform)]
         for path in outer:

@@ -28,7 +28,9 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
         InputError: not a model of ours, or its files are damaged, missing or do not belong together.
     """
     checkpoint = Checkpoint.open(directory)
-    if (checkpoint.quantization or {}).get("quant_method") != "slimwright":
+    packed = (checkpoint.quantization or {}).get("quant_method") == "slimwright"
+    plain_result = checkpoint.quantization is None and (checkpoint.path / "plan.yaml").exists()  # nothing was packed
+    if not packed and not plain_result:
         raise InputError(
             f"'{directory}' was not written by slimwright: load it with from_pretrained, or compress it with "
             "`slimwright fit`."

@@ -151,7 +151,7 @@ def packed_linear(
 # -- what a module shows under the weight's name -------------------------------------------------------------------
 
 _HARMLESS = {"size", "dim", "numel", "nelement", "element_size", "stride", "data_ptr", "untyped_storage", "storage",
-             "is_contiguous", "is_floating_point", "is_complex", "to", "cpu", "cuda", "detach", "clone", "contiguous",
+             "is_contiguous", "is_floating_point", "is_complex", "to", "cpu", "cuda", "detach", "contiguous",
              "requires_grad_", "get_device", "storage_offset", "__repr__", "__format__", "__hash__", "__len__",
              "is_pinned", "is_shared", "__reduce_ex__", "_is_view", "ndimension", "empty_like",
              "has_names", "is_inference"}  # fmt: skip
@@ -172,22 +172,52 @@ class PackedWeight(nn.Parameter):
 
     @classmethod
     def of(cls, owner: PackedModule, name: str) -> PackedWeight:
-        view = torch.Tensor._make_subclass(cls, owner.payload(name), False)
+        payload = owner.payload(name)
+        views = owner.__dict__.setdefault("views", {})
+        if name in views and views[name][0] is payload:
+            return views[name][1]
+        view = torch.Tensor._make_subclass(cls, payload, False)
         view.owner, view.parameter = owner, name
         view._is_hf_initialized = True  # or transformers' initialization would write into it
+        views.pop(name, None)
+        if payload.device.type == "meta":  # transformers tells offloaded parameters apart by identity
+            views[name] = (payload, view)
         return view
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.owner.compute_dtype
 
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        """Moving the payload changes nothing, nor does casting it, as PEFT's preparation for training does."""
+        stored = self.owner.payload(self.parameter)
+        if value.shape != stored.shape:
+            self._refuse()
+        if value is not self:
+            stored.data = value.detach().to(stored.dtype)
+
     def _refuse(self, *_: Any) -> Any:
         raise InputError(
-            f"A {self.owner.packed[self.parameter].grid} weight is packed and cannot be changed or used as a plain tensor: "
-            "keep the adapter beside it instead of merging, or call model.dequantize() first."
+            f"A weight on {self.owner.packed[self.parameter].grid} is packed, not a plain tensor to use or change:"
+            " keep the adapter beside it instead of merging, or call model.dequantize() first."
         )
 
-    data = property(_refuse, _refuse)  # type: ignore[assignment]
+    def copy_(self, source: Tensor, non_blocking: bool = False) -> PackedWeight:  # type: ignore[override]
+        """What ``load_state_dict`` does: takes a payload of the same kind, nothing else."""
+        stored = self.owner.payload(self.parameter)
+        if source.shape != stored.shape or source.dtype != stored.dtype:
+            self._refuse()
+        stored.copy_(source, non_blocking)
+        return self
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        spec = self.owner.packed[self.parameter]
+        return f"PackedWeight({spec.grid}, {list(spec.dense_shape)}, {self.device})"
 
     def __getitem__(self, index: Any) -> Any:
         spec = self.owner.packed[self.parameter]
@@ -204,16 +234,43 @@ class PackedWeight(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name not in _HARMLESS and (name != "__get__" or func.__self__.__name__ in _TRANSPOSES):
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        harmless = (
+            name in _HARMLESS
+            or (name == "__get__" and attribute not in _TRANSPOSES)
+            or (name in ("__set__", "__delete__") and attribute in ("requires_grad", "grad"))
+        )
+        if not harmless:
             next(arg for arg in _flatten(args, kwargs) if isinstance(arg, PackedWeight))._refuse()
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-            return result.detach() if isinstance(result, PackedWeight) else result  # ``to`` may give the same object
+            if isinstance(result, PackedWeight) and name != "__get__":  # ``to`` may give the same object
+                result = result.as_subclass(Tensor)
+            return result
 
 
 def _flatten(args: Any, kwargs: Any) -> Iterator[Any]:
     for value in (*args, *(kwargs or {}).values()):
         yield from value if isinstance(value, (list, tuple)) else (value,)
+
+
+class _Parameters(dict[str, Any]):
+    """``_parameters`` of a packed module: who walks over the parameters sees packed ones as :class:`PackedWeight`,
+    because ``next(model.parameters()).dtype`` is asked everywhere; who takes one by name gets the payload as it is."""
+
+    def __init__(self, owner: PackedModule, parameters: Mapping[str, Any]) -> None:
+        super().__init__(parameters)
+        self.owner = owner
+
+    def items(self) -> Any:
+        for name, parameter in super().items():
+            if parameter is not None and name in self.owner.packed:
+                yield name, PackedWeight.of(self.owner, name)
+            else:
+                yield name, parameter
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _Parameters, (self.owner, {}), None, None, iter(list(dict.items(self)))
 
 
 class PackedModule(nn.Module):
@@ -229,6 +286,8 @@ class PackedModule(nn.Module):
     def pack_parameter(self, name: str, spec: PackedSpec) -> None:
         """Replace the parameter ``name`` by empty parts on the meta device."""
         self.__dict__.setdefault("packed", {})[name] = spec
+        if not isinstance(self._parameters, _Parameters):
+            self.__dict__["_parameters"] = _Parameters(self, self._parameters)
         for suffix, part in disk_shapes(spec.grid, spec.dense_shape if spec.grid.plain else spec.shape).items():
             tensor = torch.empty(part.shape, dtype=part.dtype, device="meta")
             if suffix:
@@ -294,27 +353,34 @@ class PackedModule(nn.Module):
         self._parameters[name] = nn.Parameter(dense, requires_grad=dtype.is_floating_point)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        names = [name for name in self.part_names() if name in self._buffers]
-        kept = {name: self._buffers.pop(name) for name in names}
+        kept = {name: self.payload(name) for name in self.part_names() if name in self._parameters}
+        kept |= {name: self._buffers[name] for name in self.part_names() if name in self._buffers}  # type: ignore[misc]
+        for name in kept:
+            (self._parameters if name in self._parameters else self._buffers).pop(name)
+        moved = dict(kept)
         try:
             super()._apply(fn, recurse)
             self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+            for name, tensor in kept.items():  # as bytes, so that no cast of floating point tensors applies
+                moved[name] = fn(tensor.detach().view(torch.uint8)).view(tensor.dtype)
         finally:
-            for name, tensor in kept.items():
-                assert tensor is not None
-                self._buffers[name] = tensor
-        for name, tensor in kept.items():  # as bytes, so that no cast of floating point tensors applies
-            assert tensor is not None
-            self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
+            for name, tensor in moved.items():
+                if isinstance(kept[name], nn.Parameter):
+                    self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+                else:
+                    self._buffers[name] = tensor
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "views"}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         base, own = type(self).packed_base, type(self).own_class  # type: ignore[attr-defined]
-        return _empty_instance, (base, own), self.__dict__
+        return _empty_instance, (base, own), self.__getstate__()
 
 
 def _empty_instance(base: type[PackedModule], own: type[nn.Module]) -> PackedModule:
-    cls = packed_class(base, own)
+    cls = packed_class(base, own)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
@@ -328,9 +394,9 @@ def packed_class(base: type[PackedModule], own: type[nn.Module]) -> type[PackedM
     def forward(self: Any, *args: Any, packed_use: str | None = None, **kwargs: Any) -> Any:
         if packed_use is not None:
             return getattr(self, packed_use)(*args)
-        return super(cls, self).forward(*args, **kwargs)
+        return super(cls, self).forward(*args, **kwargs)  # type: ignore[arg-type]
 
-    if issubclass(base, PackedLinear) and own is not nn.Linear and _is_plain_linear(own):
+    if issubclass(base, PackedLinear) and own is not nn.Linear and _is_plain_linear(own):  # type: ignore[arg-type]
         bases = (base, own)  # its forward reads the weight as a tensor, and is no other than nn.Linear's
 
     namespace: dict[str, Any] = {"packed_base": base, "own_class": own, "__module__": own.__module__}
@@ -341,12 +407,14 @@ def packed_class(base: type[PackedModule], own: type[nn.Module]) -> type[PackedM
     return cls
 
 
+@functools.cache
 def _is_plain_linear(own: type[nn.Module]) -> bool:
     """Whether a subclass of nn.Linear has a forward of its own that computes what nn.Linear's does."""
     if own.forward is nn.Linear.forward:
         return False
     probe, generator = own.__new__(own), torch.Generator().manual_seed(0)
-    nn.Linear.__init__(probe, 8, 6, device="cpu", dtype=torch.float32)  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):
+        nn.Linear.__init__(probe, 8, 6, device="cpu", dtype=torch.float32)  # type: ignore[arg-type]
     with torch.device("cpu"), torch.no_grad():
         for parameter in probe.parameters():
             parameter.normal_(generator=generator)
@@ -396,8 +464,10 @@ class _OneWeight(PackedModule):
         def gather(index: Tensor) -> Tensor:
             return spec.grid.gather(parts, index, spec.shape).to(self.compute_dtype)
 
-        step = max(1, _tile_elements() // (columns * spec.grid.row_multiple(columns)))
-        if torch.compiler.is_compiling() or flat.shape[0] <= step:
+        step = max(1, _tile_elements() // columns)
+        if not torch.compiler.is_compiling() and flat.shape[0] == 0:
+            rows = torch.empty(0, columns, dtype=self.compute_dtype, device=ids.device)
+        elif torch.compiler.is_compiling() or flat.shape[0] <= step:
             rows = gather(flat)
         else:
             rows = torch.cat([gather(index) for index in flat.split(step)])
@@ -415,7 +485,7 @@ class PackedLinear(_OneWeight, nn.Linear):
 
 
 class PackedConv1D(_OneWeight, nn.Linear):
-    """GPT-2's ``Conv1D``, whose dense weight is (in, out): packed as (out, in), it is a linear layer, and PEFT's too."""
+    """GPT-2's ``Conv1D``, whose dense weight is (in, out): packed as (out, in) it is a linear layer, also for PEFT."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(x, self.bias)
@@ -621,11 +691,11 @@ class PackedExperts(PackedModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         cls = type(self)
-        return _empty_experts, (cls.own_class, cls.fused_names), self.__dict__  # type: ignore[attr-defined]
+        return _empty_experts, (cls.own_class, cls.fused_names), self.__getstate__()  # type: ignore[attr-defined]
 
 
 def _empty_experts(own: type[nn.Module], fused: tuple[str, ...]) -> PackedModule:
-    cls = experts_class(own, fused)
+    cls = experts_class(own, fused)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 

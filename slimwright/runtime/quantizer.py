@@ -64,11 +64,11 @@ def read_headers(files: Iterable[str]) -> dict[str, Header]:
             raise InputError(f"'{file}' is not a safetensors file; a slimwright model has no other weight files.")
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():
+                for name in opened.keys():  # noqa: SIM118  (not a mapping)
                     if name in found:
                         raise InputError(f"The tensor '{name}' is in two weight files, the second is '{file}'.")
                     view = opened.get_slice(name)
-                    found[name] = Header(TYPES[view.get_dtype()], tuple(view.get_shape()))
+                    found[name] = Header(TYPES[view.get_dtype()], tuple(view.get_shape()))  # type: ignore[arg-type]
         except (SafetensorError, OSError, KeyError) as error:
             raise InputError(f"The weight file '{file}' is damaged ({error}): write or download it again.") from error
     return found
@@ -120,7 +120,7 @@ class _Names:
         return renamed, converter
 
     def leaf(self, disk: str, fused: str) -> str:
-        """Where a per-expert tensor ends when no converter takes it: with the base model's prefix as ``fused`` has it."""
+        """Where a per-expert tensor ends when no converter takes it, with the base model's prefix as in ``fused``."""
         rename, prefix = self.private.rename_source_key, self.model.base_model_prefix
         raw_fused, _ = rename(disk, self.renamings, self.converters)
         raw, _ = rename(disk, self.renamings, [])
@@ -271,11 +271,11 @@ class SlimwrightQuantizer(HfQuantizer):
             )
             if transposed:
                 module.in_features, module.out_features = shape  # type: ignore[assignment]
-            module.__class__ = packed_class(base, own)
+            module.__class__ = packed_class(base, own)  # type: ignore[arg-type, assignment]
         elif dense.ndim == 3:
             transposed = self.forms[disk].transposed
             fused = tuple(sorted({*getattr(own, "fused_names", ()), parameter}))
-            module.__class__ = experts_class(getattr(own, "own_class", own), fused)
+            module.__class__ = experts_class(getattr(own, "own_class", own), fused)  # type: ignore[arg-type, assignment]
         else:
             raise InputError(
                 f"config.json says that '{disk}' is packed, but in {own.__name__} it is not the weight of a linear "
@@ -289,7 +289,7 @@ class SlimwrightQuantizer(HfQuantizer):
             )
         module.compute_dtype = dtype
         # Gemma's embed_scale is made by the model's initialization, which must then see the module
-        module._is_hf_initialized = not module._non_persistent_buffers_set
+        module._is_hf_initialized = not module._non_persistent_buffers_set  # type: ignore[assignment]
         module.pack_parameter(parameter, PackedSpec(grid, flipped if transposed else shape, transposed))
 
     def _stack(self, names: _Names, disk: str, target: str, converter: Any) -> None:
@@ -339,7 +339,7 @@ class SlimwrightQuantizer(HfQuantizer):
             _attach(model, path, leaf)
             leaves[expert].append(leaf)
         if not isinstance(module, PackedExperts):
-            module.__class__ = experts_class(own, ())
+            module.__class__ = experts_class(own, ())  # type: ignore[arg-type]
             module.packed, module.compute_dtype = {}, dtype
             module._is_hf_initialized = not module._non_persistent_buffers_set
         module.__dict__.setdefault("stacks", {})[stacked.parameter] = ExpertStack(leaves, tuple(fused.shape))
@@ -360,7 +360,7 @@ class SlimwrightQuantizer(HfQuantizer):
                 f"'{name}' is tied to the packed '{source}', but is not the weight of a linear or embedding."
             )
         base: type[PackedModule] = TiedHead if isinstance(module, nn.Linear) else TiedEmbedding
-        module.__class__ = packed_class(base, type(module))
+        module.__class__ = packed_class(base, type(module))  # type: ignore[arg-type, assignment]
         module.__dict__.update(
             packed={},
             source_module=owner,
@@ -409,6 +409,10 @@ class SlimwrightQuantizer(HfQuantizer):
             filled.setdefault(target, []).append(disk)
             if converter is None:
                 self._check_tensor(disk, headers[disk], target, names.state[target])
+                continue
+            first, *others = converter.target_patterns  # one tensor may become several parameters
+            for other in others:
+                filled.setdefault(target.replace(first, other), []).append(disk)
         ties = model.all_tied_weights_keys
         for target, source in ties.items():
             if target in filled or source in filled:
@@ -428,10 +432,10 @@ class SlimwrightQuantizer(HfQuantizer):
             else header.dtype.is_floating_point == wanted.dtype.is_floating_point
         ):
             return
-        planned = "on its grid " if target in self.part_names else ""
+        found, expected = (str(dtype).removeprefix("torch.") for dtype in (header.dtype, wanted.dtype))
         raise InputError(
-            f"'{disk}' is {str(header.dtype).removeprefix('torch.')} {list(header.shape)}, but config.json says that it "
-            f"is {planned}{str(wanted.dtype).removeprefix('torch.')} {list(wanted.shape)}: the files do not belong together."
+            f"'{disk}' is {found} {list(header.shape)}, but config.json says that it is {expected} "
+            f"{list(wanted.shape)}: the files do not belong together."
         )
 
     def _check_other_head(self, model: Any, missing: list[str], unknown: list[str]) -> None:
@@ -479,9 +483,10 @@ class SlimwrightQuantizer(HfQuantizer):
                 module._parameters["weight"] = module.__dict__.pop("source_module")._parameters["weight"]
         for module in list(model.modules()):
             if isinstance(module, PackedModule) and not isinstance(module, PackedExpertLeaf):
-                module.__dict__.pop("packed", None)
-                module.__dict__.pop("compute_dtype", None)
-                module.__class__ = type(module).own_class
+                for key in ("packed", "compute_dtype", "views"):
+                    module.__dict__.pop(key, None)
+                module.__dict__["_parameters"] = dict(module._parameters)
+                module.__class__ = type(module).own_class  # type: ignore[assignment]
         for module in model.modules():
             module.__dict__.pop("_tied_weights_keys", None)
         for module in model.modules():

@@ -48,16 +48,27 @@ class WeightSource(ABC):
         return self.rows(slice(index * out, (index + 1) * out))
 
 
+def _no_weight(self: Any) -> Tensor:
+    site = self.source.site
+    weight = torch.zeros(()).expand(site.rows, site.columns)
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    return weight
+
+
+_WEIGHT = property(_no_weight)
+"""What a model finds that asks a weight's dtype, device or shape, or initialises it: one zero, seen as the matrix."""
+
+
 class _StreamedLinear(nn.Module):
     """``x Wᵀ + b`` in row tiles; stands for nn.Linear, transformers' Conv1D and a tied head."""
 
     source: WeightSource
+    weight = _WEIGHT
 
-    def __init__(self, source: WeightSource, module: nn.Module) -> None:
+    def __init__(self, source: WeightSource, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.__dict__["source"] = source
-        self.bias: nn.Parameter | None = getattr(module, "bias", None)
-        self.__dict__["weight"] = _placeholder(module)
+        self.bias = bias
         self.out_features, self.in_features = source.site.rows, source.site.columns
         self.nf = self.out_features
 
@@ -71,19 +82,12 @@ class _StreamedLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-def _placeholder(module: nn.Module) -> Tensor:
-    """What stands for the weight of a streamed module: blocks ask their children's weights for the dtype, and initialise
-    them. It takes no memory, and whoever computes with it gets NaN."""
-    weight = torch.full((), float("nan"), dtype=torch.float32, device="cpu").expand(module.weight.shape)  # type: ignore
-    weight._is_hf_initialized = True  # type: ignore[attr-defined]
-    return weight
-
-
 class _StreamedEmbedding(nn.Embedding):
     """Reads only the rows that are looked up. The embedding's own class comes first in the method resolution order, so
     that scales and offsets of its forward stay."""
 
     source: WeightSource
+    weight = _WEIGHT  # type: ignore[assignment]
 
     def forward(self, ids: Tensor) -> Tensor:
         index, inverse = torch.unique(ids, return_inverse=True)
@@ -145,21 +149,17 @@ def _stream_module(model: PreTrainedModel, path: str, source: WeightSource) -> N
         own = type(module)
         bases = (_StreamedEmbedding,) if own is nn.Embedding else (own, _StreamedEmbedding)
         module.__class__ = type(f"Streamed{own.__name__}", bases, {})
-        module.__dict__["source"] = source
-        module._is_hf_initialized = True  # type: ignore[assignment]
-        weight = _placeholder(module)
+        module.__dict__["source"] = source  # buffers that are not saved (Gemma's scale) are still to be initialised
         del module._parameters["weight"]
-        module.__dict__["weight"] = weight
     else:
-        streamed = _StreamedLinear(source, module)
+        streamed = _StreamedLinear(source, getattr(module, "bias", None))
         streamed._is_hf_initialized = True  # type: ignore[assignment]
         model.set_submodule(path, streamed)
 
 
 def _stream_experts(module: nn.Module, parameter: str, sources: list[WeightSource]) -> None:
     """Let the module's own eager forward read its fused parameter expert by expert."""
-    shape = module._parameters[parameter].shape  # type: ignore[union-attr]
-    proxy = _Expert(sources, transposed=_orientation(sources, tuple(shape)))
+    proxy = _Expert(sources, transposed=sources[0].site.transposed)
     del module._parameters[parameter]
     cls = type(module)
     module.__class__ = type(cls.__name__, (cls,), {parameter: property(lambda self: proxy)})
@@ -168,14 +168,6 @@ def _stream_experts(module: nn.Module, parameter: str, sources: list[WeightSourc
         config = copy.copy(module.config)
         config._experts_implementation_internal = "eager"  # type: ignore[union-attr]
         module.config = config  # type: ignore[assignment]
-
-
-def _orientation(sources: list[WeightSource], shape: tuple[int, ...]) -> bool:
-    """Whether the module holds an expert as (in, out): read from the site's own record, since shapes can be square."""
-    site = sources[0].site
-    if site.expert is None:
-        return site.transposed
-    return shape[-1] != site.columns
 
 
 @register_quantization_config("slimwright-streamed")

@@ -29,7 +29,7 @@ Formats that round their scales after the codes are chosen (NF4's second quantiz
 unrounded scale under ``exact``, which ``encode`` then uses; it is not stored, so ``unpack`` does not return it.
 """
 
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 19
 """Elements worked on at a time, so that temporaries stay in the processor's cache."""
 
 
@@ -171,7 +171,7 @@ _GRIDS: dict[str, type[Grid]] = {}
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Ranges of rows that cover a matrix, each of about a million elements."""
+    """Ranges of rows that cover a matrix, each of about half a million elements."""
     step = max(1, _BLOCK_ELEMENTS // columns)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

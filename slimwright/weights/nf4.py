@@ -228,3 +228,15 @@ class NF4(Grid):
             params["absmax_scale"] = scale.view(absmax.shape)
             params["absmax_mean"] = parts["_absmax_mean"].expand(absmax.shape[0], 1)
         return codes, params
+
+    def gather(self, parts: Mapping[str, Tensor], index: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """As :meth:`Grid.gather`, without unpacking the rows that share a superblock."""
+        payload = parts[""]
+        codes = unpack_codes(payload.reshape(payload.shape[0], -1)[index], 4, shape[1])
+        params = {"absmax": parts["_absmax"][index]}
+        if self.double:
+            blocks = self.blocks(shape[1])
+            block = index[:, None] * blocks + torch.arange(blocks, device=index.device)
+            params["absmax_scale"] = parts["_absmax_scale"][block // SUPERBLOCK]
+            params["absmax_mean"] = parts["_absmax_mean"].expand(index.shape[0], 1)
+        return self.decode(codes, params)

@@ -32,7 +32,7 @@ SEED = 0
 TOKENS_PER_STEP = 4096
 PEAK_RATE = 3e-3
 WARMUP_STEPS = 100
-DECAY_SHARE = 0.6  # of the steps, at the end: the rate falls linearly to zero
+DECAY_SHARE = 0.4  # of the steps, at the end: the rate falls linearly to zero
 LONG_SHARE = 0.2  # of the steps, at the end: windows of POSITIONS tokens instead of half as many, which cost less
 SAVE_EVERY = 300
 LOG_EVERY = 50
@@ -49,7 +49,7 @@ class Progress:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="directory that receives the model")
-    parser.add_argument("--steps", type=int, default=2400, help=f"optimizer steps of {TOKENS_PER_STEP} tokens")
+    parser.add_argument("--steps", type=int, default=1500, help=f"optimizer steps of {TOKENS_PER_STEP} tokens")
     arguments = parser.parse_args()
     train(arguments.out, arguments.steps)
 
@@ -59,7 +59,7 @@ def train(out: Path, steps: int) -> None:
     torch.manual_seed(SEED)
     documents = standard_library("train")
     tokenizer = train_tokenizer(documents)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     tokens = packed(tokenizer, documents)
     watched = standard_library("calibrate")[::16]
     model = LlamaForCausalLM(configuration(tokenizer.eos_token_id))
@@ -114,6 +114,14 @@ def train_tokenizer(documents: Sequence[Document]) -> PreTrainedTokenizerFast:
         model_max_length=POSITIONS,
         clean_up_tokenization_spaces=False,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the tokenizer's files; its class goes by the name that transformers 4 and other readers know as well."""
+    tokenizer.save_pretrained(out)
+    file = out / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def packed(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> Tensor:

@@ -61,7 +61,7 @@ def test_solve(name: str, spec: str, dtype: torch.dtype) -> None:
     assert tensors.keys() == again.keys()
     assert all(torch.equal(tensors[key], again[key]) for key in tensors)
     # Save, load, same value; honest bytes.
-    stored = load(save({key or "weight": tensor.contiguous() for key, tensor in tensors.items()}))
+    stored = load(save({key or "weight": tensor for key, tensor in tensors.items()}))
     read = {"" if key == "weight" else key: tensor for key, tensor in stored.items()}
     assert value.nbytes == sum(tensor.nbytes for tensor in read.values())
     loaded = load_value(read, value.spec())
@@ -81,12 +81,12 @@ def test_memory_order_does_not_matter(name: str) -> None:
 @pytest.mark.parametrize(("name", "spec"), [case for case in CASES if method_class(case[0]).row_independent])
 def test_row_independent_solvers_can_be_tiled(name: str, spec: str) -> None:
     solver, w = method(name, grid=spec), weight()
-    w = torch.cat([w] * 12)
+    w = torch.cat([w] * 6)
     stats = statistics()
     whole = solver.solve(w, stats)
     state = None
-    multiple = solver.grid.row_multiple(256)
-    cuts = [slice(at, min(at + multiple, len(w))) for at in range(0, len(w), multiple)]
+    step = solver.grid.row_multiple(256) * (1 if solver.grid.row_multiple(256) > 1 else 37)
+    cuts = [slice(at, min(at + step, len(w))) for at in range(0, len(w), step)]
     for cut in cuts:
         state = solver.grid.survey(w[cut], state)
     tiles = [solver.solve(w[cut], dataclasses.replace(stats, survey=state)).dense() for cut in cuts]

@@ -1,7 +1,7 @@
 """What each family's structure must be: written by hand from the architecture, never recorded from output.
 
-Choice groups are written without the prefix of their block; the roles are those of the group's weights in the order q, k,
-v, ..., gate, up, ...; ``x4`` says that each of four experts has them.
+Choice groups are written without the prefix of their block; the roles are those of the group's weights in the order q,
+k, v, ..., gate, up, ...; ``x4`` says that each of four experts has them.
 """
 
 from __future__ import annotations

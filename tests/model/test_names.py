@@ -197,3 +197,18 @@ def test_families_are_built_the_same_for_the_same_seed(tmp_path: Path) -> None:
     first = (build("qwen3", tmp_path / "a") / "model.safetensors").read_bytes()
     assert first == (build("qwen3", tmp_path / "b") / "model.safetensors").read_bytes()
     assert first != (build("qwen3", tmp_path / "c", seed=1) / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", sorted(name for name, expected in EXPECTED.items() if expected.renamed))
+def test_checkpoint_stored_under_module_names(name: str, tmp_path: Path) -> None:
+    """As written with ``save_original_format=False``: names that a renaming must not touch again."""
+    from tests.families import make
+
+    make(name).save_pretrained(tmp_path, save_original_format=False)
+    checkpoint = Checkpoint.open(tmp_path)
+    names = name_map(_skeleton(checkpoint), checkpoint.tensors)
+    names.check()
+    assert not names.unexpected
+    loaded = FAMILIES[name].model_class.from_pretrained(tmp_path).state_dict()
+    for disk, target in names.targets.items():
+        assert target.how == "plain" and torch.equal(loaded[target.name], checkpoint.read(disk)), disk

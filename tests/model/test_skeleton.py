@@ -82,6 +82,16 @@ def test_more_layers_than_tensors_are_refused() -> None:
         discover(checkpoint)
 
 
+def test_more_modules_than_tensors_can_be_for_are_refused() -> None:
+    """Whatever the key is called: ALBERT makes this many whole layers."""
+    checkpoint = Checkpoint.open(cached("albert"))
+    checkpoint.config["inner_group_num"] = 10**6
+    started = time.monotonic()
+    with pytest.raises(InputError, match="more than 5888 modules for a checkpoint of 28 tensors"):
+        discover(checkpoint)
+    assert time.monotonic() - started < 20
+
+
 def test_code_of_the_checkpoint_is_not_run_unasked(tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     auto_map = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilForCausalLM"}
@@ -119,6 +129,20 @@ def test_without_architectures_the_default_class_is_taken(name: str, expected: s
     config = _config(name)
     del config["architectures"]
     assert type(skeleton(config)).__name__ == expected
+
+
+def test_without_architectures_the_class_fits_the_tensors() -> None:
+    checkpoint = Checkpoint.open(cached("bert"))
+    del checkpoint.config["architectures"]
+    assert discover(checkpoint).architecture == "BertForMaskedLM"
+    for name in [name for name in checkpoint.tensors if name.startswith("cls.")]:
+        del checkpoint.tensors[name]
+    with pytest.raises(InputError, match="add `architectures`"):  # nor is there a pooler for the base model
+        discover(checkpoint)
+    pooler = {"bert.pooler.dense.weight": "bert.encoder.layer.0.attention.self.query.weight"}
+    pooler["bert.pooler.dense.bias"] = "bert.encoder.layer.0.attention.self.query.bias"
+    checkpoint.tensors |= {name: checkpoint.tensors[like] for name, like in pooler.items()}
+    assert discover(checkpoint).architecture == "BertModel"
 
 
 def test_class_registered_in_this_process() -> None:

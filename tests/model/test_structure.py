@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
+from slimwright.checkpoint import Checkpoint
+from slimwright.model.discover import discover
 from slimwright.model.structure import ROLES, Structure
 from tests.families import FAMILIES, cached, make
 from tests.model.expected import EXPECTED, ROUTER
@@ -136,3 +143,65 @@ def test_weights_whose_dtype_the_model_reads(structure_of: StructureOf) -> None:
     gemma = structure_of("gemma3").sites.values()
     assert {site.name for site in gemma if site.dtype_read} == {"model.embed_tokens.weight"}
     assert not any(site.dtype_read for site in structure_of("llama").sites.values())
+
+
+class OddConfig(PretrainedConfig):
+    model_type = "odd_for_tests"
+
+
+class OddLayer(nn.Module):
+    """Not marked as a layer; three linears used in three ways, one not at all, and PyTorch's own attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called = nn.Linear(64, 64)
+        self.read_elsewhere = nn.Linear(64, 64)
+        self.both = nn.Linear(64, 64)
+        self.never = nn.Linear(64, 64)
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.table = nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.both(self.called(x)) + x @ self.both.weight
+        x = nn.functional.linear(x, self.read_elsewhere.weight) + x @ self.table
+        return x + self.attention(x, x, x)[0]
+
+
+class OddModel(PreTrainedModel):
+    config_class = OddConfig
+    main_input_name = "input_values"
+
+    def __init__(self, config: OddConfig) -> None:
+        super().__init__(config)
+        self.enter = nn.Linear(4000, 64)
+        self.layers = nn.ModuleList([OddLayer() for _ in range(3)])
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        pass
+
+    def forward(self, input_values: Tensor) -> BaseModelOutput:
+        x = self.enter(input_values)[:, None]
+        for layer in self.layers:
+            x = layer(x)
+        return BaseModelOutput(last_hidden_state=x)
+
+
+def test_what_a_forward_shows_decides(tmp_path: Path) -> None:
+    """A class says little: a linear whose weight others read cannot be packed, and what is never called is unknown."""
+    AutoConfig.register("odd_for_tests", OddConfig, exist_ok=True)
+    AutoModel.register(OddConfig, OddModel, exist_ok=True)
+    OddModel(OddConfig()).save_pretrained(tmp_path)
+    structure = discover(Checkpoint.open(tmp_path))
+    assert set(structure.sites) == {"enter.weight", *(f"layers.{i}.called.weight" for i in range(3))}
+    assert {name: reason for name, reason in structure.kept.items() if "layers.1." in name and "bias" not in name} == {
+        "layers.1.read_elsewhere.weight": "functional use: read by OddLayer",
+        "layers.1.both.weight": "functional use: read by OddLayer",
+        "layers.1.never.weight": "not used in the observed forward",
+        "layers.1.table": "functional use: read by OddLayer",
+        "layers.1.attention.in_proj_weight": "functional use: read by MultiheadAttention",
+        "layers.1.attention.out_proj.weight": "functional use: read by MultiheadAttention",
+    }
+    assert [(stack.module, len(stack.blocks)) for stack in structure.stacks] == [("layers", 3)]
+    assert structure.observed
+    assert structure.note.startswith("3 weights (0.0 MB, 'layers.0.never.weight' first) took no part")

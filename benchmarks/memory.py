@@ -1,0 +1,144 @@
+"""A model much larger than the memory: fit to 4 bits inside a cgroup, and its time against plain reading and writing.
+
+``python -m benchmarks.memory [llama|experts|small ...]``. The checkpoints (13 GB each, random bf16, sharded) are made
+and removed here. Memory is limited to a bare import of slimwright and its verbs plus the cap; where no cgroup can be
+made, a watcher kills the job at the same sum of anonymous memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from benchmarks.shapes import GPT_OSS_13GB, LLAMA_8B_24, QWEN2_05B, make
+
+CAP = 1_500_000_000
+CASES = {"llama": LLAMA_8B_24, "experts": GPT_OSS_13GB, "small": QWEN2_05B}
+CGROUP = Path("/sys/fs/cgroup/memory")
+
+
+def bare_import() -> int:
+    """Anonymous bytes of a process that has imported the main job."""
+    code = "import slimwright.job.fit; from slimwright.job.memory import anonymous_bytes; print(anonymous_bytes())"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def in_cgroup(limit: int) -> tuple[Callable[[], None] | None, Path | None]:
+    """A function for the child to call before it starts, which limits it; None where no cgroup can be made."""
+    group = CGROUP / f"slimwright-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+    except OSError:
+        return None, None
+    return lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None, group
+
+
+def floor(model: Path, written: int) -> float:
+    """Seconds to read the source's weight files and to write ``written`` bytes with fsync."""
+    started = time.perf_counter()
+    buffer = bytearray(16 << 20)
+    for file in sorted(model.glob("*.safetensors")):
+        with open(file, "rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+    target = model.parent / "floor.bin"
+    with open(target, "wb", buffering=0) as stream:
+        left = written
+        while left > 0:
+            left -= stream.write(memoryview(buffer)[: min(left, len(buffer))])
+        os.fsync(stream.fileno())
+    seconds = time.perf_counter() - started
+    target.unlink()
+    return seconds
+
+
+def run(name: str, root: Path, arguments: list[str]) -> dict[str, object]:
+    """One case: the job inside the limit, the floor before and after it."""
+    model = make(CASES[name], root / name)
+    out = root / f"{name}-out"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
+    limit = bare_import() + CAP
+    enter, group = in_cgroup(limit)
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    before = floor(model, size * 26 // 100)
+    command = [
+        sys.executable, "-m", "slimwright", "fit", str(model), "--out", str(out), "--json",
+        "--job-memory", str(CAP), *arguments,
+    ]  # fmt: skip
+    started = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter)  # noqa: PLW1509
+    if enter is None:
+        _watch(child, limit)
+    output, _ = child.communicate()
+    seconds = time.perf_counter() - started
+    result: dict[str, object] = {"case": name, "arguments": " ".join(arguments), "exit": child.returncode}
+    if group is not None:
+        result["cgroup_peak"] = int((group / "memory.max_usage_in_bytes").read_text())
+        result["cgroup_failcnt"] = int((group / "memory.failcnt").read_text())
+        group.rmdir()
+    if child.returncode == 0:
+        report = json.loads(output)
+        events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+        starts = {e["phase"]: e["time"] for e in reversed(events) if e.get("phase")}
+        order = sorted(starts.items(), key=lambda item: item[1])
+        ends = [moment for _, moment in order[1:]] + [events[-1]["time"]]
+        result["phases"] = {phase: round(end - start, 1) for (phase, start), end in zip(order, ends, strict=True)}
+        written = report["size"]["after"]
+        floors = (before, floor(model, written))
+        result |= {
+            "bytes_in": size, "bytes_out": written, "seconds": seconds, "floor_seconds": floors,
+            "multiple": seconds / (sum(floors) / 2),
+            "build_multiple": result["phases"]["build"] / (sum(floors) / 2),  # type: ignore[index]
+            "peak_memory_bytes": report["job"]["peak_memory_bytes"], "predicted": report["job"]["predicted"],
+            "verified": report["verified"],
+        }  # fmt: skip
+        shutil.rmtree(out)
+    return result
+
+
+def _watch(child: subprocess.Popen[str], limit: int) -> None:
+    """Kill the job when the anonymous memory of its processes passes the limit."""
+    import threading
+
+    from slimwright.job.memory import anonymous_bytes
+
+    def watch() -> None:
+        while child.poll() is None:
+            tree = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+            if sum(anonymous_bytes(process.pid) for process in tree) > limit:
+                for process in tree:
+                    process.kill()
+            time.sleep(0.02)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(names: list[str], root: Path) -> list[dict[str, object]]:
+    """All cases named, each with one grid everywhere and with the mixed search."""
+    results = []
+    for name in names:
+        for arguments in (
+            ["--grid", "int4:g128", "--method", "quantize/rtn,clip=none"],
+            ["--grid", "int4:g128"],
+            ["--size", "4.25bit"],
+        ):
+            result = run(name, root, arguments)
+            results.append(result)
+            print(json.dumps(result), flush=True)
+        if os.environ.get("KEEP_SHAPES") != "1":
+            shutil.rmtree(root / name)
+    return results
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["llama", "experts"], Path(os.environ.get("BENCH_DIRECTORY", "/tmp/shapes")))
