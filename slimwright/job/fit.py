@@ -38,6 +38,7 @@ from slimwright.checkpoint import (
     source_state,
     weights_hash,
     write_bytes_atomic,
+    write_config_atomic,
     write_json_atomic,
 )
 from slimwright.errors import InputError, NotBuiltError, SlimwrightError
@@ -433,7 +434,7 @@ class _Job:
                     dtype = str(source.tensors[unit.name].dtype).removeprefix("torch.")
                     dense[unit.name] = DenseForm(dtype, unit.site.shape, unit.site.transposed)
             config["quantization_config"] = write_config(grids, plan.fingerprint, dense)
-        write_json_atomic(directory / "config.json", config)
+        write_config_atomic(directory / "config.json", config)
 
     def _verify(
         self, held: Claim, structure: Structure, source: Checkpoint, step: Callable[[int, int], None]
