@@ -56,7 +56,7 @@ from slimwright.model.structure import Structure
 from slimwright.plan import DEFAULT_METHOD, KEEP, Assignment, Plan, Rule, bind, parse_size
 from slimwright.report import render_report
 from slimwright.runtime.format import DenseForm, write_config
-from slimwright.search import Option, search, smallest_cost
+from slimwright.search import Option, check_solver, search, smallest_cost
 from slimwright.weights import parse_grid
 
 REPORT_VERSION = 1
@@ -157,6 +157,7 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
     solver = parse_method(asked.method)
     if not isinstance(solver, WeightSolver):
         raise InputError(f"'{asked.method}' does not put weights on a grid.")
+    check_solver(asked.search)
     if asked.grid is not None:
         parse_grid(asked.grid)
     if asked.plan is not None:
@@ -211,7 +212,12 @@ class _Job:
                 data = json.loads((held.out / "report.json").read_text(encoding="utf-8"))
                 data.setdefault("notes", []).append(f"{held.out} is the finished result of this same job.")
                 return FitReport(data, held.out)
-            return self._work(held, source, structure, _Target(budget, fixed, options, rest, predicted, state))
+            try:
+                return self._work(held, source, structure, _Target(budget, fixed, options, rest, predicted, state))
+            except InputError:  # what was given cannot work, so nothing of it is worth keeping for another try
+                if held.status == "new" and not self.watch.exceeded:
+                    shutil.rmtree(held.partial)
+                raise
 
     # -- before work -----------------------------------------------------------------------------------------------
 
@@ -260,17 +266,27 @@ class _Job:
         Raises:
             InputError: the budget is below the smallest possible, which is named.
         """
-        options = option_costs(source, structure, bound, self.asked.method, budget)
         kept = plan_units(source, structure, _keep_all(structure, ""))
-        rest = sum(entry_cost(entry, budget) for unit in kept if unit.site is None for entry in unit.entries)
-        rest += overhead_bound(budget, self.asked.max_shard_bytes)
-        smallest = rest + smallest_cost(options)
-        if smallest > budget:
-            raise InputError(
-                f"--size {self.asked.size} is {budget} bytes, but the smallest possible is {smallest} bytes "
-                f"({8 * smallest / structure.parameters:.2f}bit): {rest} of them are kept as they are."
-            )
-        return options, rest
+
+        def costs(limit: int) -> tuple[dict[str, list[Option]], int]:
+            rest = sum(entry_cost(entry, limit) for unit in kept if unit.site is None for entry in unit.entries)
+            rest += overhead_bound(limit, self.asked.max_shard_bytes)
+            return option_costs(source, structure, bound, self.asked.method, limit), rest
+
+        options, rest = costs(budget)
+        smallest = smallest_cost(options) + rest
+        if smallest <= budget:
+            return options, rest
+        while True:  # offsets in the header have more digits in larger files
+            options, rest = costs(smallest)
+            needed = smallest_cost(options) + rest
+            if needed <= smallest:
+                break
+            smallest = needed
+        raise InputError(
+            f"--size {self.asked.size} is {budget} bytes, but the smallest possible is {smallest} bytes "
+            f"({8 * smallest / structure.parameters:.2f}bit): {rest} of them are kept as they are."
+        )
 
     def _check_disk(self, out: Path, predicted: Forecast) -> None:
         folder = out.absolute().parent

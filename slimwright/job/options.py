@@ -9,6 +9,7 @@ import torch
 
 from slimwright.checkpoint import Checkpoint
 from slimwright.checkpoint.layout import TensorEntry, entry_cost
+from slimwright.errors import InputError
 from slimwright.job.parallel import in_order
 from slimwright.job.weights import ErrorSum, site_rows, survey
 from slimwright.methods import SiteStatistics
@@ -113,11 +114,18 @@ def score_group(
     """Data-free loss of each choice: relative squared error × parameters, summed over the group's sites.
 
     A layer's many experts are scored on an evenly spaced few of each kind.
+
+    Raises:
+        InputError: NaN or Inf in the source, named with the tensor.
     """
     solvers = [None if choice.kept else choice.solver() for choice in choices]
     losses = [0.0] * len(choices)
     for site, weight in _some_experts(sites):
         source = sampled_rows(checkpoint, site, how)
+        if not torch.isfinite(source).all():
+            raise InputError(
+                f"The tensor '{site.name}' of {checkpoint.path} holds NaN or Inf: repair or replace the checkpoint."
+            )
         for index, solver in enumerate(solvers):
             if solver is not None:
                 total = ErrorSum()

@@ -17,6 +17,7 @@ __all__ = [
     "Allocation",
     "Option",
     "Table",
+    "check_solver",
     "prune_dominated",
     "search",
     "smallest_cost",
@@ -31,8 +32,17 @@ def search(table: Table, budget: int, solver: str = "dp") -> Allocation:
     Raises:
         InputError: an unknown solver (with the nearest name), or what the solver refuses.
     """
+    check_solver(solver)
+    return SOLVERS[solver](table, budget)
+
+
+def check_solver(solver: str) -> None:
+    """Refuse an unknown solver.
+
+    Raises:
+        InputError: with the nearest name.
+    """
     if solver not in SOLVERS:
         near = difflib.get_close_matches(solver, list(SOLVERS), n=1, cutoff=0.3)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         raise InputError(f"Unknown solver '{solver}'{hint} Known: {', '.join(SOLVERS)}.")
-    return SOLVERS[solver](table, budget)
