@@ -156,10 +156,10 @@ def document(rows: list[Row]) -> str:
     larger = ", ".join(f"{name} {size}" for name, size in LARGER.items())
     lines = [
         f"`python -m benchmarks.families` (torch {torch.__version__}, transformers {transformers.__version__}); tiny "
-        f"random bf16 checkpoints, `--size {SIZE}` ({larger}). *Error* is the largest difference of an output, relative "
-        "to the largest output, between the model that plain `from_pretrained` loads in float32 and the reference recomputed "
-        "from the source. *Cache* compares greedy generation with and without one. *Dense* is the share of the "
-        "result's bytes that stay as they were, and why.",
+        f"random bf16 checkpoints, `--size {SIZE}` ({larger}). *Error* is the largest difference of an output, "
+        "relative to the largest output, between the model that plain `from_pretrained` loads in float32 and the "
+        "reference recomputed from the source. *Cache* compares greedy generation with and without one. *Dense* is "
+        "the share of the result's bytes that stay as they were, and why.",
         "",
         "| family | class | used | bits | error | cache | saved again | dense |",
         "|---|---|---|---|---|---|---|---|",
@@ -167,9 +167,10 @@ def document(rows: list[Row]) -> str:
     for row in rows:
         shares = row.get("dense_reasons", {})
         reasons = ", ".join(f"{reason} {100 * share:.1f}" for reason, share in shares.items())
+        generates = row.get("generates") or "does not generate"
         lines.append(
             f"| {row['family']} | `{row['architecture']}` | {100 * row.get('used', 0):.2f} % "
-            f"| {row.get('bits', 0):.2f} | {row.get('logits_error', 1):.1e} | {row.get('generates') or 'does not generate'} | "
+            f"| {row.get('bits', 0):.2f} | {row.get('logits_error', 1):.1e} | {generates} | "
             f"{row.get('resaved', '')} | {100 * row.get('dense_share', 1):.1f} % ({reasons}) |"
             + ("" if row["ok"] else f" **{'; '.join(row['problems'])}**")
         )
