@@ -30,6 +30,7 @@ from hypothesis import seed as hypothesis_seed
 import slimwright
 from benchmarks.common import Row, exit_code, forked, publish, scratch
 from slimwright.job import fit as fit_module
+from slimwright.job.work import Work
 from slimwright.job import verify as verification
 from slimwright.job.memory import anonymous_bytes
 from slimwright.zoo import bundled_path
@@ -128,7 +129,11 @@ def edit_plan(file: Path, choose: random.Random) -> None:
     text = file.read_text()
     if choose.random() < 0.3:
         cut = choose.randrange(len(text))
-        file.write_text(text[:cut] + choose.choice(("", "&a [*a]", "!!python/object:os.system x", "\0", ": :", "\t- x")) + text[cut + 3 :])
+        file.write_text(
+            text[:cut]
+            + choose.choice(("", "&a [*a]", "!!python/object:os.system x", "\0", ": :", "\t- x"))
+            + text[cut + 3 :]
+        )
         return
     value = yaml.safe_load(text)
     for _ in range(choose.randint(1, 3)):
@@ -288,7 +293,7 @@ def main() -> list[Row]:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    fit_module._Job._verify_in_fresh_process = (  # type: ignore[method-assign]
+    Work._verify_in_fresh_process = (  # type: ignore[method-assign]
         lambda self, held, spec, step: verification.verify(spec, step, "this process")
     )
     assert FAMILIES
