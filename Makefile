@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Threads that wait sleep instead of spinning: see slimwright/cli.py.
+export OMP_WAIT_POLICY ?= PASSIVE
 JOBS ?= 2
 
 .PHONY: install demo test lint bench clean

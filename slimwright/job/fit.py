@@ -483,6 +483,7 @@ class _Job:
         path.write_text(json.dumps(dataclasses.asdict(spec)))
         Path(spec.result).unlink(missing_ok=True)
         environment = {**os.environ, "MALLOC_ARENA_MAX": "2", "TOKENIZERS_PARALLELISM": "false"}
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see cli.py
         environment.pop("SLIMWRIGHT_CRASH_AT", None)
         with open(held.scratch / "verify.log", "w+", encoding="utf-8") as log:
             child = subprocess.Popen(

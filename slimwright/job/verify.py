@@ -369,6 +369,8 @@ def _samples(source: Checkpoint, original: Any, packed: Any) -> list[dict[str, s
     if tokenizer is None or original.config.is_encoder_decoder:
         return []
     inputs = tokenizer(PROMPT, return_tensors="pt")
+    if int(inputs["input_ids"].max()) >= original.config.get_text_config().vocab_size:
+        return []  # the tokenizer knows tokens that the model does not
     texts = []
     for model in (original, packed):
         out = model.generate(

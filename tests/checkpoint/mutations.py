@@ -91,6 +91,11 @@ def make(directory: Path) -> None:
 def apply(directory: Path, steps: list[Step]) -> None:
     """Make a fresh sample in `directory`, which must not exist, and damage it."""
     make(directory)
+    damage(directory, steps)
+
+
+def damage(directory: Path, steps: list[Step]) -> None:
+    """Carry the steps out on any checkpoint of two shards; steps on files that are not there change nothing."""
     for kind, name, first, second in steps:
         path = directory / name
         if kind == "replace":

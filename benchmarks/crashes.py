@@ -1,0 +1,222 @@
+"""Killed anywhere, a job goes on and ends with the same bytes: ``python -m benchmarks.crashes [--every N] [--kills N]``.
+
+Two parts. *Injected*: a crash at every point of slimwright.checkpoint.faults that a job reaches (journal commits, whole
+and torn; renames; shard boundaries; writes, whole and torn; steps of publishing), on a small model in several shards.
+The jobs run in forked children of one process that has imported everything; their model's class is registered in that
+process only, so that verification runs there too. *Killed*: kill -9 of real ``python -m slimwright fit`` processes on the
+bundled LM at random instants of the whole run, some of them aimed at its last seconds; every other time only the
+main process dies, and its verifying child is left to itself.
+
+Each time OUT must be absent or whole; the same command must then end well, with byte-identical weight files, plan and
+config, and leave nothing else behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import Row, exit_code, file_contents, forked, publish, scratch
+from slimwright.checkpoint import faults
+from slimwright.zoo import bundled_path
+
+SEED = 7
+FAMILY = "home_made"
+COMMIT_BYTES = 4_000
+"""The journal is committed this often in the injected part (256 MB otherwise), so that there are many commits."""
+
+
+class Reference:
+    """The result of a run that nothing disturbed, and whether another directory is the same."""
+
+    def __init__(self, out: Path) -> None:
+        self.files = {name: value for name, value in file_contents(out).items() if self._decided(name)}
+        self.names = set(file_contents(out))
+
+    @staticmethod
+    def _decided(name: str) -> bool:
+        """Whether the job alone decides a file's bytes (reports and events hold times)."""
+        return name not in ("report.json", "report.html", "README.md", "events.jsonl")
+
+    def difference(self, out: Path) -> str | None:
+        """What is wrong with a result; None if nothing."""
+        found = file_contents(out)
+        if set(found) != self.names:
+            return f"files {sorted(set(found) ^ self.names)}"
+        changed = [name for name, value in self.files.items() if found[name] != value]
+        if changed:
+            return f"bytes of {changed[0]}"
+        return None if json.loads(found["report.json"])["verified"]["ok"] else "not verified"
+
+
+def settled(out: Path, reference: Reference, status: int) -> str | None:
+    """What is wrong after a resumed run: its status, its result, or something left beside it."""
+    if status != 0:
+        return f"resuming ended with {status}"
+    if problem := reference.difference(out):
+        return f"resumed result differs: {problem}"
+    left = sorted(p.name for p in out.parent.iterdir() if p.name.strip(".").startswith("out") and p != out)
+    return f"left behind: {left}" if left else None
+
+
+# -- injected ------------------------------------------------------------------------------------------------------
+
+
+def injected(directory: Path, every: int) -> list[Row]:
+    """One row per point; ``every`` > 1 tries only every Nth occurrence."""
+    import slimwright.job.build
+    from slimwright.job.fit import fit
+    from tests.families import build
+
+    torch.set_num_threads(1)
+    slimwright.job.build.COMMIT_BYTES = COMMIT_BYTES
+    source = build(FAMILY, directory / "model", torch.bfloat16)
+
+    def run(out: Path, **environment: str) -> int:
+        def job() -> None:
+            os.environ.update(environment)
+            fit(str(source), str(out), size="40%", max_shard_bytes=20_000, quiet=True)
+
+        child = forked(job, out.parent / "log.txt")
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    first = directory / "undisturbed" / "out"
+    first.parent.mkdir()
+    if run(first, SLIMWRIGHT_COUNT_POINTS=str(directory / "points")) != 0:
+        return [{"point": "undisturbed", "ok": False, "problem": (first.parent / "log.txt").read_text()[-500:]}]
+    reference = Reference(first)
+    points = Counter((directory / "points").read_text().split())
+    rows = []
+    for point in faults.POINTS:
+        tried, whole, problems = 0, 0, []
+        for number in range(1, points[point] + 1, every):
+            work = directory / "work"
+            work.mkdir()
+            out, where = work / "out", f"{point}:{number}"
+            status = run(out, SLIMWRIGHT_CRASH_AT=where)
+            if status != faults.CRASH_STATUS:
+                problems.append(f"{where}: not crashed but {status}")
+            if out.exists():
+                whole += 1
+                if problem := reference.difference(out):
+                    problems.append(f"{where}: OUT is half-written: {problem}")
+            if problem := settled(out, reference, run(out)):
+                problems.append(f"{where}: {problem}: {(work / 'output.txt').read_text()[-200:]}")
+            shutil.rmtree(work)
+            tried += 1
+        rows.append({
+            "what": f"injected at {point}", "crashes": tried, "of": points[point], "out_whole": whole,
+            "ok": tried > 0 and not problems, "problem": "; ".join(problems[:3]),
+        })  # fmt: skip
+    shards = len(list(first.glob("*.safetensors")))
+    rows.append({"what": f"shards of the result: {shards}", "ok": shards > 2})
+    return rows
+
+
+# -- killed --------------------------------------------------------------------------------------------------------
+
+
+def killed(directory: Path, count: int) -> list[Row]:
+    """One row per kill -9 of a real process."""
+    model, choose = str(bundled_path()), random.Random(SEED)
+
+    def command(out: Path) -> list[str]:
+        return [sys.executable, "-m", "slimwright", "fit", model, "--size", "40%", "--out", str(out)]
+
+    def run(out: Path) -> tuple[int, str]:
+        done = subprocess.run(command(out), capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr[-300:]
+
+    first = directory / "undisturbed" / "out"
+    first.parent.mkdir()
+    started = time.monotonic()
+    status, message = run(first)
+    seconds = time.monotonic() - started
+    if status != 0:
+        return [{"what": "undisturbed", "ok": False, "problem": message}]
+    reference = Reference(first)
+    times = [json.loads(line) for line in (first / "events.jsonl").read_text().splitlines()]
+    publishing = times[-1]["time"] - next(t["time"] for t in times if t["phase"] == "publish") + 0.3
+    rows: list[Row] = []
+    while len(rows) < count:
+        number = len(rows)
+        out = directory / f"kill-{number}" / "out"
+        shutil.rmtree(out.parent, ignore_errors=True)
+        out.parent.mkdir()
+        aimed = number % 4 == 3  # at the publishing, which random instants seldom meet
+        delay = choose.uniform(0, publishing) if aimed else choose.uniform(0, seconds)
+        job = subprocess.Popen(
+            command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        events = out.with_name("out.partial") / "events.jsonl"
+        while aimed and job.poll() is None and not _publishing(events):
+            time.sleep(0.002)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(delay)
+        if job.poll() is not None:
+            seconds *= 0.95  # it was faster than thought: this instant lay after its end, so another is drawn
+            publishing *= 0.9
+            continue
+        (os.killpg if number % 2 else os.kill)(job.pid, signal.SIGKILL)
+        job.wait()
+        phase = _phase(events, out)
+        there = out.exists()
+        problem = reference.difference(out) if there else None
+        problem = f"OUT is half-written: {problem}" if problem else None
+        status, message = run(out)
+        problem = problem or settled(out, reference, status)
+        rows.append({
+            "what": f"kill -9 after {delay:.2f} s" + (" of publishing" if aimed else ""), "phase": phase, "crashes": 1,
+            "of": 1, "out_whole": int(there), "ok": not problem, "problem": f"{problem}: {message}" if problem else "",
+        })  # fmt: skip
+        shutil.rmtree(out.parent, ignore_errors=True)
+    return rows
+
+
+def _last_event(events: Path) -> dict[str, object]:
+    try:
+        return dict(json.loads(events.read_text().splitlines()[-1]))
+    except (OSError, ValueError, IndexError):
+        return {}
+
+
+def _publishing(events: Path) -> bool:
+    return _last_event(events).get("phase") == "publish"
+
+
+def _phase(events: Path, out: Path) -> str:
+    return "done" if out.exists() else str(_last_event(events).get("phase") or "start")
+
+
+def main() -> list[Row]:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--every", type=int, default=1, help="try every Nth occurrence of a point")
+    arguments.add_argument("--kills", type=int, default=20)
+    options = arguments.parse_args()
+    started = time.time()
+    with scratch("crashes") as directory:
+        for part in ("injected", "killed"):
+            (directory / part).mkdir()
+        rows = injected(directory / "injected", options.every)  # first: it forks, and must not have started threads
+        rows += killed(directory / "killed", options.kills) if options.kills else []
+    columns = {
+        "what": "crash", "phase": "phase", "crashes": "tried", "of": "of", "out_whole": "OUT already whole", "ok": "ok",
+        "problem": "problem",
+    }  # fmt: skip
+    return publish("crashes", rows, columns, started, seed=SEED, family=FAMILY)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main()))
