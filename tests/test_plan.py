@@ -168,7 +168,9 @@ def test_what_later_versions_plan_is_refused_by_name(tmp_path: Path, changes: di
         Plan.load(written(tmp_path, **changes))
 
 
-@pytest.mark.parametrize("content", [b"", b"- 1", b"a: [", b"\xff\xfe\x00", b"a: " + b"[" * 5000, b"!!python/object:os.system x"])
+@pytest.mark.parametrize(
+    "content", [b"", b"- 1", b"a: [", b"\xff\xfe\x00", b"a: " + b"[" * 5000, b"!!python/object:os.system x"]
+)
 def test_what_is_no_plan_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "plan.yaml"
     path.write_bytes(content)

@@ -455,7 +455,7 @@ class _Job:
         self, held: Claim, structure: Structure, source: Checkpoint, step: Callable[[int, int], None]
     ) -> verification.Outcome:
         spare = max(64 << 20, min((self.watch.cap or 0) // 4, 1 << 30))
-        vocabulary = max([s.rows for s in structure.sites.values() if s.role in ("embed", "head")] or [1])
+        vocabulary = verification.logits_width(structure)
         tokens, batch = verification.tokens_for(structure.parameters, vocabulary, spare)
         spec = verification.Spec(
             source=self.asked.model, written=str(held.partial), result=str(held.scratch / "verified.json"),

@@ -84,9 +84,7 @@ def crash_and_resume(folder: Path, where: str, weights: dict[str, bytes]) -> Non
 
 
 @pytest.mark.parametrize("point", faults.POINTS)
-def test_a_crash_in_the_middle(
-    point: str, tmp_path: Path, whole: tuple[dict[str, bytes], Counter[str]]
-) -> None:
+def test_a_crash_in_the_middle(point: str, tmp_path: Path, whole: tuple[dict[str, bytes], Counter[str]]) -> None:
     weights, points = whole
     crash_and_resume(tmp_path, f"{point}:{max(1, points[point] * 2 // 3)}", weights)
 

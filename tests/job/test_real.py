@@ -33,8 +33,8 @@ def test_a_sentence_transformers_directory(tmp_path: Path) -> None:
     assert original.tokenizer.get_vocab() == packed.tokenizer.get_vocab()
 
 
-def test_the_bundled_lm(tmp_path: Path, fresh_process: None) -> None:
-    """As users run it, but for the search of ranges: measured on held-out text, memory as forecast."""
+def test_the_bundled_lm(tmp_path: Path, as_users_do: None) -> None:
+    """As users run it, but for the search of ranges: measured on held-out text, with the memory that was forecast."""
     report = fitted(str(bundled_path()), tmp_path / "out", grid="int4:g64")
     assert report["verified"]["inputs"] == "held-out text of the Python standard library"
     assert 0 < report["quality"]["kl"]["value"] < 0.5 and report["quality"]["top1_agreement"]["value"] > 0.7

@@ -112,7 +112,9 @@ def test_the_directory_holds_the_model_and_nothing_of_the_job(result: FitReport)
     assert result.out is not None
     names = {path.name for path in result.out.iterdir()}
     assert names >= {"config.json", "plan.yaml", "report.json", "report.html", "README.md", "events.jsonl"}
-    assert (result.out / "generation_config.json").read_bytes() == (Path(tiny()) / "generation_config.json").read_bytes()
+    assert (result.out / "generation_config.json").read_bytes() == (
+        Path(tiny()) / "generation_config.json"
+    ).read_bytes()
     assert not any(name.startswith(".") for name in names)
     assert not result.out.with_name("out.partial").exists()
     card = (result.out / "README.md").read_text()
