@@ -151,7 +151,8 @@ def test_version_methods_doctor_cache(run, tmp_path: Path, monkeypatch: pytest.M
     assert run("--version").out.strip() == __version__
     assert "quantize/rtn" in run("methods").out
     assert {found["name"] for found in json.loads(run("methods", "--json").out)} >= {"quantize/rtn", "quantize/hqq"}
-    assert "clip" in run("methods", "quantize/rtn").out and "clip" in json.dumps(json.loads(run("methods", "quantize/rtn", "--json").out))  # fmt: skip
+    assert "clip" in run("methods", "quantize/rtn").out
+    assert "clip" in json.dumps(json.loads(run("methods", "quantize/rtn", "--json").out))
     found = json.loads(run("doctor", "--json").out)
     assert found["versions"]["torch"]["version"] and found["disk"]["free"] > 0 and "torch" in run("doctor").out
     monkeypatch.setitem(doctoring.TESTED, "torch", ("99.0", "99.1"))
@@ -232,7 +233,10 @@ def test_python_m_slimwright() -> None:
 
 
 def test_a_full_job_from_the_command_line_equals_one_from_python(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    ran = run("fit", tiny(), "--size", "40%", "--method", PLAIN, "--rule", "lm_head: int8:g64", "--out", str(tmp_path / "a"), "--json")  # fmt: skip
+    ran = run(
+        "fit", tiny(), "--size", "40%", "--method", PLAIN, "--rule", "lm_head: int8:g64", "--json", "--out",
+        str(tmp_path / "a"),
+    )  # fmt: skip
     assert ran.code == 0
     fitted(tiny(), tmp_path / "b", size="40%", rules=("lm_head: int8:g64",))
     assert files(tmp_path / "a") == files(tmp_path / "b")

@@ -57,9 +57,11 @@ def test_an_exported_float32_model_has_equal_logits_without_slimwright(tmp_path:
     fitted(str(cached("llama", torch.float32)), packed, grid="int4:g32")
     export(str(packed), out=str(dense))
     subprocess.run(
-        [sys.executable, "-c", WITHOUT_SLIMWRIGHT, "LlamaForCausalLM", str(dense), str(IDS.tolist()), str(tmp_path / "l")],
-        check=True, cwd=tmp_path, capture_output=True,
-    )  # fmt: skip
+        [sys.executable, "-c", WITHOUT_SLIMWRIGHT, "LlamaForCausalLM", dense, str(IDS.tolist()), tmp_path / "l"],
+        check=True,
+        cwd=tmp_path,
+        capture_output=True,
+    )
     there, here = torch.load(tmp_path / "l"), logits("llama", packed)
     assert (there - here).abs().max() <= 1e-5 * here.abs().max()
 
