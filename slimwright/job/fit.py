@@ -60,6 +60,8 @@ from slimwright.weights import parse_grid
 
 REPORT_VERSION = 1
 MAX_SHARD_BYTES = 5_000_000_000
+COMMIT_SECONDS = 2.0
+"""Scores that a crash may lose."""
 
 
 @dataclass(frozen=True)
@@ -413,7 +415,7 @@ class _Job:
             nonlocal last
             journal.append(f"score:{group}", losses)
             found[group] = losses
-            if time.monotonic() - last > 2:
+            if time.monotonic() - last > COMMIT_SECONDS:
                 journal.commit()
                 last = time.monotonic()
             step(len(found), groups)
