@@ -55,6 +55,9 @@ from slimwright.plan import Plan
 from slimwright.runtime.format import DenseForm, write_config
 from slimwright.search import Option, search
 
+COMMIT_SECONDS = 2.0
+"""Scores that a crash may lose."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -210,7 +213,7 @@ class Work:
             nonlocal last
             journal.append(f"score:{group}", losses)
             found[group] = losses
-            if time.monotonic() - last > 2:
+            if time.monotonic() - last > COMMIT_SECONDS:
                 journal.commit()
                 last = time.monotonic()
             step(len(found), groups)
@@ -262,7 +265,7 @@ class Work:
         """Prove what was written; a fresh process reads it back wherever the model's class can be imported."""
         structure = state.structure
         spare = max(64 << 20, min((self.watch.cap or 0) // 4, 1 << 30))
-        vocabulary = max([s.rows for s in structure.sites.values() if s.role in ("embed", "head")] or [1])
+        vocabulary = verification.logits_width(structure)
         tokens, batch = verification.tokens_for(structure.parameters, vocabulary, spare)
         spec = verification.Spec(
             source=self.asked.model, written=str(state.held.partial), result=str(state.held.scratch / "verified.json"),
