@@ -185,11 +185,11 @@ def test_an_interrupted_command_names_the_command_that_continues(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A forked child gets the signal in the middle of its build; the command that it names ends with the same bytes."""
-    import slimwright.job.fit  # noqa: F401
+    import slimwright.job.work  # noqa: F401
     from slimwright.job import build as building
     from slimwright.job import parallel
 
-    fitting = sys.modules["slimwright.job.fit"]
+    working = sys.modules["slimwright.job.work"]
 
     monkeypatch.setattr(parallel, "_pool", None)  # threads do not survive a fork
     model, out = tiny("llama"), tmp_path / "small model"
@@ -209,7 +209,7 @@ def test_an_interrupted_command_names_the_command_that_continues(
 
         code = 99
         try:
-            fitting.build = build  # type: ignore[attr-defined]
+            working.build = build  # type: ignore[attr-defined]
             main(arguments)
         except SystemExit as exited:
             code = int(exited.code or 0)

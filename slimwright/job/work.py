@@ -27,7 +27,7 @@ from slimwright.checkpoint import (
     job_key,
     weights_hash,
     write_bytes_atomic,
-    write_json_atomic,
+    write_config_atomic,
 )
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import verify as verification
@@ -259,7 +259,7 @@ class Work:
                     dtype = str(source.tensors[unit.name].dtype).removeprefix("torch.")
                     dense[unit.name] = DenseForm(dtype, unit.site.shape, unit.site.transposed)
             config["quantization_config"] = write_config(grids, plan.fingerprint, dense)
-        write_json_atomic(directory / "config.json", config)
+        write_config_atomic(directory / "config.json", config)
 
     def _verify(self, state: _State) -> None:
         """Prove what was written; a fresh process reads it back wherever the model's class can be imported."""
