@@ -34,6 +34,7 @@ from benchmarks.common import Row, exit_code, forked, publish, scratch
 from slimwright.job import fit as fit_module
 from slimwright.job import verify as verification
 from slimwright.job.memory import anonymous_bytes
+from slimwright.job.work import Work
 from slimwright.zoo import bundled_path
 from tests.checkpoint.mutations import Step, damage, mutations
 from tests.families import FAMILIES
@@ -297,7 +298,7 @@ def main() -> list[Row]:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    fit_module._Job._verify_in_fresh_process = (  # type: ignore[method-assign]
+    Work._verify_in_fresh_process = (  # type: ignore[method-assign]
         lambda self, held, spec, step: verification.verify(
             dataclasses.replace(spec, tokens=256, batch_tokens=256, sample=False), step, "this process"
         )

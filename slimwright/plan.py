@@ -225,8 +225,8 @@ def bind(rules: list[Rule], structure: Structure) -> dict[str, str]:
         bound[group] = choices[0]
     for index, rule in enumerate(rules):
         if index not in used:
-            names = [*(site.name for site in structure.sites.values()), *structure.ties]
-            bases = sorted({name.removesuffix(".weight") for name in names})
+            every = [site.name for site in structure.sites.values()] + list(structure.ties)
+            bases = sorted({name.removesuffix(".weight") for name in every})
             near = difflib.get_close_matches(
                 rule.pattern, bases + [base.rsplit(".", 1)[-1] for base in bases], n=1, cutoff=0.4
             )

@@ -23,8 +23,9 @@ from slimwright.checkpoint import (
     write_config_atomic,
 )
 from slimwright.errors import InputError, NotBuiltError
-from slimwright.job.fit import MAX_SHARD_BYTES, FitReport, how_to_load
 from slimwright.job.open import open_source
+from slimwright.job.request import MAX_SHARD_BYTES, FitReport
+from slimwright.job.result import how_to_load
 from slimwright.job.weights import TILE_ELEMENTS
 
 TARGETS = ("compressed-tensors", "gguf", "onnx")

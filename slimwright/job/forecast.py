@@ -14,7 +14,7 @@ from slimwright.checkpoint import Checkpoint
 from slimwright.job.memory import anonymous_bytes
 from slimwright.job.options import FEW_GROUPS, FINE_LADDER, LADDER, sampling
 from slimwright.job.parallel import in_order
-from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, SAMPLED_TILES, tokens_for
+from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, SAMPLED_TILES, logits_width, tokens_for
 from slimwright.job.weights import TILE_ELEMENTS, plain_rounding
 from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.model.structure import Structure
@@ -131,7 +131,7 @@ def forecast(
     sites = list(structure.sites.values())
     weights = sum(site.numel for site in sites)
     parameters = structure.parameters
-    vocabulary = max([site.rows for site in sites if site.role in ("embed", "head")] or [1])
+    vocabulary = logits_width(structure)
     share = sampling(structure).share
     spare = max(64 << 20, min(cap // 4, 1 << 30))
     tokens, batch = tokens_for(parameters, vocabulary, spare)
@@ -170,9 +170,10 @@ def _memory(source: Checkpoint, structure: Structure, batch: int, vocabulary: in
     dense = 4 * sum(source.tensors[name].numel for name in structure.kept if name in source.tensors)
     largest = max([site.numel for site in structure.sites.values()] or [1])
     tile = 4 * min(largest, 16 << 20)
+    hidden = max([site.columns for site in structure.sites.values() if site.role in ("embed", "head")] or [1024])
     build = 14 * 4 * min(largest, TILE_ELEMENTS)
 
     def verifying(tokens: int) -> int:
-        return child + 3 * dense + 4 * tile + 14 * tokens * vocabulary + 64 * tokens * 4096 + 30_000_000
+        return child + 3 * dense + 4 * tile + 14 * tokens * vocabulary + 64 * tokens * hidden + 30_000_000
 
     return max(build, verifying(batch)), max(build, verifying(64))

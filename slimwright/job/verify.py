@@ -381,6 +381,13 @@ def _samples(source: Checkpoint, original: Any, packed: Any) -> list[dict[str, s
     return [{"prompt": PROMPT, "before": texts[0], "after": texts[1]}]
 
 
+def logits_width(structure: Structure) -> int:
+    """Columns of the logits: rows of the head, its own or tied to the embedding; 1 for a model without one."""
+    owners = {structure.ties.get(name, name) for name, role in structure.roles.items() if role == "head"}
+    owners |= set(structure.ties.values())
+    return max([structure.sites[name].rows for name in owners if name in structure.sites], default=1)
+
+
 def tokens_for(parameters: int, vocabulary: int, free: int) -> tuple[int, int]:
     """(tokens in all, tokens of one forward) for the quality: fewer for larger models, logits within a share of memory.
 

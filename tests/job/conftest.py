@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from slimwright.job import verify as verification
-from slimwright.job.fit import FitReport, _Job, fit
+from slimwright.job.fit import FitReport, fit
+from slimwright.job.work import Work
 from tests.families import cached
 
 PLAIN = "quantize/rtn,clip=none"
 """Rounding without the search for a range: these tests are about jobs, not about solvers."""
 
 
-def verify_here(job: _Job, held: Any, spec: verification.Spec, step: Callable[[int, int], None]) -> Any:
-    """Stands for ``_Job._verify_in_fresh_process``: the same verification, in this process."""
+def verify_here(job: Work, held: Any, spec: verification.Spec, step: Callable[[int, int], None]) -> Any:
+    """Stands for ``Work._verify_in_fresh_process``: the same verification, in this process."""
     return verification.verify(spec, step, "this process")
 
 
@@ -26,18 +27,24 @@ def verify_here(job: _Job, held: Any, spec: verification.Spec, step: Callable[[i
 def in_this_process() -> Iterator[None]:
     """Verify in this process, with few tokens; ``fresh_process`` undoes it for one test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Job, "_verify_in_fresh_process", verify_here)
+        patch.setattr(Work, "_verify_in_fresh_process", verify_here)
         patch.setattr(verification, "tokens_for", lambda parameters, vocabulary, free: (64, 64))
         yield
 
 
-FRESH = _Job._verify_in_fresh_process
+FRESH, TOKENS = Work._verify_in_fresh_process, verification.tokens_for
 
 
 @pytest.fixture
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verify as users do."""
-    monkeypatch.setattr(_Job, "_verify_in_fresh_process", FRESH)
+    monkeypatch.setattr(Work, "_verify_in_fresh_process", FRESH)
+
+
+@pytest.fixture
+def as_users_do(fresh_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify in a fresh process, on as many tokens as users do."""
+    monkeypatch.setattr(verification, "tokens_for", TOKENS)
 
 
 def tiny(name: str = "qwen2") -> str:

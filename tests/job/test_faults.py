@@ -20,7 +20,8 @@ import torch
 from slimwright.checkpoint import faults
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import parallel
-from slimwright.job.fit import FitOptions, _Job
+from slimwright.job.fit import FitOptions
+from slimwright.job.work import Work
 from tests.job.conftest import files, fitted, tiny
 
 JOB = {"size": "40%", "max_shard_bytes": 40_000}
@@ -33,6 +34,7 @@ COMMIT_BYTES = 8_000
 @pytest.fixture(autouse=True)
 def many_commits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimwright.job.build.COMMIT_BYTES", COMMIT_BYTES)
+    monkeypatch.setattr("slimwright.job.work.COMMIT_SECONDS", -1.0)
     monkeypatch.setattr(parallel, "_pool", None)  # threads do not survive a fork
 
 
@@ -61,6 +63,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], C
     tiny("llama")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("slimwright.job.build.COMMIT_BYTES", COMMIT_BYTES)
+        patch.setattr("slimwright.job.work.COMMIT_SECONDS", -1.0)
         patch.setattr(parallel, "_pool", None)
         assert in_child(folder / "out", SLIMWRIGHT_COUNT_POINTS=str(folder / "points")) == 0
     return files(folder / "out"), Counter((folder / "points").read_text().split())
@@ -84,9 +87,7 @@ def crash_and_resume(folder: Path, where: str, weights: dict[str, bytes]) -> Non
 
 
 @pytest.mark.parametrize("point", faults.POINTS)
-def test_a_crash_in_the_middle(
-    point: str, tmp_path: Path, whole: tuple[dict[str, bytes], Counter[str]]
-) -> None:
+def test_a_crash_in_the_middle(point: str, tmp_path: Path, whole: tuple[dict[str, bytes], Counter[str]]) -> None:
     weights, points = whole
     crash_and_resume(tmp_path, f"{point}:{max(1, points[point] * 2 // 3)}", weights)
 
@@ -126,7 +127,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, out: Path, error: BaseException, 
         return honest(source, structure, units, writer, journal, failing)
 
     with monkeypatch.context() as patch:
-        patch.setattr("slimwright.job.fit.build", build)
+        patch.setattr("slimwright.job.work.build", build)
         with pytest.raises(type(error)):
             fitted(tiny("llama"), out, **JOB)
 
@@ -185,15 +186,15 @@ def test_the_time_limit_stops_the_job_which_then_continues(
     clock = time.monotonic
     ahead = 0.0
     monkeypatch.setattr("slimwright.job.fit.time.monotonic", lambda: clock() + ahead)
-    honest = _Job._build
+    honest = Work._build
 
-    def late(job: _Job, *given: Any) -> Any:
+    def late(job: Work, *given: Any) -> Any:
         nonlocal ahead
         ahead = 10_000.0
         return honest(job, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Job, "_build", late)
+        patch.setattr(Work, "_build", late)
         with pytest.raises(SlimwrightError, match="--job-time 1000 s is over; run the same command again"):
             fitted(tiny("llama"), out, **JOB, job_time=1000.0)
     fitted(tiny("llama"), out, **JOB)
@@ -205,9 +206,9 @@ def test_the_memory_cap_stops_the_job_which_then_continues(
 ) -> None:
     """While the weights are built, something takes more than the cap allows."""
     out = tmp_path / "out"
-    honest, hoard = _Job._build, []
+    honest, hoard = Work._build, []
 
-    def greedy(job: _Job, *given: Any) -> Any:
+    def greedy(job: Work, *given: Any) -> Any:
         hoard.append(torch.ones(((job.watch.cap or 0) >> 2) + (16 << 20)))
         deadline = time.monotonic() + 60
         while not job.watch.exceeded and time.monotonic() < deadline:
@@ -215,7 +216,7 @@ def test_the_memory_cap_stops_the_job_which_then_continues(
         return honest(job, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Job, "_build", greedy)
+        patch.setattr(Work, "_build", greedy)
         with pytest.raises(SlimwrightError, match="--job-memory allows 800 MB; run the same command with a larger"):
             fitted(tiny("llama"), out, **JOB, job_memory="800MB")
     hoard.clear()

@@ -14,7 +14,8 @@ from slimwright.checkpoint import Checkpoint
 from slimwright.errors import SlimwrightError
 from slimwright.job import build as building
 from slimwright.job import ledger
-from slimwright.job.fit import FitReport, _Job
+from slimwright.job.fit import FitReport
+from slimwright.job.work import Work
 from tests.job.conftest import files, fitted, tiny
 
 
@@ -112,7 +113,9 @@ def test_the_directory_holds_the_model_and_nothing_of_the_job(result: FitReport)
     assert result.out is not None
     names = {path.name for path in result.out.iterdir()}
     assert names >= {"config.json", "plan.yaml", "report.json", "report.html", "README.md", "events.jsonl"}
-    assert (result.out / "generation_config.json").read_bytes() == (Path(tiny()) / "generation_config.json").read_bytes()
+    assert (result.out / "generation_config.json").read_bytes() == (
+        Path(tiny()) / "generation_config.json"
+    ).read_bytes()
     assert not any(name.startswith(".") for name in names)
     assert not result.out.with_name("out.partial").exists()
     card = (result.out / "README.md").read_text()
@@ -127,7 +130,7 @@ def test_how_to_load_loads(result: FitReport) -> None:
 
 def test_an_unaccounted_tensor_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = building.build
-    monkeypatch.setattr("slimwright.job.fit.build", lambda *given: honest(*given)[:-1])
+    monkeypatch.setattr("slimwright.job.work.build", lambda *given: honest(*given)[:-1])
     with pytest.raises(SlimwrightError, match="does not account for every tensor"):
         fitted(tiny(), tmp_path / "out", grid="int4:g32")
     assert not (tmp_path / "out").exists()
@@ -135,7 +138,7 @@ def test_an_unaccounted_tensor_fails_the_run(tmp_path: Path, monkeypatch: pytest
 
 def test_a_ledger_that_counts_wrong_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = ledger.check_complete
-    monkeypatch.setattr("slimwright.job.fit.check_complete", lambda entries, source, n: honest(entries, source, n + 1))
+    monkeypatch.setattr("slimwright.job.work.check_complete", lambda entries, source, n: honest(entries, source, n + 1))
     with pytest.raises(SlimwrightError, match="were written"):
         fitted(tiny(), tmp_path / "out", grid="int4:g32")
     assert not (tmp_path / "out").exists()
@@ -144,18 +147,19 @@ def test_a_ledger_that_counts_wrong_fails_the_run(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("where", ["payload", "kept"])
 def test_a_flipped_bit_is_found_and_not_published(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between writing and verifying, one bit of the file changes."""
-    honest = _Job._verify
+    honest = Work._verify
 
-    def damaged(job: _Job, held: Any, structure: Any, source: Any, step: Any) -> Any:
+    def damaged(job: Work, state: Any) -> None:
+        held = state.held
         path = held.partial / "model.safetensors"
         name = {"payload": "model.layers.1.mlp.up_proj.weight", "kept": "model.norm.weight"}[where]
         info = Checkpoint.open(held.partial).tensors[name]
         content = bytearray(path.read_bytes())
         content[info.start] ^= 1
         path.write_bytes(bytes(content))
-        return honest(job, held, structure, source, step)
+        honest(job, state)
 
-    monkeypatch.setattr(_Job, "_verify", damaged)
+    monkeypatch.setattr(Work, "_verify", damaged)
     with pytest.raises(SlimwrightError, match="not what was planned and was not published"):
         fitted(tiny(), tmp_path / "out", grid="int4:g32")
     assert not (tmp_path / "out").exists()

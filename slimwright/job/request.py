@@ -1,0 +1,109 @@
+"""What the user asked of ``fit``, and what it gives back."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimwright.errors import InputError, NotBuiltError
+from slimwright.methods import WeightSolver, parse_method
+from slimwright.plan import DEFAULT_METHOD, Plan, Rule
+from slimwright.search import check_solver
+from slimwright.weights import parse_grid
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What the user asked. See :func:`fit`."""
+
+    model: str
+    out: str | None = None
+    size: str | None = None
+    grid: str | None = None
+    plan: str | None = None
+    rules: tuple[str, ...] = ()
+    method: str = DEFAULT_METHOD
+    data: str = "none"
+    search: str = "dp"
+    job_memory: str | None = None
+    job_time: float | None = None
+    device: str = "auto"
+    seed: int = 0
+    dry_run: bool = False
+    trust_remote_code: bool = False
+    quiet: bool = False
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the result's bytes beside the source and the machine."""
+        plan = Path(self.plan).read_text(encoding="utf-8") if self.plan else None
+        return {
+            "size": self.size, "grid": self.grid, "plan": plan, "rules": list(self.rules), "method": self.method,
+            "data": self.data, "search": self.search, "seed": self.seed, "shard": self.max_shard_bytes,
+        }  # fmt: skip
+
+    def command(self) -> str:
+        """The command line that does this job again."""
+        words = ["slimwright", "fit", self.model]
+        for name in ("size", "grid", "plan", "out"):
+            if getattr(self, name) is not None:
+                words += [f"--{name}", str(getattr(self, name))]
+        for rule in self.rules:
+            words += ["--rule", rule]
+        for name in ("method", "search", "seed"):
+            if getattr(self, name) != FitOptions.__dataclass_fields__[name].default:
+                words += [f"--{name}", str(getattr(self, name))]
+        return shlex.join(words)
+
+    def limit(self) -> str:
+        """The size, grid or plan that was asked."""
+        return self.size or (f"grid {self.grid}" if self.grid else f"plan {self.plan}")
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """The result: ``data`` is report.json, ``out`` the directory (None after a dry run)."""
+
+    data: dict[str, Any]
+    out: Path | None
+
+    def __getitem__(self, key: str) -> Any:
+        return self.data[key]
+
+
+def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
+    """Refuse what cannot be before anything is opened.
+
+    Raises:
+        InputError: a wrong value; NotBuiltError: designed but not built.
+    """
+    if asked.data != "none":
+        raise NotBuiltError(
+            f"--data {asked.data}: calibration on data is not built in this version; only --data none (the default) is."
+        )
+    if asked.device not in ("auto", "cpu"):
+        raise NotBuiltError(f"--device {asked.device}: this version computes on the CPU; use auto or cpu.")
+    given = [name for name in ("size", "grid", "plan") if getattr(asked, name) is not None]
+    if not given:
+        raise InputError("Give a limit: --size (for instance 4.25bit, 30% or 4.7GB), --grid or --plan.")
+    if len(given) > 1:
+        raise InputError(f"--{given[0]} and --{given[1]} exclude each other: give one of them.")
+    if asked.plan is not None and asked.rules:
+        raise InputError("--plan fixes everything: edit the plan instead of giving --rule.")
+    if asked.out is None and not asked.dry_run:
+        raise InputError("Give --out, the directory to write the result to.")
+    if asked.job_time is not None and not asked.job_time > 0:
+        raise InputError("--job-time must be more than 0 seconds.")
+    solver = parse_method(asked.method)
+    if not isinstance(solver, WeightSolver):
+        raise InputError(f"'{asked.method}' does not put weights on a grid.")
+    check_solver(asked.search)
+    if asked.grid is not None:
+        parse_grid(asked.grid)
+    if asked.plan is not None:
+        Plan.load(Path(asked.plan))
+    return solver, [Rule.parse(text) for text in asked.rules]

@@ -1,0 +1,137 @@
+"""What a job leaves behind beside the weights: report.json, report.html, the model card, the lines that load it."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import slimwright
+from slimwright.checkpoint import (
+    Checkpoint,
+    Claim,
+    model_card,
+    read_card_metadata,
+    write_bytes_atomic,
+    write_json_atomic,
+)
+from slimwright.job.forecast import Forecast
+from slimwright.job.ledger import Entry
+from slimwright.job.verify import Outcome
+from slimwright.model.structure import Structure
+from slimwright.report import render_report
+
+REPORT_VERSION = 1
+
+
+def quality_parts(outcome: Outcome) -> dict[str, Any]:
+    """The report's part on quality, verification and samples."""
+    streamed = "reloaded from disk by transformers in a fresh process; reference recomputed from the source, streamed"
+    return {
+        "quality": outcome.quality,
+        "verified": {
+            "how": streamed if outcome.how == "fresh process" else f"reloaded from disk in {outcome.how}",
+            "ok": outcome.ok,
+            "logits_error": outcome.logits_error,
+            "tensors_compared": outcome.tensors_compared,
+            "inputs": outcome.inputs,
+        },
+        "measured_on": {"inputs": outcome.inputs, **outcome.measured_on},
+        "samples": outcome.samples,
+    }
+
+
+def size_parts(source: Checkpoint, written: Checkpoint, structure: Structure, entries: list[Entry]) -> dict[str, Any]:
+    """The report's part on sizes, and the ledger."""
+    return {
+        "size": {
+            "before": source.total_bytes,
+            "after": written.total_bytes,
+            "bits_per_weight": 8 * written.total_bytes / structure.parameters,
+        },
+        "ledger": [entry.to_json() for entry in entries],
+    }
+
+
+def predicted_parts(predicted: Forecast) -> dict[str, Any]:
+    """What was forecast, for the report."""
+    return {
+        "seconds": predicted.seconds,
+        "peak_memory_bytes": predicted.peak_memory_bytes,
+        "bytes": predicted.bytes,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that made the result."""
+    return {
+        "slimwright": slimwright.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def model_facts(path: str, structure: Structure) -> dict[str, Any]:
+    """What the source is."""
+    return {
+        "path": path,
+        "family": structure.family,
+        "architecture": structure.architecture,
+        "parameters": structure.parameters,
+        "blocks": sum(len(stack.blocks) for stack in structure.stacks),
+    }
+
+
+def write_papers(held: Claim, data: dict[str, Any], source: Checkpoint, side_files: tuple[str, ...]) -> None:
+    """Write README.md, report.json and report.html into the partial directory."""
+    path = str(data["model"]["path"])
+    facts = [
+        ("Base model", path),
+        ("Size", f"{data['size']['before'] / 1e6:.1f} MB → {data['size']['after'] / 1e6:.1f} MB"),
+        ("Bits per weight", f"{data['size']['bits_per_weight']:.2f}"),
+        *((name, f"{q['value']:.4g} ({q['low']:.4g} to {q['high']:.4g})") for name, q in data["quality"].items()),
+        ("Weights hash", data["hash"]),
+    ]
+    card = model_card(
+        held.out.name,
+        facts=facts,
+        load=data["how_to_load"],
+        base_models=[path] if not Path(path).exists() else [],
+        source_metadata=read_card_metadata(source.path),
+        licence_files=[name for name in side_files if "licen" in name.lower()],
+        library_name="sentence-transformers" if (held.partial / "modules.json").exists() else "transformers",
+        warnings=data["notes"],
+    )
+    write_bytes_atomic(held.partial / "README.md", card.encode())
+    write_json_atomic(held.partial / "report.json", data)
+    write_bytes_atomic(held.partial / "report.html", render_report(data).encode())
+
+
+def how_to_load(out: Path, inner: Path, source: Checkpoint, packed: bool) -> str:
+    """The lines that load the result."""
+    first = "import slimwright  # registers the packed format\n" if packed else ""
+    if (source.path / "modules.json").exists():
+        return (
+            f"{first}from sentence_transformers import SentenceTransformer\nmodel = SentenceTransformer({str(out)!r})"
+        )
+    cls = (source.config.get("architectures") or ["AutoModel"])[0]
+    auto = next(
+        (
+            a
+            for a in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
+            if cls.endswith(_TAILS[a])
+        ),
+        cls if hasattr(transformers, cls) else "AutoModel",
+    )
+    return f"{first}from transformers import {auto}\nmodel = {auto}.from_pretrained({str(out / inner)!r})"
+
+
+_TAILS: dict[str, tuple[str, ...]] = {
+    "AutoModelForCausalLM": ("ForCausalLM", "LMHeadModel"),
+    "AutoModelForSeq2SeqLM": ("ForConditionalGeneration",),
+    "AutoModelForMaskedLM": ("ForMaskedLM",),
+}

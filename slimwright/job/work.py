@@ -1,0 +1,352 @@
+"""The passes of ``fit`` and the state they work on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimwright.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    Claim,
+    Journal,
+    Lineage,
+    copy_side_files,
+    environment_key,
+    fingerprint,
+    job_key,
+    weights_hash,
+    write_bytes_atomic,
+    write_config_atomic,
+)
+from slimwright.errors import InputError, SlimwrightError
+from slimwright.job import verify as verification
+from slimwright.job.build import Unit, build, grids_written, layout_of, plan_units
+from slimwright.job.forecast import Forecast
+from slimwright.job.ledger import Entry, check_complete
+from slimwright.job.memory import MemoryWatch, trim
+from slimwright.job.open import model_of
+from slimwright.job.options import score_options
+from slimwright.job.passes import Pass, run_passes
+from slimwright.job.progress import Reporter
+from slimwright.job.request import FitOptions, FitReport
+from slimwright.job.result import (
+    REPORT_VERSION,
+    how_to_load,
+    model_facts,
+    predicted_parts,
+    quality_parts,
+    size_parts,
+    versions,
+    write_papers,
+)
+from slimwright.model.structure import Structure
+from slimwright.plan import Plan
+from slimwright.runtime.format import DenseForm, write_config
+from slimwright.search import Option, search
+
+COMMIT_SECONDS = 2.0
+"""Scores that a crash may lose."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the job works towards: bytes, the plan where it is fixed, else the options and the bytes of all that is no
+    site, the forecast, the state of the source."""
+
+    budget: int
+    fixed: Plan | None
+    options: Mapping[str, list[Option]]
+    rest: int
+    predicted: Forecast
+    state: str
+
+
+@dataclass
+class _State:
+    """What the passes work on."""
+
+    held: Claim
+    directory: Path
+    source: Checkpoint
+    structure: Structure
+    target: Target
+    journal: Journal
+    reporter: Reporter
+    plan: Plan | None = None
+    units: list[Unit] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    side_files: tuple[str, ...] = ()
+    outcome: verification.Outcome | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def planned(self) -> Plan:
+        """The plan, which the passes' order guarantees."""
+        assert self.plan is not None
+        return self.plan
+
+
+def _plan_fits(state: _State) -> str | None:
+    """The plan says something legal of every group, and the same of weights that runtimes fuse."""
+    try:
+        state.planned().check(state.structure)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _ties_hold(state: _State) -> str | None:
+    """A tied weight owns no bytes."""
+    owners = [unit.name for unit in state.units if unit.name in state.structure.ties and unit.entries]
+    return f"the tied weight '{owners[0]}' was written a second time" if owners else None
+
+
+def _files_whole(state: _State) -> str | None:
+    """The weight files hold the planned tensors under the source's names."""
+    planned = {entry.name for unit in state.units for entry in unit.entries}
+    found = set(Checkpoint.open(state.held.partial).tensors)
+    return None if planned == found else f"the files' tensors differ from the plan: {sorted(planned ^ found)[:3]}"
+
+
+def _ledger_complete(state: _State) -> str | None:
+    """Every tensor of the source is accounted for, and so is every byte."""
+    try:
+        check_complete(state.entries, state.source, sum(e.nbytes for u in state.units for e in u.entries))
+    except SlimwrightError as error:
+        return str(error).rstrip(".")
+    return None
+
+
+_CHECKS: dict[str, Callable[[_State], str | None]] = {
+    "dense": lambda state: "weights are packed already" if state.entries else None,
+    "ties": _ties_hold,
+    "plan": _plan_fits,
+    "files": _files_whole,
+    "ledger": _ledger_complete,
+    "verified": lambda state: None if state.outcome is not None and state.outcome.ok else "it was not verified",
+}
+"""What must hold for each property that the passes name."""
+
+
+class Work:
+    """The passes of a data-free fit: score, build, verify, publish. Each continues what an earlier run began.
+
+    Args:
+        asked: the request.
+        watch: memory of the process tree, with the cap.
+        started: ``time.monotonic()`` of the job's start.
+        notes: remarks for the user, added to.
+    """
+
+    def __init__(self, asked: FitOptions, watch: MemoryWatch, started: float, notes: list[str]) -> None:
+        self.asked = asked
+        self.watch = watch
+        self.started = started
+        self.notes = notes
+
+    def run(self, held: Claim, source: Checkpoint, structure: Structure, target: Target) -> FitReport:
+        """Do what is left to do in the claimed directory, and publish it."""
+        key = job_key(source=target.state, recipe=self.asked.recipe(), environment=environment_key())
+        directory = held.partial / source.model_path.relative_to(source.path)
+        with (
+            Journal.open(held.scratch / "journal", key, reset=True) as journal,
+            Reporter(target.predicted.phases, held.partial / "events.jsonl", self.asked.quiet) as reporter,
+        ):
+            if held.status == "resumed":
+                if journal.done:
+                    reporter.log(f"Resuming: {len(journal.done)} finished units are kept.")
+                else:
+                    reporter.log(
+                        "Starting over what an earlier run began: nothing was finished, or threads, instruction set, "
+                        "torch or slimwright differ."
+                    )  # fmt: skip
+                    for file in directory.glob("*.safetensors"):
+                        file.unlink()
+            state = _State(held, directory, source, structure, target, journal, reporter, target.fixed)
+            holding = frozenset({"dense", "ties"} | ({"plan"} if state.plan else set()))
+            run_passes(self._passes(target), state, holding, _CHECKS, reporter.begin)
+            reporter.step(1, 1)
+        return FitReport(state.data, held.out)
+
+    def _passes(self, target: Target) -> list[Pass[_State]]:
+        """The passes of a data-free fit in the default order; a given plan leaves nothing to score."""
+        score = Pass("score", self._search, gives=frozenset({"plan"}))
+        passes = [
+            Pass(
+                "build", self._build, requires=frozenset({"dense", "plan"}), gives=frozenset({"files", "ledger"}),
+                breaks=frozenset({"dense"}),
+            ),
+            Pass("verify", self._verify, requires=frozenset({"files", "ledger"}), gives=frozenset({"verified"})),
+            Pass("publish", self._publish, requires=frozenset({"verified"}), breaks=frozenset({"files"})),
+        ]  # fmt: skip
+        return passes if target.fixed is not None else [score, *passes]
+
+    def _step(self, state: _State) -> Callable[[int, int], None]:
+        """Reports progress, and stops a job that passes its memory or its time."""
+
+        def step(done: int, total: int) -> None:
+            self.watch.check()
+            limit = self.asked.job_time
+            if limit is not None and time.monotonic() - self.started > limit:
+                raise SlimwrightError(f"--job-time {limit:.0f} s is over; run the same command again to continue.")
+            state.reporter.step(done, total)
+
+        return step
+
+    def _search(self, state: _State) -> None:
+        """Score every option on the weights and choose the best that fits."""
+        journal, groups = state.journal, len(state.structure.choice_groups())
+        found = {k.removeprefix("score:"): v for k, v in journal.done.items() if k.startswith("score:")}
+        last, step = time.monotonic(), self._step(state)
+
+        def record(group: str, losses: list[float]) -> None:
+            nonlocal last
+            journal.append(f"score:{group}", losses)
+            found[group] = losses
+            if time.monotonic() - last > COMMIT_SECONDS:
+                journal.commit()
+                last = time.monotonic()
+            step(len(found), groups)
+
+        target = state.target
+        table = score_options(state.source, state.structure, target.options, dict(found), record)
+        journal.commit()
+        allocation = search(table, target.budget - target.rest, solver=self.asked.search)
+        state.plan = Plan(assignments={group: option.choice for group, option in allocation.choices.items()})
+
+    def _build(self, state: _State) -> None:
+        """Solve and write every tensor; then everything else that belongs into the directory."""
+        plan, source, held = state.planned(), state.source, state.held
+        plan.source, plan.fingerprint = self.asked.model, fingerprint(source)
+        state.units = plan_units(source, state.structure, plan)
+        layout = layout_of(state.units, state.structure, self.asked.max_shard_bytes)
+        if state.target.fixed is None and layout.total_bytes > state.target.budget:
+            raise SlimwrightError(
+                f"The plan takes {layout.total_bytes} bytes, more than the {state.target.budget} asked: this is a "
+                "defect of slimwright; nothing was published."
+            )
+        with CheckpointWriter(state.directory, layout) as writer:
+            if writer.fresh:  # shards made anew hold nothing yet
+                for unit in [unit for unit in state.journal.done if unit.startswith("build:")]:
+                    del state.journal.done[unit]
+            state.entries = build(source, state.structure, state.units, writer, state.journal, self._step(state))
+        write_bytes_atomic(held.partial / "plan.yaml", plan.to_yaml().encode())
+        self._write_config(state.directory, source, state.units, plan)
+        copied = copy_side_files(source, held.partial, trust_remote_code=self.asked.trust_remote_code)
+        state.side_files = copied.copied
+        for name, reason in copied.skipped:
+            if reason.startswith("python"):
+                self.notes.append(f"Not copied: {name} ({reason}).")
+        trim()
+
+    def _write_config(self, directory: Path, source: Checkpoint, units: list[Unit], plan: Plan) -> None:
+        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+        grids = grids_written(units)
+        if grids:
+            dense = {}
+            for unit in units:
+                if unit.site is not None and unit.name in grids:
+                    dtype = str(source.tensors[unit.name].dtype).removeprefix("torch.")
+                    dense[unit.name] = DenseForm(dtype, unit.site.shape, unit.site.transposed)
+            config["quantization_config"] = write_config(grids, plan.fingerprint, dense)
+        write_config_atomic(directory / "config.json", config)
+
+    def _verify(self, state: _State) -> None:
+        """Prove what was written; a fresh process reads it back wherever the model's class can be imported."""
+        structure = state.structure
+        spare = max(64 << 20, min((self.watch.cap or 0) // 4, 1 << 30))
+        vocabulary = verification.logits_width(structure)
+        tokens, batch = verification.tokens_for(structure.parameters, vocabulary, spare)
+        spec = verification.Spec(
+            source=self.asked.model, written=str(state.held.partial), result=str(state.held.scratch / "verified.json"),
+            tokens=tokens, batch_tokens=batch, threads=torch.get_num_threads(), seed=self.asked.seed,
+            sample=structure.parameters < verification.SAMPLED_BELOW,
+            trust_remote_code=self.asked.trust_remote_code, progress=True,
+        )  # fmt: skip
+        own = model_of(state.source, self.asked.trust_remote_code)[0].__module__
+        step = self._step(state)
+        if not own.startswith("transformers."):
+            how = f"this process, from disk (the class {own} is registered in this process only)"
+            outcome = verification.verify(spec, step, how)
+        else:
+            outcome = self._verify_in_fresh_process(state.held, spec, step)
+        if not outcome.ok:
+            raise SlimwrightError(
+                f"The written model is not what was planned and was not published: {outcome.problems[0]}. "
+                f"It is left in {state.held.partial}."
+            )
+        state.outcome = outcome
+
+    def _verify_in_fresh_process(
+        self, held: Claim, spec: verification.Spec, step: Callable[[int, int], None]
+    ) -> verification.Outcome:
+        path = held.scratch / "verify.json"
+        path.write_text(json.dumps(dataclasses.asdict(spec)))
+        Path(spec.result).unlink(missing_ok=True)
+        environment = {**os.environ, "MALLOC_ARENA_MAX": "2", "TOKENIZERS_PARALLELISM": "false"}
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see cli.py
+        environment.pop("SLIMWRIGHT_CRASH_AT", None)
+        with open(held.scratch / "verify.log", "w+", encoding="utf-8") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "slimwright.job.verify", str(path)],
+                stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+            )  # fmt: skip
+            try:
+                assert child.stdout is not None
+                for line in child.stdout:
+                    progress = json.loads(line)
+                    step(progress["done"], progress["total"])
+                child.wait()
+            except BaseException:
+                child.kill()
+                child.wait()
+                raise
+            self.watch.check()
+            if child.returncode != 0 or not Path(spec.result).exists():
+                log.seek(0)
+                last = (log.read().strip().splitlines() or ["no message"])[-1]
+                raise SlimwrightError(f"The verifying process failed (exit {child.returncode}): {last}")
+        found = json.loads(Path(spec.result).read_text())
+        found.pop("ok")
+        return verification.Outcome(**found)
+
+    def _publish(self, state: _State) -> None:
+        """Write the report and the card, and let the result appear under its name."""
+        held, source, outcome, plan = state.held, state.source, state.outcome, state.planned()
+        assert outcome is not None
+        written = Checkpoint.open(held.partial)
+        lineage = Lineage(fingerprint(written), (Lineage(plan.fingerprint),), ({"edit": "quantize"},))
+        state.data = {
+            "format_version": REPORT_VERSION,
+            "model": model_facts(self.asked.model, state.structure) | {"fingerprint": plan.fingerprint},
+            "budget": {"asked": self.asked.limit(), "bytes": state.target.budget},
+            **size_parts(source, written, state.structure, state.entries),
+            **quality_parts(outcome),
+            "calibration": "none (data-free)",
+            "lineage": lineage.to_json(),
+            "hash": weights_hash(held.partial),
+            "versions": versions(),
+            "reproduce": self.asked.command(),
+            "how_to_load": how_to_load(
+                held.out, state.directory.relative_to(held.partial), source, bool(grids_written(state.units))
+            ),
+            "notes": self.notes,
+            "job": {
+                "seconds": time.monotonic() - self.started,
+                "peak_memory_bytes": self.watch.peak,
+                "evaluations": outcome.evaluations,
+                "predicted": predicted_parts(state.target.predicted),
+            },
+        }  # fmt: skip
+        write_papers(held, state.data, source, state.side_files)
+        held.publish()
