@@ -202,11 +202,11 @@ class Work:
 
     def _search(self, state: _State) -> None:
         """Score every option on the weights and choose the best that fits."""
-        journal, groups = state.journal, len(state.structure.choice_groups())
+        journal, groups = state.journal, len(state.target.options)
         found = {k.removeprefix("score:"): v for k, v in journal.done.items() if k.startswith("score:")}
         last, step = time.monotonic(), self._step(state)
 
-        def record(group: str, losses: list[float]) -> None:
+        def record(group: str, losses: list[float | None]) -> None:
             nonlocal last
             journal.append(f"score:{group}", losses)
             found[group] = losses
@@ -219,7 +219,14 @@ class Work:
         table = score_options(state.source, state.structure, target.options, dict(found), record)
         journal.commit()
         allocation = search(table, target.budget - target.rest, solver=self.asked.search)
-        state.plan = Plan(assignments={group: option.choice for group, option in allocation.choices.items()})
+        castable = set(state.structure.castable)
+        state.plan = Plan(
+            assignments={
+                name: option.choice
+                for name, option in allocation.choices.items()
+                if not (name in castable and option.choice.kept)  # a plan need not speak of what is no site and stays
+            }
+        )
 
     def _build(self, state: _State) -> None:
         """Solve and write every tensor; then everything else that belongs into the directory."""
