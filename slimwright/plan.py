@@ -123,9 +123,7 @@ class Plan(BaseModel):
                 _check_cast(name, assignment)
                 continue
             if name in structure.kept and name not in groups:
-                raise InputError(
-                    f"The plan assigns '{name}', for which there is no choice ({structure.kept[name]}): remove that line."
-                )
+                raise InputError(f"The plan assigns '{name}', which has no choice ({structure.kept[name]}): remove it.")
             if name not in groups:
                 near = difflib.get_close_matches(name, [*groups, *structure.castable], n=1, cutoff=0.3)
                 hint = f"; did you mean '{near[0]}'?" if near else "."

@@ -263,6 +263,10 @@ class Work:
                     dtype = str(source.tensors[unit.name].dtype).removeprefix("torch.")
                     dense[unit.name] = DenseForm(dtype, unit.site.shape, unit.site.transposed)
             config["quantization_config"] = write_config(grids, plan.fingerprint, dense)
+        if all(config.get(key) is None for key in ("dtype", "torch_dtype")) and any(u.solved or u.cast for u in units):
+            # where the config has none, transformers takes that of the first tensor, which may be 16 bits only here
+            first = next(i.dtype for _, i in sorted(source.tensors.items()) if i.dtype.is_floating_point)
+            config["dtype"] = str(first).removeprefix("torch.")
         write_json_atomic(directory / "config.json", config)
 
     def _verify(self, state: _State) -> None:
