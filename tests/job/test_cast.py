@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError, SlimwrightError
+from slimwright.job import build as building
+from slimwright.job import options
 from slimwright.job import verify as verification
 from slimwright.job.export import export
 from slimwright.job.fit import FitReport
@@ -135,6 +137,27 @@ def test_a_grid_everywhere_casts_nothing(tmp_path: Path) -> None:
     report = fitted(wide("deit"), tmp_path / "out", grid="int4:g32")
     lines = {line["site"]: line for line in report["ledger"]}
     assert lines[PATCHES]["state"] == lines[POSITIONS]["state"] == "kept"
+
+
+def test_an_interrupted_job_continues_with_its_casts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores and finished casts are taken from the journal, and the bytes are those of an uninterrupted run."""
+    whole = fitted(wide("deit"), tmp_path / "whole", size="40%")
+    cast_rows, seen = building._cast_rows, list[str]()
+
+    def once(source: Checkpoint, unit: building.Unit, *rest: Any) -> Any:
+        seen.append(unit.name)
+        if len(seen) == 2:
+            raise SlimwrightError("interrupted")
+        return cast_rows(source, unit, *rest)
+
+    monkeypatch.setattr(building, "_cast_rows", once)
+    monkeypatch.setattr(building, "COMMIT_BYTES", 1)
+    with pytest.raises(SlimwrightError, match="interrupted"):
+        fitted(wide("deit"), tmp_path / "out", size="40%")
+    monkeypatch.setattr(options, "score_casts", lambda *_: pytest.fail("was scored twice"))
+    report = fitted(wide("deit"), tmp_path / "out", size="40%")
+    assert len(seen) == 3 and seen[2] == seen[1] != seen[0]
+    assert files(tmp_path / "out") == files(tmp_path / "whole") and report["ledger"] == whole["ledger"]
 
 
 def test_a_result_with_casts_is_a_source_and_can_be_exported(tmp_path: Path) -> None:
