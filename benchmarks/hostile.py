@@ -230,9 +230,9 @@ def _processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def case(number: int, bases: Path, directory: Path, steps: list[Step]) -> Row:
+def case(number: int, seed: int, bases: Path, directory: Path, steps: list[Step]) -> Row:
     """Prepare, run and judge one case."""
-    choose = random.Random(SEED * 1_000_003 + number)
+    choose = random.Random(seed * 1_000_003 + number)
     kind = KINDS[number % len(KINDS)]
     work = directory / f"case-{number}"
     (work / "tmp").mkdir(parents=True)
@@ -289,6 +289,7 @@ def main() -> list[Row]:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--cases", type=int, default=1000)
     arguments.add_argument("--only", type=int, nargs="*", help="numbers of single cases")
+    arguments.add_argument("--seed", type=int, default=SEED)
     arguments.add_argument("--workers", type=int, default=3)
     arguments.add_argument("--keep", action="store_true", help="leave the directories of failed cases")
     options = arguments.parse_args()
@@ -309,7 +310,7 @@ def main() -> list[Row]:
         maker = forked(lambda: make_bases(bases))  # in a child: fitting starts threads, and what comes next forks
         if os.waitstatus_to_exitcode(os.waitpid(maker, 0)[1]) != 0:
             raise SystemExit("the undamaged checkpoints could not be made or fitted")
-        all_steps = drawn(options.cases, SEED)
+        all_steps = drawn(options.cases, options.seed)
         numbers = range(options.cases) if options.only is None else options.only
         workers = []
         for worker in range(options.workers):
@@ -317,7 +318,7 @@ def main() -> list[Row]:
             def work(worker: int = worker) -> None:
                 with open(directory / f"rows-{worker}", "w") as file:
                     for number in list(numbers)[worker :: options.workers]:
-                        row = case(number, bases, directory, all_steps[number % len(all_steps)])
+                        row = case(number, options.seed, bases, directory, all_steps[number % len(all_steps)])
                         file.write(json.dumps(row) + "\n")
                         file.flush()
                         if not row["ok"]:
@@ -345,7 +346,7 @@ def main() -> list[Row]:
         "kind": "damage to", "cases": "cases", "accepted": "exit 0", "failed": "exit 1", "refused": "exit 2",
         "slowest": "slowest, s", "ok": "ok", "problems": "problems",
     }  # fmt: skip
-    return publish("hostile", summary, columns, started, seed=SEED, cases=rows)
+    return publish("hostile", summary, columns, started, seed=options.seed, cases=rows)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -110,10 +111,11 @@ def _runs(rows: torch.Tensor) -> list[tuple[int, int]]:
 
 def score_group(
     checkpoint: Checkpoint, sites: Sequence[Site], choices: Sequence[Assignment], how: Sampling
-) -> list[float]:
+) -> list[float | None]:
     """Data-free loss of each choice: relative squared error × parameters, summed over the group's sites.
 
-    A layer's many experts are scored on an evenly spaced few of each kind.
+    None for a grid that cannot hold the values (its scales, or a float's range, overflow). A layer's many experts are
+    scored on an evenly spaced few of each kind.
 
     Raises:
         InputError: NaN or Inf in the source, named with the tensor.
@@ -132,7 +134,7 @@ def score_group(
                 stats = SiteStatistics(survey=survey(checkpoint, site, solver.grid))
                 total.add(source, solver.solve(source, stats).dense().clone())
                 losses[index] += total.relative * site.numel * weight
-    return losses
+    return [loss if math.isfinite(loss) else None for loss in losses]
 
 
 def _some_experts(sites: Sequence[Site], most: int = 4) -> list[tuple[Site, float]]:
@@ -179,10 +181,12 @@ def score_options(
     checkpoint: Checkpoint,
     structure: Structure,
     table: Mapping[str, list[Option]],
-    done: Mapping[str, list[float]],
-    record: Callable[[str, list[float]], None],
+    done: Mapping[str, list[float | None]],
+    record: Callable[[str, list[float | None]], None],
 ) -> dict[str, list[Option]]:
     """The same options with their losses; a group of one option has nothing to choose and is not scored.
+
+    Options that cannot hold the values are left out.
 
     Args:
         done: losses by group that an earlier, interrupted run has found.
@@ -190,15 +194,17 @@ def score_options(
     """
     how = sampling(structure)
     groups = structure.choice_groups()
-    losses = {group: done.get(group, [0.0]) for group in groups if group in done or len(table[group]) == 1}
+    losses: dict[str, list[float | None]] = {
+        group: done.get(group, [0.0]) for group in groups if group in done or len(table[group]) == 1
+    }
 
-    def score(group: str) -> list[float]:
+    def score(group: str) -> list[float | None]:
         return score_group(checkpoint, groups[group], [option.choice for option in table[group]], how)
 
     for group, found in in_order(score, [group for group in groups if group not in losses]):
         losses[group] = found
         record(group, found)
     return {
-        group: [replace(option, loss=loss) for option, loss in zip(options, losses[group], strict=True)]
+        group: [replace(o, loss=loss) for o, loss in zip(options, losses[group], strict=True) if loss is not None]
         for group, options in table.items()
     }

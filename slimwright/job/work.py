@@ -209,7 +209,7 @@ class Work:
         found = {k.removeprefix("score:"): v for k, v in journal.done.items() if k.startswith("score:")}
         last, step = time.monotonic(), self._step(state)
 
-        def record(group: str, losses: list[float]) -> None:
+        def record(group: str, losses: list[float | None]) -> None:
             nonlocal last
             journal.append(f"score:{group}", losses)
             found[group] = losses
