@@ -29,7 +29,7 @@ FINE_LADDER: tuple[Grid, ...] = LADDER + tuple(
 )  # fmt: skip
 """The same for a model of few groups, which could not use 99 % of a size otherwise."""
 
-FEW_GROUPS = 24
+FEW_GROUPS = 12
 
 SAMPLED_WEIGHTS = 1 << 24
 """Weights over the whole model on which options are scored (smaller models are scored on every weight)."""

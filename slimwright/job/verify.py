@@ -360,7 +360,7 @@ SAMPLE_TOKENS = 24
 SAMPLED_BELOW = 300_000_000
 """Parameters up to which a line of text is generated: the source's side of it streams every weight for every token."""
 
-PROMPT = "def read_lines(path):\n    "
+PROMPT = 'def read(self, size=-1):\n    """Read'
 
 
 def _samples(source: Checkpoint, original: Any, packed: Any) -> list[dict[str, str]]:
