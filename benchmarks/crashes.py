@@ -1,11 +1,11 @@
-"""Killed anywhere, a job goes on and ends with the same bytes: ``python -m benchmarks.crashes [--every N] [--kills N]``.
+"""Killed anywhere, a job ends with the same bytes: ``python -m benchmarks.crashes [--every N] [--kills N]``.
 
 Two parts. *Injected*: a crash at every point of slimwright.checkpoint.faults that a job reaches (journal commits, whole
 and torn; renames; shard boundaries; writes, whole and torn; steps of publishing), on a small model in several shards.
 The jobs run in forked children of one process that has imported everything; their model's class is registered in that
-process only, so that verification runs there too. *Killed*: kill -9 of real ``python -m slimwright fit`` processes on the
-bundled LM at random instants of the whole run, some of them aimed at its last seconds; every other time only the
-main process dies, and its verifying child is left to itself.
+process only, so that verification runs there too. *Killed*: kill -9 of real ``python -m slimwright fit`` processes on
+the bundled LM at random instants of the whole run, some aimed at its last seconds; every other time only the main
+process dies, and its verifying child is left to itself.
 
 Each time OUT must be absent or whole; the same command must then end well, with byte-identical weight files, plan and
 config, and leave nothing else behind.
@@ -24,15 +24,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 
 from benchmarks.common import Row, exit_code, file_contents, forked, publish, scratch
 from slimwright.checkpoint import faults
 from slimwright.zoo import bundled_path
 
 SEED = 7
+WORKERS = 3
 FAMILY = "home_made"
 COMMIT_BYTES = 4_000
 """The journal is committed this often in the injected part (256 MB otherwise), so that there are many commits."""
@@ -81,6 +84,7 @@ def injected(directory: Path, every: int) -> list[Row]:
     from tests.families import build
 
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
     slimwright.job.build.COMMIT_BYTES = COMMIT_BYTES
     source = build(FAMILY, directory / "model", torch.bfloat16)
 
@@ -98,31 +102,49 @@ def injected(directory: Path, every: int) -> list[Row]:
         return [{"point": "undisturbed", "ok": False, "problem": (first.parent / "log.txt").read_text()[-500:]}]
     reference = Reference(first)
     points = Counter((directory / "points").read_text().split())
-    rows = []
+    todo = [(point, number) for point in faults.POINTS for number in range(1, points[point] + 1, every)]
+    workers = [
+        forked(lambda own=todo[worker::WORKERS], work=directory / f"worker-{worker}": _try(own, run, reference, work))
+        for worker in range(WORKERS)
+    ]
+    if any([os.waitpid(worker, 0)[1] for worker in workers]):
+        raise SystemExit("a worker failed")
+    lines = [
+        line for worker in range(WORKERS) for line in (directory / f"worker-{worker}.jsonl").read_text().splitlines()
+    ]
+    tried = [json.loads(line) for line in lines]
+    rows: list[Row] = []
     for point in faults.POINTS:
-        tried, whole, problems = 0, 0, []
-        for number in range(1, points[point] + 1, every):
-            work = directory / "work"
-            work.mkdir()
-            out, where = work / "out", f"{point}:{number}"
-            status = run(out, SLIMWRIGHT_CRASH_AT=where)
-            if status != faults.CRASH_STATUS:
-                problems.append(f"{where}: not crashed but {status}")
-            if out.exists():
-                whole += 1
-                if problem := reference.difference(out):
-                    problems.append(f"{where}: OUT is half-written: {problem}")
-            if problem := settled(out, reference, run(out)):
-                problems.append(f"{where}: {problem}: {(work / 'output.txt').read_text()[-200:]}")
-            shutil.rmtree(work)
-            tried += 1
+        own = [found for found in tried if found["point"] == point]
+        problems = [found["problem"] for found in own if found["problem"]]
         rows.append({
-            "what": f"injected at {point}", "crashes": tried, "of": points[point], "out_whole": whole,
-            "ok": tried > 0 and not problems, "problem": "; ".join(problems[:3]),
+            "what": f"injected at {point}", "crashes": len(own), "of": points[point],
+            "out_whole": sum(found["whole"] for found in own), "ok": bool(own) and not problems,
+            "problem": "; ".join(problems[:3]),
         })  # fmt: skip
     shards = len(list(first.glob("*.safetensors")))
     rows.append({"what": f"shards of the result: {shards}", "ok": shards > 2})
     return rows
+
+
+def _try(todo: list[tuple[str, int]], run: Callable[..., int], reference: Reference, work: Path) -> None:
+    """Crash at each of these points and resume; one line of JSON each."""
+    with open(work.with_suffix(".jsonl"), "w", encoding="utf-8") as file:
+        for point, number in todo:
+            work.mkdir()
+            out, where, problem = work / "out", f"{point}:{number}", None
+            status = run(out, SLIMWRIGHT_CRASH_AT=where)
+            whole = out.exists()
+            if status != faults.CRASH_STATUS:
+                problem = f"not crashed but {status}"
+            elif whole and (found := reference.difference(out)):
+                problem = f"OUT is half-written: {found}"
+            problem = problem or settled(out, reference, run(out))
+            if problem:
+                problem = f"{where}: {problem}: {(work / 'log.txt').read_text()[-300:]}"
+            file.write(json.dumps({"point": point, "whole": whole, "problem": problem}) + "\n")
+            file.flush()
+            shutil.rmtree(work)
 
 
 # -- killed --------------------------------------------------------------------------------------------------------

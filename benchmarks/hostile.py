@@ -1,21 +1,23 @@
-"""Damaged and hostile checkpoints through the command line: ``python -m benchmarks.hostile [--cases N] [--only SEEDS]``.
+"""Damaged checkpoints through the command line: ``python -m benchmarks.hostile [--cases N] [--only CASE ...]``.
 
 Small checkpoints of several families, some with tokenizers, and results of ours are damaged (headers, offsets, shapes,
 JSON, sizes, links, config.json, quantization_config, plan.yaml) and given to ``inspect``, ``fit`` or
 ``slimwright.load``, each in a forked child. A case holds if the exit code is 0, 1 or 2, stderr has one sentence and no
 traceback, no error was unforeseen, it takes at most 20 s and 300 MB of anonymous memory more than its parent, and no
-file appears or changes but OUT. Children verify in their own process, so that a case costs no imports.
+file appears or changes but OUT. Children verify in their own process and on few tokens, so that a case costs little.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -30,9 +32,9 @@ from hypothesis import seed as hypothesis_seed
 import slimwright
 from benchmarks.common import Row, exit_code, forked, publish, scratch
 from slimwright.job import fit as fit_module
-from slimwright.job.work import Work
 from slimwright.job import verify as verification
 from slimwright.job.memory import anonymous_bytes
+from slimwright.job.work import Work
 from slimwright.zoo import bundled_path
 from tests.checkpoint.mutations import Step, damage, mutations
 from tests.families import FAMILIES
@@ -45,8 +47,9 @@ KINDS = ("files", "config", "both", "result files", "result config", "result bot
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 63, 64, 65, 4096, 2**20, 2**31, 2**40, 2**63, 2**64, 10**30, 0.5, -0.0, 1e-300,
-    1e300, float("inf"), float("nan"), "", "x", "\ud800", "../../x", "a" * 100_000, [], {}, [[]], [0] * 1000, [None], {"": {}},
+    None, True, False, 0, 1, -1, 2, 3, 7, 63, 64, 65, 4096, 2**20, 2**31, 2**40, 2**63, 2**64, 10**30, 0.5, -0.0,
+    1e-300, 1e300, float("inf"), float("nan"), "", "x", "\ud800", "../../x", "a" * 100_000,
+    [], {}, [[]], [0] * 1000, [None], {"": {}},
     "llama", "bert", "t5", "mamba", "LlamaForCausalLM", "BertModel", "float16", "int8", "int4:g128", "nf4", "keep",
     "slimwright", "gptq", "int4:g0", "int4:g99999999999", "int9", "experts.[0-999999].w", "experts.[0-99999999999].w",
 )  # fmt: skip
@@ -185,7 +188,7 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
 
 def act(command: list[str], directory: Path) -> None:
     """In the child: run a command as the user would."""
-    os.environ["TMPDIR"] = str(directory / "tmp")
+    tempfile.tempdir = str(directory / "tmp")
     os.chdir(directory)
     if command[0] == "load":
         try:
@@ -227,9 +230,9 @@ def _processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def case(number: int, bases: Path, directory: Path, steps: list[Step]) -> Row:
+def case(number: int, seed: int, bases: Path, directory: Path, steps: list[Step]) -> Row:
     """Prepare, run and judge one case."""
-    choose = random.Random(SEED * 1_000_003 + number)
+    choose = random.Random(seed * 1_000_003 + number)
     kind = KINDS[number % len(KINDS)]
     work = directory / f"case-{number}"
     (work / "tmp").mkdir(parents=True)
@@ -286,6 +289,8 @@ def main() -> list[Row]:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--cases", type=int, default=1000)
     arguments.add_argument("--only", type=int, nargs="*", help="numbers of single cases")
+    arguments.add_argument("--seed", type=int, default=SEED)
+    arguments.add_argument("--workers", type=int, default=3)
     arguments.add_argument("--keep", action="store_true", help="leave the directories of failed cases")
     options = arguments.parse_args()
     started = time.time()
@@ -294,7 +299,9 @@ def main() -> list[Row]:
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     Work._verify_in_fresh_process = (  # type: ignore[method-assign]
-        lambda self, held, spec, step: verification.verify(spec, step, "this process")
+        lambda self, held, spec, step: verification.verify(
+            dataclasses.replace(spec, tokens=256, batch_tokens=256, sample=False), step, "this process"
+        )
     )
     assert FAMILIES
     rows: list[Row] = []
@@ -303,12 +310,26 @@ def main() -> list[Row]:
         maker = forked(lambda: make_bases(bases))  # in a child: fitting starts threads, and what comes next forks
         if os.waitstatus_to_exitcode(os.waitpid(maker, 0)[1]) != 0:
             raise SystemExit("the undamaged checkpoints could not be made or fitted")
-        all_steps = drawn(options.cases, SEED)
+        all_steps = drawn(options.cases, options.seed)
         numbers = range(options.cases) if options.only is None else options.only
-        for number in numbers:
-            rows.append(case(number, bases, directory, all_steps[number % len(all_steps)]))
-            if not rows[-1]["ok"]:
-                print(json.dumps(rows[-1]), flush=True)
+        workers = []
+        for worker in range(options.workers):
+
+            def work(worker: int = worker) -> None:
+                with open(directory / f"rows-{worker}", "w") as file:
+                    for number in list(numbers)[worker :: options.workers]:
+                        row = case(number, options.seed, bases, directory, all_steps[number % len(all_steps)])
+                        file.write(json.dumps(row) + "\n")
+                        file.flush()
+                        if not row["ok"]:
+                            print(json.dumps(row), flush=True)
+
+            workers.append(forked(work))
+        if any([os.waitpid(worker, 0)[1] for worker in workers]):
+            raise SystemExit("a worker failed")
+        for worker in range(options.workers):
+            rows += map(json.loads, (directory / f"rows-{worker}").read_text().splitlines())
+        rows.sort(key=lambda row: row["case"])
         if options.keep:
             shutil.copytree(directory, "/tmp/slimwright-hostile", dirs_exist_ok=True, symlinks=True)
     summary = []
@@ -325,7 +346,7 @@ def main() -> list[Row]:
         "kind": "damage to", "cases": "cases", "accepted": "exit 0", "failed": "exit 1", "refused": "exit 2",
         "slowest": "slowest, s", "ok": "ok", "problems": "problems",
     }  # fmt: skip
-    return publish("hostile", summary, columns, started, seed=SEED, cases=rows)
+    return publish("hostile", summary, columns, started, seed=options.seed, cases=rows)
 
 
 if __name__ == "__main__":

@@ -279,6 +279,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         code = app(given, standalone_mode=False) or 0
+        if code == INTERRUPTED:  # Typer makes an exit code of Ctrl-C and says nothing
+            raise KeyboardInterrupt
         sys.stdout.flush()
     except SlimwrightError as error:
         _fail(str(error), error.exit_code)

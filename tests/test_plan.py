@@ -31,7 +31,8 @@ def qwen2() -> Structure:
     ("text", "expected"),
     [
         ("4.25bit", 531_250), ("4.25 bits", 531_250), ("16bit", 2_000_000), ("30%", 600_000), ("100 %", 2_000_000),
-        ("4.7GB", 4_700_000_000), ("1.5gb", 1_500_000_000), ("1GiB", 1 << 30), ("800MB", 800_000_000), ("800m", 800_000_000),
+        ("4.7GB", 4_700_000_000), ("1.5gb", 1_500_000_000), ("1GiB", 1 << 30), ("800MB", 800_000_000),
+        ("800m", 800_000_000),
         ("12KiB", 12 << 10), ("123456", 123_456), ("123456B", 123_456), (".5kB", 500), (" 2 TB ", 2_000_000_000_000),
     ],
 )  # fmt: skip
@@ -41,10 +42,11 @@ def test_sizes(text: str, expected: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "bit", "%", "0%", "-3%", "nan%", "inf bit", "0", "-1GB", "4,5GB", "4.7XB", "1e3", "ib", "1ib", "five", "4.2.1bit"],
+    ["", "bit", "%", "0%", "-3%", "nan%", "inf bit", "0", "-1GB", "4,5GB", "4.7XB", "1e3", "ib", "1ib", "five",
+     "4.2.1bit"],
 )  # fmt: skip
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(InputError, match="--size") as refused:
+    with pytest.raises(InputError, match=r"--size") as refused:
         parse_size(text, parameters=1_000_000)
     assert len(str(refused.value).splitlines()) == 1
 
@@ -107,19 +109,19 @@ def test_a_tied_head_is_bound_by_either_name(qwen2: Structure) -> None:
 
 
 def test_weights_that_runtimes_fuse_cannot_be_bound_apart(qwen2: Structure) -> None:
-    with pytest.raises(InputError, match="int8:g64 and keep.*fuse"):
+    with pytest.raises(InputError, match=r"int8:g64 and keep.*fuse"):
         bind(rules("*.q_proj: keep", "*.k_proj: int8:g64", "*.v_proj: keep"), qwen2)
-    with pytest.raises(InputError, match="binds '.*gate_proj.weight' but not '.*up_proj.weight'.*fuse"):
+    with pytest.raises(InputError, match=r"binds '.*gate_proj.weight' but not '.*up_proj.weight'.*fuse"):
         bind(rules("*.gate_proj: keep"), qwen2)
 
 
 def test_a_rule_that_names_nothing_is_refused_with_the_nearest_name(qwen2: Structure) -> None:
-    with pytest.raises(InputError, match="'dwn_proj: keep' names no weight.*did you mean 'down_proj'"):
+    with pytest.raises(InputError, match=r"'dwn_proj: keep' names no weight.*did you mean 'down_proj'"):
         bind(rules("dwn_proj: keep"), qwen2)
 
 
 def test_a_grid_that_cannot_hold_a_weight_is_refused(qwen2: Structure) -> None:
-    with pytest.raises(InputError, match="'q4_k' cannot hold|cannot hold for 'model.layers.0.mlp.down_proj.weight'"):
+    with pytest.raises(InputError, match=r"'q4_k' cannot hold|cannot hold for 'model.layers.0.mlp.down_proj.weight'"):
         bind(rules("down_proj: q4_k"), qwen2)
 
 
@@ -135,8 +137,10 @@ def written(tmp_path: Path, **changes: object) -> Path:
 
 def test_a_plan_reads_what_it_wrote(tmp_path: Path) -> None:
     plan = Plan(
-        source="x", fingerprint="f", assignments={"g": Assignment(grid="int4:g32", method="quantize/rtn"), "h": Assignment(grid=KEEP)}
-    )  # fmt: skip
+        source="x",
+        fingerprint="f",
+        assignments={"g": Assignment(grid="int4:g32", method="quantize/rtn"), "h": Assignment(grid=KEEP)},
+    )
     path = tmp_path / "plan.yaml"
     path.write_text(plan.to_yaml())
     assert Plan.load(path) == plan
@@ -176,7 +180,7 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError):
         Plan.load(path)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"cannot be read"):
         Plan.load(tmp_path / "absent.yaml")
 
 
@@ -203,5 +207,5 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(
 def test_a_plan_must_speak_of_every_group(qwen2: Structure) -> None:
     plan = Plan(assignments={name: Assignment(grid=KEEP) for name in qwen2.choice_groups()})
     del plan.assignments["model.embed_tokens"]
-    with pytest.raises(InputError, match="nothing of the group 'model.embed_tokens'"):
+    with pytest.raises(InputError, match=r"nothing of the group 'model.embed_tokens'"):
         plan.check(qwen2)

@@ -1,7 +1,7 @@
 """Checkpoints on disk: read lazily, written atomically, resumed after a crash."""
 
 from slimwright.checkpoint.card import model_card, read_card_metadata
-from slimwright.checkpoint.files import write_bytes_atomic, write_json_atomic
+from slimwright.checkpoint.files import write_bytes_atomic, write_config_atomic, write_json_atomic
 from slimwright.checkpoint.fingerprint import Lineage, fingerprint, source_state, weights_hash
 from slimwright.checkpoint.header import DTYPE_NAMES, DTYPES, TensorInfo
 from slimwright.checkpoint.journal import Journal, environment_key, job_key
@@ -38,5 +38,6 @@ __all__ = [
     "source_state",
     "weights_hash",
     "write_bytes_atomic",
+    "write_config_atomic",
     "write_json_atomic",
 ]

@@ -129,6 +129,14 @@ def write_json_atomic(path: Path, value: object) -> None:
     write_bytes_atomic(path, content.encode("utf-8"))
 
 
+def write_config_atomic(path: Path, config: dict[str, Any]) -> None:
+    """Put a config.json at `path`, atomically. Infinity and NaN, and halves of surrogate pairs, stay what they were.
+
+    Real configs have Infinity (Mamba 2's time_step_limit), which Python and transformers read.
+    """
+    write_bytes_atomic(path, (json.dumps(config, indent=2) + "\n").encode("ascii"))
+
+
 def rename(source: Path, target: Path) -> None:
     """Rename and sync the directories, so that the new name outlives a power cut."""
     faults.reach("rename")

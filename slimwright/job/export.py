@@ -20,7 +20,7 @@ from slimwright.checkpoint import (
     source_state,
     weights_hash,
     write_bytes_atomic,
-    write_json_atomic,
+    write_config_atomic,
 )
 from slimwright.errors import InputError, NotBuiltError
 from slimwright.job.open import open_source
@@ -65,7 +65,7 @@ def export(
             with CheckpointWriter(inner, layout) as writer:
                 for entry in entries:
                     _copy(source, entry, writer)
-            write_json_atomic(inner / "config.json", source.config)
+            write_config_atomic(inner / "config.json", source.config)
             copied = copy_side_files(source, held.partial)
             card = model_card(
                 held.out.name,

@@ -11,10 +11,9 @@ import psutil
 import torch
 
 from slimwright.checkpoint import Checkpoint
-from slimwright.job.memory import anonymous_bytes
 from slimwright.job.options import FEW_GROUPS, FINE_LADDER, LADDER, sampling
 from slimwright.job.parallel import in_order
-from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, SAMPLED_TILES, tokens_for
+from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, SAMPLED_TILES, logits_width, tokens_for
 from slimwright.job.weights import TILE_ELEMENTS, plain_rounding
 from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.model.structure import Structure
@@ -22,6 +21,9 @@ from slimwright.weights import Dense, unpack_rows
 
 WRITE_RATE = 8e8
 """Bytes per second assumed for writing with fsync; a guess until the job itself has written something."""
+
+CHILD_IMPORT = 330_000_000
+"""Anonymous bytes of the verifying process once torch, transformers and a model's class are imported (measured)."""
 
 CONVERT = 4e-10
 """Seconds to read one weight of the source and convert it to float32."""
@@ -131,7 +133,7 @@ def forecast(
     sites = list(structure.sites.values())
     weights = sum(site.numel for site in sites)
     parameters = structure.parameters
-    vocabulary = max([site.rows for site in sites if site.role in ("embed", "head")] or [1])
+    vocabulary = logits_width(structure)
     share = sampling(structure).share
     spare = max(64 << 20, min(cap // 4, 1 << 30))
     tokens, batch = tokens_for(parameters, vocabulary, spare)
@@ -166,13 +168,14 @@ def forecast(
 
 def _memory(source: Checkpoint, structure: Structure, batch: int, vocabulary: int) -> tuple[int, int]:
     """(peak, least possible peak) in bytes above a bare import. The verifying process's own import counts."""
-    child = max(anonymous_bytes(), 250_000_000)
+    child = CHILD_IMPORT
     dense = 4 * sum(source.tensors[name].numel for name in structure.kept if name in source.tensors)
     largest = max([site.numel for site in structure.sites.values()] or [1])
     tile = 4 * min(largest, 16 << 20)
+    hidden = max([site.columns for site in structure.sites.values() if site.role in ("embed", "head")] or [1024])
     build = 14 * 4 * min(largest, TILE_ELEMENTS)
 
     def verifying(tokens: int) -> int:
-        return child + 3 * dense + 4 * tile + 14 * tokens * vocabulary + 64 * tokens * 4096 + 30_000_000
+        return child + 3 * dense + 4 * tile + 14 * tokens * vocabulary + 64 * tokens * hidden + 30_000_000
 
     return max(build, verifying(batch)), max(build, verifying(64))

@@ -30,7 +30,7 @@ FINE_LADDER: tuple[Grid, ...] = LADDER + tuple(
 )  # fmt: skip
 """The same for a model of few groups, which could not use 99 % of a size otherwise."""
 
-FEW_GROUPS = 24
+FEW_GROUPS = 12
 
 CAST_BYTES = 16 << 20
 """Bytes of a tile of the source that is cast."""
@@ -120,10 +120,11 @@ def _runs(rows: torch.Tensor) -> list[tuple[int, int]]:
 
 def score_group(
     checkpoint: Checkpoint, sites: Sequence[Site], choices: Sequence[Assignment], how: Sampling
-) -> list[float]:
+) -> list[float | None]:
     """Data-free loss of each choice: relative squared error × parameters, summed over the group's sites.
 
-    A layer's many experts are scored on an evenly spaced few of each kind.
+    None for a grid that cannot hold the values (its scales, or a float's range, overflow). A layer's many experts are
+    scored on an evenly spaced few of each kind.
 
     Raises:
         InputError: NaN or Inf in the source, named with the tensor.
@@ -142,7 +143,7 @@ def score_group(
                 stats = SiteStatistics(survey=survey(checkpoint, site, solver.grid))
                 total.add(source, solver.solve(source, stats).dense().clone())
                 losses[index] += total.relative * site.numel * weight
-    return losses
+    return [loss if math.isfinite(loss) else None for loss in losses]
 
 
 def score_casts(checkpoint: Checkpoint, name: str, choices: Sequence[Assignment]) -> list[float | None]:
@@ -228,26 +229,28 @@ def score_options(
 ) -> dict[str, list[Option]]:
     """The same options with their losses; a group of one option has nothing to choose and is not scored.
 
+    Options that cannot hold the values are left out.
+
     Args:
         done: losses by group that an earlier, interrupted run has found; None for an option that cannot be chosen.
         record: called with each group's new losses.
     """
     how = sampling(structure)
     groups = structure.choice_groups()
-    losses = {group: done.get(group, [0.0]) for group in table if group in done or len(table[group]) == 1}
+    losses: dict[str, list[float | None]] = {
+        group: done.get(group, [0.0]) for group in table if group in done or len(table[group]) == 1
+    }
 
     def score(group: str) -> list[float | None]:
         choices = [option.choice for option in table[group]]
         if group not in groups:
             return score_casts(checkpoint, group, choices)
-        return [*score_group(checkpoint, groups[group], choices, how)]
+        return score_group(checkpoint, groups[group], choices, how)
 
     for group, found in in_order(score, [group for group in table if group not in losses]):
         losses[group] = found
         record(group, found)
     return {
-        group: [
-            replace(option, loss=loss) for option, loss in zip(options, losses[group], strict=True) if loss is not None
-        ]
+        group: [replace(o, loss=loss) for o, loss in zip(options, losses[group], strict=True) if loss is not None]
         for group, options in table.items()
     }

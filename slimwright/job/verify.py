@@ -371,7 +371,7 @@ SAMPLE_TOKENS = 24
 SAMPLED_BELOW = 300_000_000
 """Parameters up to which a line of text is generated: the source's side of it streams every weight for every token."""
 
-PROMPT = "def read_lines(path):\n    "
+PROMPT = 'def read(self, size=-1):\n    """Read'
 
 
 def _samples(source: Checkpoint, original: Any, packed: Any) -> list[dict[str, str]]:
@@ -390,6 +390,13 @@ def _samples(source: Checkpoint, original: Any, packed: Any) -> list[dict[str, s
         )  # fmt: skip
         texts.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return [{"prompt": PROMPT, "before": texts[0], "after": texts[1]}]
+
+
+def logits_width(structure: Structure) -> int:
+    """Columns of the logits: rows of the head, its own or tied to the embedding; 1 for a model without one."""
+    owners = {structure.ties.get(name, name) for name, role in structure.roles.items() if role == "head"}
+    owners |= set(structure.ties.values())
+    return max([structure.sites[name].rows for name in owners if name in structure.sites], default=1)
 
 
 def tokens_for(parameters: int, vocabulary: int, free: int) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from slimwright.checkpoint import (
     job_key,
     weights_hash,
     write_bytes_atomic,
-    write_json_atomic,
+    write_config_atomic,
 )
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import verify as verification
@@ -54,6 +54,9 @@ from slimwright.model.structure import Structure
 from slimwright.plan import Plan
 from slimwright.runtime.format import DenseForm, write_config
 from slimwright.search import Option, search
+
+COMMIT_SECONDS = 2.0
+"""Scores that a crash may lose."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class Work:
             nonlocal last
             journal.append(f"score:{group}", losses)
             found[group] = losses
-            if time.monotonic() - last > 2:
+            if time.monotonic() - last > COMMIT_SECONDS:
                 journal.commit()
                 last = time.monotonic()
             step(len(found), groups)
@@ -267,13 +270,13 @@ class Work:
             # where the config has none, transformers takes that of the first tensor, which may be 16 bits only here
             first = next(i.dtype for _, i in sorted(source.tensors.items()) if i.dtype.is_floating_point)
             config["dtype"] = str(first).removeprefix("torch.")
-        write_json_atomic(directory / "config.json", config)
+        write_config_atomic(directory / "config.json", config)
 
     def _verify(self, state: _State) -> None:
         """Prove what was written; a fresh process reads it back wherever the model's class can be imported."""
         structure = state.structure
         spare = max(64 << 20, min((self.watch.cap or 0) // 4, 1 << 30))
-        vocabulary = max([s.rows for s in structure.sites.values() if s.role in ("embed", "head")] or [1])
+        vocabulary = verification.logits_width(structure)
         tokens, batch = verification.tokens_for(structure.parameters, vocabulary, spare)
         spec = verification.Spec(
             source=self.asked.model, written=str(state.held.partial), result=str(state.held.scratch / "verified.json"),

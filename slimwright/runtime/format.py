@@ -22,7 +22,9 @@ from slimwright.errors import InputError
 from slimwright.weights import Grid, parse_grid
 
 FORMAT_VERSION = 1
-_RANGE = re.compile(r"^(.*)\[0-(\d+)\](.*)$")
+MOST_WEIGHTS = 1 << 18
+"""Packed weights that a config may name: a few bytes of it can claim very many."""
+_RANGE = re.compile(r"^(.*)\[0-(\d{1,9})\](.*)$")
 
 
 def _collapse(names: Iterable[str]) -> list[str]:
@@ -46,17 +48,15 @@ def _collapse(names: Iterable[str]) -> list[str]:
     return collapsed
 
 
-def _expand(names: Iterable[str]) -> list[str]:
-    """Inverse of :func:`_collapse`."""
+def _expand(names: Iterable[str], room: int) -> list[str]:
+    """Inverse of :func:`_collapse`; InputError if there are more than ``room`` of them."""
     expanded: list[str] = []
     for name in names:
         match = _RANGE.match(name)
-        if not match:
-            expanded.append(name)
-            continue
-        if int(match[2]) > 1_000_000:
-            raise InputError(f"quantization_config names {match[2]} experts in '{name}': the file is damaged.")
-        expanded += [f"{match[1]}{index}{match[3]}" for index in range(int(match[2]) + 1)]
+        count = int(match[2]) + 1 if match else 1
+        if len(expanded) + count > room:
+            raise InputError(f"quantization_config names more than {MOST_WEIGHTS:,} weights: the file is damaged.")
+        expanded += [f"{match[1]}{index}{match[3]}" for index in range(count)] if match else [name]
     return expanded
 
 
@@ -120,6 +120,23 @@ def write_config(
     }
 
 
+def _names(config: Mapping[str, Any], key: str) -> dict[str, list[str]]:
+    """A member of the config that maps specs to lists of weight names, the names written out.
+
+    Raises:
+        InputError: it does not, or names too many.
+    """
+    lists = config.get(key)
+    if not isinstance(lists, Mapping) or not all(
+        isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names) for names in lists.values()
+    ):
+        raise InputError(f"quantization_config.{key} must map specs to lists of weight names: the file is damaged.")
+    found: dict[str, list[str]] = {}
+    for spec, names in lists.items():
+        found[str(spec)] = _expand(names, MOST_WEIGHTS - sum(map(len, found.values())))
+    return found
+
+
 def read_config(config: Mapping[str, Any]) -> dict[str, Grid]:
     """Grids by disk name.
 
@@ -133,15 +150,10 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Grid]:
         raise InputError(
             f"This model is in format version {version}; this slimwright reads up to {FORMAT_VERSION}: upgrade it."
         )
-    grids = config.get("grids")
-    if not isinstance(grids, Mapping) or not all(
-        isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names) for names in grids.values()
-    ):
-        raise InputError("quantization_config.grids must map grids to lists of weight names: the file is damaged.")
     found: dict[str, Grid] = {}
-    for spec, names in grids.items():
-        grid = parse_grid(str(spec))
-        for name in _expand(names):
+    for spec, names in _names(config, "grids").items():
+        grid = parse_grid(spec)
+        for name in names:
             if name in found:
                 raise InputError(f"quantization_config names the weight '{name}' twice: the file is damaged.")
             found[name] = grid
@@ -154,10 +166,9 @@ def read_dense(config: Mapping[str, Any]) -> dict[str, DenseForm]:
     Raises:
         InputError: as :func:`read_config`, or a packed weight has no entry.
     """
-    forms = config.get("dense")
-    if not isinstance(forms, Mapping):
-        raise InputError("quantization_config has no 'dense' map of the weights' shapes: the file is damaged.")
-    found = {name: DenseForm.parse(str(spec)) for spec, names in forms.items() for name in _expand(names)}
+    found: dict[str, DenseForm] = {}
+    for spec, names in _names(config, "dense").items():
+        found |= dict.fromkeys(names, DenseForm.parse(spec))
     missing = [name for name in read_config(config) if name not in found]
     if missing:
         raise InputError(f"quantization_config.dense says nothing of '{missing[0]}': the file is damaged.")

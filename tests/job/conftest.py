@@ -32,13 +32,19 @@ def in_this_process() -> Iterator[None]:
         yield
 
 
-FRESH = Work._verify_in_fresh_process
+FRESH, TOKENS = Work._verify_in_fresh_process, verification.tokens_for
 
 
 @pytest.fixture
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verify as users do."""
     monkeypatch.setattr(Work, "_verify_in_fresh_process", FRESH)
+
+
+@pytest.fixture
+def as_users_do(fresh_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify in a fresh process, on as many tokens as users do."""
+    monkeypatch.setattr(verification, "tokens_for", TOKENS)
 
 
 def tiny(name: str = "qwen2") -> str:

@@ -63,7 +63,7 @@ def test_home_made_says_that_it_was_verified_in_this_process(tmp_path: Path, fre
 
 @pytest.mark.parametrize("name", sorted(MOSTLY_KEPT))
 def test_family_that_cannot_be_fit_to_40_percent(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the smallest possible is [0-9]+ bytes") as refused:
+    with pytest.raises(InputError, match=r"the smallest possible is [0-9]+ bytes") as refused:
         fitted(tiny(name), tmp_path / "out", size="40%")
     smallest = int(re.search(r"smallest possible is ([0-9]+) bytes", str(refused.value))[1])  # type: ignore[index]
     check(name, fitted(tiny(name), tmp_path / "out2", size=f"{smallest + 2000}B"))
