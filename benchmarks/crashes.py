@@ -121,7 +121,8 @@ def injected(directory: Path, every: int) -> list[Row]:
         problems = [found["problem"] for found in own if found["problem"]]
         rows.append({
             "what": f"injected at {point}", "crashes": sum(found["reached"] for found in own), "of": points[point],
-            "out_whole": sum(found["whole"] for found in own), "ok": any(found["reached"] for found in own) and not problems,
+            "out_whole": sum(found["whole"] for found in own),
+            "ok": any(found["reached"] for found in own) and not problems,
             "problem": "; ".join(problems[:3]),
         })  # fmt: skip
     shards = len(list(first.glob("*.safetensors")))
@@ -137,7 +138,7 @@ def _try(todo: list[tuple[str, int]], run: Callable[..., int], reference: Refere
             out, where, problem = work / "out", f"{point}:{number}", None
             status = run(out, SLIMWRIGHT_CRASH_AT=where)
             whole = out.exists()
-            # How many shards wait for a sync when a commit comes depends on the threads: the last ones may not be reached.
+            # How many shards wait for a sync when a commit comes depends on the threads: the last may not be reached.
             reached = status == faults.CRASH_STATUS
             if not reached and status != 0:
                 problem = f"not crashed but {status}"
