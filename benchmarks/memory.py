@@ -141,4 +141,5 @@ def main(names: list[str], root: Path) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["llama", "experts"], Path(os.environ.get("BENCH_DIRECTORY", "/tmp/shapes")))
+    found = main(sys.argv[1:] or ["llama", "experts"], Path(os.environ.get("BENCH_DIRECTORY", "/tmp/shapes")))
+    sys.exit(any(result["exit"] != 0 for result in found))

@@ -8,25 +8,29 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimwright.errors import InputError, NotBuiltError
 from slimwright.methods import WeightSolver, parse_method
 from slimwright.model.structure import Structure
-from slimwright.weights import Grid, parse_grid
+from slimwright.weights import Float, Grid, parse_grid
 
 PLAN_VERSION = 1
 KEEP = "keep"
 DEFAULT_METHOD = "quantize/rtn"
+CAST = "cast"
+CAST_GRIDS = ("fp16", "bf16")
+"""What a tensor that is no site may be stored as, beside ``keep``."""
 
 
 class Assignment(BaseModel):
-    """What is done to one choice group.
+    """What is done to one choice group, or to one tensor that is no site but may be cast to 16 bits.
 
     Attributes:
         grid: a grid's spec, or ``keep`` for the weights as they are.
-        method: the solver's spec (``quantize/rtn,clip=none``); None where nothing is solved.
+        method: the solver's spec (``quantize/rtn,clip=none``); ``cast`` of a tensor that is no site; None where kept.
         reason: why, for the ledger.
     """
 
@@ -110,12 +114,18 @@ class Plan(BaseModel):
         """Refuse a plan that does not fit the model.
 
         Raises:
-            InputError: an unknown group (with the nearest name), an illegal grid, or a missing group.
+            InputError: an unknown group (with the nearest name), an illegal grid, or a missing group. Tensors that are
+                no sites may be missing: they are kept.
         """
         groups = structure.choice_groups()
         for name, assignment in self.assignments.items():
+            if name in structure.castable:
+                _check_cast(name, assignment)
+                continue
+            if name in structure.kept and name not in groups:
+                raise InputError(f"The plan assigns '{name}', which has no choice ({structure.kept[name]}): remove it.")
             if name not in groups:
-                near = difflib.get_close_matches(name, list(groups), n=1, cutoff=0.3)
+                near = difflib.get_close_matches(name, [*groups, *structure.castable], n=1, cutoff=0.3)
                 hint = f"; did you mean '{near[0]}'?" if near else "."
                 raise InputError(f"The plan assigns the group '{name}', which this model does not have{hint}")
             if not assignment.kept:
@@ -138,6 +148,27 @@ class Plan(BaseModel):
         return {
             site.name: self.assignments[group] for group, sites in structure.choice_groups().items() for site in sites
         }
+
+    def casts(self, structure: Structure) -> dict[str, torch.dtype]:
+        """16-bit dtype of every tensor that is no site and does not stay as it is, by disk name."""
+        found = {name: self.assignments[name] for name in structure.castable if name in self.assignments}
+        return {name: cast_dtype(assignment.grid) for name, assignment in found.items() if not assignment.kept}
+
+
+def cast_dtype(grid: str) -> torch.dtype:
+    """The dtype of one of :data:`CAST_GRIDS`."""
+    return Float(grid).dtype
+
+
+def _check_cast(name: str, assignment: Assignment) -> None:
+    """Refuse what a tensor that is no site cannot be."""
+    if assignment.grid not in (KEEP, *CAST_GRIDS):
+        raise InputError(
+            f"The plan puts '{name}' on {assignment.grid}, but it is no matrix of a linear or embedding: write one of "
+            f"{KEEP}, {', '.join(CAST_GRIDS)}."
+        )
+    if assignment.method not in (None, CAST):
+        raise InputError(f"The plan's assignment of '{name}' is wrong: its method can only be '{CAST}'.")
 
 
 class Rule(BaseModel):

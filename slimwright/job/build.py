@@ -13,13 +13,13 @@ from torch import Tensor
 from slimwright.checkpoint import Checkpoint, CheckpointWriter, Journal
 from slimwright.checkpoint.layout import Layout, TensorEntry, plan_layout
 from slimwright.errors import InputError
-from slimwright.job.ledger import Entry, kept_line
-from slimwright.job.options import kept_entry, weight_entries
+from slimwright.job.ledger import Entry, block_of, kept_line
+from slimwright.job.options import CAST_BYTES, cast_entry, kept_entry, weight_entries
 from slimwright.job.parallel import in_order
 from slimwright.job.weights import ErrorSum, plain_rounding, site_tiles, solve_rows, survey
 from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.model.structure import Site, Structure
-from slimwright.plan import Assignment, Plan
+from slimwright.plan import CAST, Assignment, Plan
 from slimwright.weights import Dense, disk_shapes
 
 COMMIT_BYTES = 256_000_000
@@ -31,7 +31,8 @@ COPY_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Unit:
-    """One source tensor and what becomes of it; ``assignment`` is None for tensors that are not sites."""
+    """One source tensor and what becomes of it; ``assignment`` is None for tensors that are no sites and stay as they
+    are."""
 
     name: str
     site: Site | None
@@ -40,12 +41,18 @@ class Unit:
 
     @property
     def solved(self) -> bool:
-        return self.assignment is not None and not self.assignment.kept
+        """Whether it is a site on a grid."""
+        return self.site is not None and self.assignment is not None and not self.assignment.kept
+
+    @property
+    def cast(self) -> bool:
+        """Whether it is no site and written in 16 bits."""
+        return self.site is None and self.assignment is not None
 
 
 def plan_units(source: Checkpoint, structure: Structure, plan: Plan) -> list[Unit]:
     """Every tensor of the source in checkpoint order; tied duplicates have no entries."""
-    by_site = plan.by_site(structure)
+    by_site, casts = plan.by_site(structure), plan.casts(structure)
     units = []
     for name, info in source.tensors.items():
         site, assignment = structure.sites.get(name), by_site.get(name)
@@ -53,6 +60,8 @@ def plan_units(source: Checkpoint, structure: Structure, plan: Plan) -> list[Uni
             entries: tuple[TensorEntry, ...] = ()
         elif site is not None and assignment is not None and not assignment.kept:
             entries = tuple(weight_entries(site, assignment.parsed_grid(), info.dtype))
+        elif name in casts:
+            assignment, entries = plan.assignments[name], (cast_entry(source, name, casts[name]),)
         else:
             entries = (kept_entry(source, name),)
         units.append(Unit(name, site, assignment, entries))
@@ -107,11 +116,12 @@ def build(
         if not tile.last:
             continue
         unit = tile.unit
-        line = (
-            _solved_line(unit, tile, sums, source.tensors[unit.name].nbytes)
-            if unit.solved
-            else _kept_line(source, structure, unit)
-        )
+        if unit.solved:
+            line = _solved_line(unit, tile, sums, source.tensors[unit.name].nbytes)
+        elif unit.cast:
+            line = _cast_line(source, structure, unit, sums[1])
+        else:
+            line = _kept_line(source, structure, unit)
         sums = (ErrorSum(), ErrorSum())
         lines[unit.name] = line
         journal.append(_key(unit), line.to_json())
@@ -133,7 +143,7 @@ def _key(unit: Unit) -> str:
 
 @dataclass(frozen=True)
 class _Tile:
-    """Some rows of a unit; ``solver`` is None where they are copied."""
+    """Some rows of a unit; ``solver`` is None where they are copied or cast."""
 
     unit: Unit
     rows: slice
@@ -144,6 +154,8 @@ class _Tile:
 
     def run(self, source: Checkpoint, writer: CheckpointWriter) -> tuple[ErrorSum, ErrorSum]:
         """Read, solve, write; returns the errors of plain rounding and of what was written."""
+        if self.unit.cast:
+            return ErrorSum(), _cast_rows(source, self.unit, self.rows, writer)
         if self.solver is None:
             _copy_rows(source, self.unit, self.rows, writer)
             return ErrorSum(), ErrorSum()
@@ -174,7 +186,8 @@ def _tiles(source: Checkpoint, unit: Unit) -> Iterator[_Tile]:
     """The tiles of a unit in order; one empty tile for a tied duplicate."""
     site, assignment = unit.site, unit.assignment
     if site is None or assignment is None or not unit.solved:
-        ranges = list(source.tiles(unit.name, COPY_BYTES)) if unit.entries else []
+        size = CAST_BYTES if unit.cast else COPY_BYTES
+        ranges = list(source.tiles(unit.name, size)) if unit.entries else []
         ranges = ranges or [slice(0, 0)]
         yield from (_Tile(unit, rows, rows is ranges[-1]) for rows in ranges)
         return
@@ -210,6 +223,29 @@ def _solved_line(unit: Unit, tile: _Tile, sums: tuple[ErrorSum, ErrorSum], bytes
     )
 
 
+def _cast_line(source: Checkpoint, structure: Structure, unit: Unit, error: ErrorSum) -> Entry:
+    assignment, info = unit.assignment, source.tensors[unit.name]
+    assert assignment is not None
+    nbytes = sum(entry.nbytes for entry in unit.entries)
+    return Entry(
+        site=unit.name,
+        group=unit.name,
+        role=structure.roles.get(unit.name, "other"),
+        state="data-free",
+        reason=assignment.reason or f"only cast, not packed: {structure.kept[unit.name]}",
+        method=CAST,
+        grid=assignment.grid,
+        bits=8 * nbytes / info.numel,
+        bytes=nbytes,
+        error_before=error.relative,
+        error_after=error.relative,
+        tokens=0,
+        parameters=info.numel,
+        block=block_of(unit.name, structure),
+        bytes_before=info.nbytes,
+    )
+
+
 def _write_rows(writer: CheckpointWriter, site: Site, rows: slice, tile: Tensor) -> None:
     """Write rows of the logical matrix as a plain tensor in the disk's own orientation."""
     size = tile.element_size()
@@ -239,13 +275,36 @@ def _copy_rows(source: Checkpoint, unit: Unit, rows: slice, writer: CheckpointWr
     if not unit.entries:
         return
     info = source.tensors[unit.name]
-    tile = source.read(unit.name, rows)
-    if tile.is_floating_point() and tile.element_size() > 1 and not torch.isfinite(tile).all():
-        raise InputError(
-            f"The tensor '{unit.name}' of {source.path} holds NaN or Inf: repair or replace the checkpoint."
-        )
+    tile = _finite_rows(source, unit.name, rows)
     per_row = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
     writer.write(unit.name, tile, rows.start * per_row if info.shape else 0)
+
+
+def _cast_rows(source: Checkpoint, unit: Unit, rows: slice, writer: CheckpointWriter) -> ErrorSum:
+    """Write rows in the 16-bit dtype of the plan; returns the error."""
+    entry = unit.entries[0]
+    tile = _finite_rows(source, unit.name, rows)
+    cast = tile.to(entry.dtype)
+    if not torch.isfinite(cast).all():
+        raise InputError(
+            f"The tensor '{unit.name}' holds values beyond the range of {entry.dtype}: write 'keep' or 'bf16' for it."
+        )
+    writer.write(unit.name, cast, rows.start * (entry.nbytes // entry.shape[0]))
+    error = ErrorSum()
+    error.add(tile, cast.to(tile.dtype))
+    return error
+
+
+def _finite_rows(source: Checkpoint, name: str, rows: slice) -> Tensor:
+    """Rows of a tensor in its own dtype.
+
+    Raises:
+        InputError: NaN or Inf, named with the tensor.
+    """
+    tile = source.read(name, rows)
+    if tile.is_floating_point() and tile.element_size() > 1 and not torch.isfinite(tile).all():
+        raise InputError(f"The tensor '{name}' of {source.path} holds NaN or Inf: repair or replace the checkpoint.")
+    return tile
 
 
 def _kept_line(source: Checkpoint, structure: Structure, unit: Unit) -> Entry:

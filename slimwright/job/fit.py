@@ -90,10 +90,8 @@ class _Job:
             self.notes.append("The budget is above the size of the source: it was copied as it is.")
         options, rest = self._options(source, structure, bound, budget) if fixed is None else ({}, 0)
         cap = self.watch.cap or 0
-        predicted = forecast(
-            source, structure, _representative(solver, fixed), measure_rates(_representative(solver, fixed)),
-            budget, fixed is None, cap,
-        )  # fmt: skip
+        usual = _representative(solver, fixed, structure)
+        predicted = forecast(source, structure, usual, measure_rates(usual), budget, fixed is None, cap)
         if cap < predicted.least_memory_bytes:
             raise InputError(
                 f"--job-memory {cap / 1e6:.0f} MB is too little for this model: the least that would do is about "
@@ -163,7 +161,7 @@ class _Job:
     def _options(
         self, source: Checkpoint, structure: Structure, bound: Mapping[str, str], budget: int
     ) -> tuple[dict[str, list[Option]], int]:
-        """Options with their costs, and the bytes of everything that is not a site, headers included.
+        """Options with their costs, and the bytes of everything that leaves no choice, headers included.
 
         Raises:
             InputError: the budget is below the smallest possible, which is named.
@@ -171,7 +169,8 @@ class _Job:
         kept = plan_units(source, structure, _keep_all(structure, ""))
 
         def costs(limit: int) -> tuple[dict[str, list[Option]], int]:
-            rest = sum(entry_cost(entry, limit) for unit in kept if unit.site is None for entry in unit.entries)
+            others = [unit for unit in kept if unit.site is None and unit.name not in structure.castable]
+            rest = sum(entry_cost(entry, limit) for unit in others for entry in unit.entries)
             rest += overhead_bound(limit, self.asked.max_shard_bytes)
             return option_costs(source, structure, bound, self.asked.method, limit), rest
 
@@ -225,11 +224,11 @@ class _Job:
         }
 
 
-def _representative(solver: WeightSolver, fixed: Plan | None) -> WeightSolver:
+def _representative(solver: WeightSolver, fixed: Plan | None, structure: Structure) -> WeightSolver:
     """The solver whose speed stands for the job's: on the most frequent grid of a fixed plan."""
     counts: dict[tuple[str, str | None], int] = {}
-    for assignment in fixed.assignments.values() if fixed else ():
-        if not assignment.kept:
+    for name, assignment in fixed.assignments.items() if fixed else ():
+        if not assignment.kept and name not in structure.castable:
             key = (assignment.grid, assignment.method)
             counts[key] = counts.get(key, 0) + 1
     if not counts:

@@ -11,7 +11,6 @@ import psutil
 import torch
 
 from slimwright.checkpoint import Checkpoint
-from slimwright.job.memory import anonymous_bytes
 from slimwright.job.options import FEW_GROUPS, FINE_LADDER, LADDER, sampling
 from slimwright.job.parallel import in_order
 from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, SAMPLED_TILES, logits_width, tokens_for
@@ -22,6 +21,9 @@ from slimwright.weights import Dense, unpack_rows
 
 WRITE_RATE = 8e8
 """Bytes per second assumed for writing with fsync; a guess until the job itself has written something."""
+
+CHILD_IMPORT = 330_000_000
+"""Anonymous bytes of the verifying process once torch, transformers and a model's class are imported (measured)."""
 
 CONVERT = 4e-10
 """Seconds to read one weight of the source and convert it to float32."""
@@ -166,7 +168,7 @@ def forecast(
 
 def _memory(source: Checkpoint, structure: Structure, batch: int, vocabulary: int) -> tuple[int, int]:
     """(peak, least possible peak) in bytes above a bare import. The verifying process's own import counts."""
-    child = max(anonymous_bytes(), 250_000_000)
+    child = CHILD_IMPORT
     dense = 4 * sum(source.tensors[name].numel for name in structure.kept if name in source.tensors)
     largest = max([site.numel for site in structure.sites.values()] or [1])
     tile = 4 * min(largest, 16 << 20)

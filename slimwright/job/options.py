@@ -1,4 +1,5 @@
-"""The option table without data: every grid of the ladder for every choice group, scored by rounding sampled rows."""
+"""The option table without data: every grid of the ladder for every choice group, scored by rounding sampled rows; and
+16-bit floats for wide tensors that are no sites, scored by casting them."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from slimwright.job.parallel import in_order
 from slimwright.job.weights import ErrorSum, site_rows, survey
 from slimwright.methods import SiteStatistics
 from slimwright.model.structure import Site, Structure
-from slimwright.plan import KEEP, Assignment
+from slimwright.plan import CAST, CAST_GRIDS, KEEP, Assignment, cast_dtype
 from slimwright.search.options import Option
 from slimwright.weights import Grid, Int, disk_shapes, parse_grid
 
@@ -29,7 +30,10 @@ FINE_LADDER: tuple[Grid, ...] = LADDER + tuple(
 )  # fmt: skip
 """The same for a model of few groups, which could not use 99 % of a size otherwise."""
 
-FEW_GROUPS = 24
+FEW_GROUPS = 12
+
+CAST_BYTES = 16 << 20
+"""Bytes of a tile of the source that is cast."""
 
 SAMPLED_WEIGHTS = 1 << 24
 """Weights over the whole model on which options are scored (smaller models are scored on every weight)."""
@@ -48,6 +52,11 @@ def kept_entry(checkpoint: Checkpoint, name: str) -> TensorEntry:
     """The tensor as it is."""
     info = checkpoint.tensors[name]
     return TensorEntry(name, info.dtype, info.shape)
+
+
+def cast_entry(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> TensorEntry:
+    """The tensor in another dtype."""
+    return TensorEntry(name, dtype, checkpoint.tensors[name].shape)
 
 
 def group_cost(checkpoint: Checkpoint, sites: Sequence[Site], grid: str, budget: int) -> int:
@@ -137,6 +146,26 @@ def score_group(
     return [loss if math.isfinite(loss) else None for loss in losses]
 
 
+def score_casts(checkpoint: Checkpoint, name: str, choices: Sequence[Assignment]) -> list[float | None]:
+    """Loss of each choice for a tensor that is no site, on the same scale; None where a value would become infinite.
+
+    Raises:
+        InputError: NaN or Inf in the source, named with the tensor.
+    """
+    sums = [ErrorSum() for _ in choices]
+    for rows in checkpoint.tiles(name, CAST_BYTES):
+        source = checkpoint.read(name, rows)
+        if not torch.isfinite(source).all():
+            raise InputError(
+                f"The tensor '{name}' of {checkpoint.path} holds NaN or Inf: repair or replace the checkpoint."
+            )
+        for choice, total in zip(choices, sums, strict=True):
+            if not choice.kept:
+                total.add(source, source.to(cast_dtype(choice.grid)).to(source.dtype))
+    losses = [total.relative * checkpoint.tensors[name].numel for total in sums]
+    return [loss if math.isfinite(loss) else None for loss in losses]
+
+
 def _some_experts(sites: Sequence[Site], most: int = 4) -> list[tuple[Site, float]]:
     """At most ``most`` sites of each shape and role with the factor that scales them up to all."""
     kinds: dict[tuple[str, tuple[int, ...]], list[Site]] = {}
@@ -153,7 +182,7 @@ def _some_experts(sites: Sequence[Site], most: int = 4) -> list[tuple[Site, floa
 def option_costs(
     checkpoint: Checkpoint, structure: Structure, bound: Mapping[str, str], solver: str, budget: int
 ) -> dict[str, list[Option]]:
-    """Options of every choice group with their costs; losses are 0 until :func:`score_options`.
+    """Options of every choice group and castable tensor with their costs; losses are 0 until :func:`score_options`.
 
     Args:
         bound: choice by group that the user's rules fix.
@@ -168,13 +197,27 @@ def option_costs(
         else ladder_for(checkpoint, sites, solver, ladder)
         for group, sites in groups.items()
     }
-    return {
+    table = {
         group: [
             Option(group, choice.grid, group_cost(checkpoint, sites, choice.grid, budget), 0.0, choice=choice)
             for choice in choices[group]
         ]
         for group, sites in groups.items()
     }
+    for name in structure.castable:
+        entries = {KEEP: kept_entry(checkpoint, name)}
+        entries |= {grid: cast_entry(checkpoint, name, cast_dtype(grid)) for grid in CAST_GRIDS}
+        table[name] = [
+            Option(
+                name,
+                grid,
+                entry_cost(entry, budget),
+                0.0,
+                choice=Assignment(grid=grid, method=None if grid == KEEP else CAST),
+            )
+            for grid, entry in entries.items()
+        ]
+    return table
 
 
 def score_options(
@@ -189,19 +232,22 @@ def score_options(
     Options that cannot hold the values are left out.
 
     Args:
-        done: losses by group that an earlier, interrupted run has found.
+        done: losses by group that an earlier, interrupted run has found; None for an option that cannot be chosen.
         record: called with each group's new losses.
     """
     how = sampling(structure)
     groups = structure.choice_groups()
     losses: dict[str, list[float | None]] = {
-        group: done.get(group, [0.0]) for group in groups if group in done or len(table[group]) == 1
+        group: done.get(group, [0.0]) for group in table if group in done or len(table[group]) == 1
     }
 
     def score(group: str) -> list[float | None]:
-        return score_group(checkpoint, groups[group], [option.choice for option in table[group]], how)
+        choices = [option.choice for option in table[group]]
+        if group not in groups:
+            return score_casts(checkpoint, group, choices)
+        return score_group(checkpoint, groups[group], choices, how)
 
-    for group, found in in_order(score, [group for group in groups if group not in losses]):
+    for group, found in in_order(score, [group for group in table if group not in losses]):
         losses[group] = found
         record(group, found)
     return {

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from slimwright.job.memory import reuse_freed_pages
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -26,6 +28,7 @@ def _workers() -> tuple[ThreadPoolExecutor, int]:
     global _pool, _size
     threads = torch.get_num_threads()
     if _pool is None or _size != threads:
+        reuse_freed_pages()
         if _pool is not None:
             _pool.shutdown(wait=True)
         _pool, _size = (

@@ -97,6 +97,18 @@ def planned_source(checkpoint: Checkpoint, site: Site, assignment: Assignment) -
     return PlannedSource(checkpoint, site, assignment.solver())
 
 
+def planned_tensors(checkpoint: Checkpoint, structure: Structure, plan: Plan) -> dict[str, Tensor]:
+    """Every tensor that is no site as the plan says, by disk name, recomputed from the source; ties left out."""
+    casts = plan.casts(structure)
+    names = [name for name in checkpoint.tensors if name not in structure.sites and name not in structure.ties]
+    return {
+        name: checkpoint.read(name).to(casts[name]).to(torch.float32)
+        if name in casts
+        else checkpoint.read(name).clone()
+        for name in names
+    }
+
+
 def planned_sources(checkpoint: Checkpoint, structure: Structure, plan: Plan) -> dict[str, WeightSource]:
     """Every site as the plan says."""
     return {

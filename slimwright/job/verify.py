@@ -28,7 +28,7 @@ from slimwright.job.build import Unit, plan_units
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of, open_source
 from slimwright.job.parallel import in_order
-from slimwright.job.source import plain_sources, planned_source, planned_sources
+from slimwright.job.source import plain_sources, planned_source, planned_sources, planned_tensors
 from slimwright.job.weights import site_rows, site_tiles
 from slimwright.model.discover import discover
 from slimwright.model.inputs import dummy_inputs
@@ -141,7 +141,7 @@ def _compare_files(
         if unit.solved:
             assert unit.site is not None and unit.assignment is not None
             return _compare_site(written, unit, planned_source(source, unit.site, unit.assignment))
-        return _compare_kept(source, written, unit)
+        return _compare_cast(source, written, unit) if unit.cast else _compare_kept(source, written, unit)
 
     for _, problem in in_order(compare, units):
         if problem:
@@ -186,6 +186,15 @@ def _compare_kept(source: Checkpoint, written: Checkpoint, unit: Unit) -> str | 
     return None
 
 
+def _compare_cast(source: Checkpoint, written: Checkpoint, unit: Unit) -> str | None:
+    entry = unit.entries[0]
+    for rows in _sampled(list(source.tiles(unit.name))):
+        expected, new = source.read(unit.name, rows).to(entry.dtype), written.read(unit.name, rows)
+        if not torch.equal(expected.reshape(-1).view(torch.uint8), new.reshape(-1).view(torch.uint8)):
+            return f"'{unit.name}' was to be cast to {entry.dtype} but differs from the source so cast"
+    return None
+
+
 # -- outputs -------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +208,9 @@ def _compare_outputs(
 ) -> None:
     cls, config = model_of(source, spec.trust_remote_code)
     packed = cls.from_pretrained(_model_directory(spec.written), dtype=torch.float32).eval()
-    reference = load_streamed(cls, source.model_path, config, planned_sources(source, structure, plan))
+    tensors = planned_tensors(source, structure, plan) if plan.casts(structure) else None
+    reference = load_streamed(cls, source.model_path, config, planned_sources(source, structure, plan), tensors)
+    del tensors
     original = load_streamed(cls, source.model_path, config, plain_sources(source, structure))
     batches = list(_batches(spec, source, packed, outcome))
     quality: LanguageQuality | EncoderQuality | None = None
@@ -360,7 +371,7 @@ SAMPLE_TOKENS = 24
 SAMPLED_BELOW = 300_000_000
 """Parameters up to which a line of text is generated: the source's side of it streams every weight for every token."""
 
-PROMPT = "def read_lines(path):\n    "
+PROMPT = 'def read(self, size=-1):\n    """Read'
 
 
 def _samples(source: Checkpoint, original: Any, packed: Any) -> list[dict[str, str]]:

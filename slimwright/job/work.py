@@ -205,7 +205,7 @@ class Work:
 
     def _search(self, state: _State) -> None:
         """Score every option on the weights and choose the best that fits."""
-        journal, groups = state.journal, len(state.structure.choice_groups())
+        journal, groups = state.journal, len(state.target.options)
         found = {k.removeprefix("score:"): v for k, v in journal.done.items() if k.startswith("score:")}
         last, step = time.monotonic(), self._step(state)
 
@@ -222,7 +222,14 @@ class Work:
         table = score_options(state.source, state.structure, target.options, dict(found), record)
         journal.commit()
         allocation = search(table, target.budget - target.rest, solver=self.asked.search)
-        state.plan = Plan(assignments={group: option.choice for group, option in allocation.choices.items()})
+        castable = set(state.structure.castable)
+        state.plan = Plan(
+            assignments={
+                name: option.choice
+                for name, option in allocation.choices.items()
+                if not (name in castable and option.choice.kept)  # a plan need not speak of what is no site and stays
+            }
+        )
 
     def _build(self, state: _State) -> None:
         """Solve and write every tensor; then everything else that belongs into the directory."""
@@ -259,6 +266,10 @@ class Work:
                     dtype = str(source.tensors[unit.name].dtype).removeprefix("torch.")
                     dense[unit.name] = DenseForm(dtype, unit.site.shape, unit.site.transposed)
             config["quantization_config"] = write_config(grids, plan.fingerprint, dense)
+        if all(config.get(key) is None for key in ("dtype", "torch_dtype")) and any(u.solved or u.cast for u in units):
+            # where the config has none, transformers takes that of the first tensor, which may be 16 bits only here
+            first = next(i.dtype for _, i in sorted(source.tensors.items()) if i.dtype.is_floating_point)
+            config["dtype"] = str(first).removeprefix("torch.")
         write_config_atomic(directory / "config.json", config)
 
     def _verify(self, state: _State) -> None:

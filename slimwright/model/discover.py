@@ -26,6 +26,9 @@ from slimwright.runtime.transformers_private import Conv1D
 SMALLEST_SITE = 1024
 """Values; a smaller matrix is kept: its scales and headers would eat what packing saves."""
 
+_WIDE = (torch.float32, torch.float64)
+"""What a cast to 16 bits makes smaller."""
+
 _TILE_BYTES = 64 << 20
 _UNUSED = "not used in the observed forward"
 
@@ -129,6 +132,7 @@ class _Discovery:
             for name, site in sites.items()
         }
         sites = assign_groups(sites, self.observation)
+        ties = {on_disk.get(name, name): on_disk[owner] for name, owner in self.names.ties.items()}
         return Structure(
             family=self.model.config.model_type,
             architecture=type(self.model).__name__,
@@ -136,13 +140,25 @@ class _Discovery:
             sites=sites,
             kept=kept,
             roles=roles,
-            ties={on_disk.get(name, name): on_disk[owner] for name, owner in self.names.ties.items()},
+            ties=ties,
             folds=find_folds(self.model, sites, on_disk, self.observation),
             to_module=self.names.to_module,
             parameters=sum(p.numel() for name, p in self.parameters.items() if name not in self.names.ties),
             observed=self.observation is not None,
             note=self.note or self._unused_note(kept),
             bytes={name: info.nbytes for name, info in self.tensors.items()},
+            castable=self._castable(kept, roles, {site.choice_group for site in sites.values()} | ties.keys()),
+        )
+
+    def _castable(self, kept: Mapping[str, str], roles: Mapping[str, str], others: set[str]) -> tuple[str, ...]:
+        """Kept tensors that may be stored in 16 bits; ``others`` are tied, or share their name with a choice group."""
+        return tuple(
+            name
+            for name in kept
+            if self.tensors[name].dtype in _WIDE
+            and self.tensors[name].numel >= SMALLEST_SITE
+            and roles[name] not in ("router", "norm")
+            and name not in others
         )
 
     def _unused_note(self, kept: Mapping[str, str]) -> str:

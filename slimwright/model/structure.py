@@ -141,6 +141,8 @@ class Structure:
         observed: whether a forward on the meta device confirmed uses and groups; if not, ``note`` says why.
         note: remarks for the user.
         bytes: bytes on disk of every tensor, by disk name.
+        castable: disk names of the kept tensors that a plan may store in 16 bits: wide floats of some size that are
+            neither routers nor norms.
     """
 
     family: str
@@ -156,6 +158,7 @@ class Structure:
     observed: bool = True
     note: str = ""
     bytes: dict[str, int] = field(default_factory=dict)
+    castable: tuple[str, ...] = ()
 
     def choice_groups(self) -> dict[str, tuple[Site, ...]]:
         """Sites by choice group, in checkpoint order."""

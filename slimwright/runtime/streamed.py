@@ -205,19 +205,28 @@ class StreamedQuantizer(HfQuantizer):
 
 
 def load_streamed(
-    cls: type[PreTrainedModel], directory: Path, config: PretrainedConfig, sources: Mapping[str, WeightSource]
+    cls: type[PreTrainedModel],
+    directory: Path,
+    config: PretrainedConfig,
+    sources: Mapping[str, WeightSource],
+    tensors: dict[str, Tensor] | None = None,
 ) -> PreTrainedModel:
     """The model of ``directory`` in float32 with the given sites streamed.
 
     Args:
         cls: the transformers class.
         config: its config, without a quantization_config.
+        tensors: everything that is no site by disk name, taken instead of the files' contents.
     """
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the sites' tensors are unexpected keys here, by design
     try:
         model = cls.from_pretrained(
-            directory, config=config, dtype=torch.float32, quantization_config=StreamedConfig(sources)
+            None if tensors is not None else directory,
+            config=config,
+            dtype=torch.float32,
+            quantization_config=StreamedConfig(sources),
+            state_dict=tensors,
         )
     finally:
         logging.set_verbosity(level)
