@@ -147,7 +147,7 @@ def forecast(
     phases["build"] = weights / rates.solve + source.total_bytes / READ_RATE + budget / WRITE_RATE + 4 * overhead + 0.1
     generated = 2 * SAMPLE_TOKENS if parameters < SAMPLED_BELOW else 0
     phases["verify"] = (
-        rates.start
+        1.5 * rates.start  # imports, and three models built
         + (compared + weights) / rates.score
         + batches * weights * (1 / rates.decode + CONVERT)
         + (2 * tokens + min(tokens, batch)) * parameters / rates.multiply
