@@ -25,7 +25,7 @@ def render_report(report: Mapping[str, Any]) -> str:
     Args:
         report: the contents of ``report.json``. Beside its contract these are used where they are there: in the ledger
             ``role``, ``block`` (index or module path), ``parameters``, ``bytes_before``; in ``verified`` any further
-            figures; ``quality.tokens`` and ``quality.documents``; ``reproduce`` (commands).
+            figures; ``measured_on.tokens`` and ``measured_on.documents``; ``reproduce`` (commands).
 
     Returns:
         HTML.
@@ -103,7 +103,7 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         },
         "tiles": _tiles(quality, job),
         "table": before_after(report),
-        "evaluated": _evaluated(quality),
+        "evaluated": _evaluated(mapping(report.get("measured_on"))),
         "stacks": pictures.stacks(entries),
         "legend": pictures.legend(entries),
         "parts": _parts(entries, size),
@@ -163,8 +163,9 @@ def _figure(value: Any) -> str:
     return words.printable(value)
 
 
-def _evaluated(quality: Mapping[str, Any]) -> str:
-    found = [f"{words.count(quality[key])} {key}" for key in ("tokens", "documents") if is_number(quality.get(key))]
+def _evaluated(measured_on: Mapping[str, Any]) -> str:
+    counts = ("tokens", "documents")
+    found = [f"{words.count(measured_on[key])} {key}" for key in counts if is_number(measured_on.get(key))]
     return " in ".join(found)
 
 

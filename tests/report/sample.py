@@ -65,11 +65,13 @@ def sample_report(blocks=6, hidden=512, vocabulary=8192, experts=0):
         },
         "budget": {"asked": "4.25bit", "bytes": after + 1000},
         "size": {"before": 2 * parameters + 4096, "after": after, "bits_per_weight": 8 * after / parameters},
+        "measured_on": {
+            "tokens": 16384,
+            "documents": 41,
+        },
         "quality": {
             "kl": {"value": 0.01234, "low": 0.01171, "high": 0.01308},
             "top1_agreement": {"value": 0.9371, "low": 0.9312, "high": 0.9427},
-            "tokens": 16384,
-            "documents": 41,
         },
         "job": {
             "seconds": 48.2,
