@@ -280,7 +280,8 @@ class Work:
         vocabulary = verification.logits_width(structure)
         tokens, batch = verification.tokens_for(structure.parameters, vocabulary, spare)
         spec = verification.Spec(
-            source=self.asked.model, written=str(state.held.partial), result=str(state.held.scratch / f"verified-{uuid.uuid4().hex}.json"),
+            source=self.asked.model, written=str(state.held.partial),
+            result=str(state.held.scratch / f"verified-{uuid.uuid4().hex}.json"),
             tokens=tokens, batch_tokens=batch, threads=torch.get_num_threads(), seed=self.asked.seed,
             sample=structure.parameters < verification.SAMPLED_BELOW,
             trust_remote_code=self.asked.trust_remote_code, progress=True,
