@@ -276,3 +276,27 @@ def test_names_that_are_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert calls == [("gpt2", None, True), ("not/cached", "v1.0", True), ("not/cached", "v1.0", False)]
     with pytest.raises(InputError, match="cannot be reached"):
         Checkpoint.open("off/line")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("GatedRepoError", "is gated: accept its conditions"),
+        ("RepositoryNotFoundError", "no model on the hub"),
+        ("RevisionNotFoundError", "has no revision 'v9'"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(kind: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own errors, as snapshot_download raises them: never in the cache, then refused by the server."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def snapshot(repository: str, *, local_files_only: bool, **rest: object) -> str:
+        if local_files_only:
+            raise errors.LocalEntryNotFoundError("not cached")
+        cls = getattr(errors, kind)
+        raise cls.__new__(cls)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(InputError, match=said):
+        Checkpoint.open("someone/secret@v9")
