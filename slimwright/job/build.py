@@ -162,6 +162,8 @@ class _Tile:
         site = self.unit.site
         assert site is not None
         tile, value = solve_rows(source, site, self.solver, self.rows, self.state)
+        if not site.transposed and len(site.shape) == 2 and site.name in source.tensors:
+            source.advise_done(site.name, self.rows)  # unmapped pages cost a tight memory cgroup less to take back
         if isinstance(value, Dense):
             _write_rows(writer, site, self.rows, value.weight)
         else:

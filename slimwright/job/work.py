@@ -314,6 +314,7 @@ class Work:
                 [sys.executable, "-m", "slimwright.job.verify", str(path)],
                 stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
             )  # fmt: skip
+            self.watch.children.add(child.pid)
             try:
                 assert child.stdout is not None
                 for line in child.stdout:
@@ -324,6 +325,8 @@ class Work:
                 child.kill()
                 child.wait()
                 raise
+            finally:
+                self.watch.children.discard(child.pid)
             self.watch.check()
             if child.returncode != 0 or not Path(spec.result).exists():
                 log.seek(0)
