@@ -13,7 +13,8 @@ from slimwright.checkpoint import Checkpoint, TensorInfo, refuse_foreign_quantiz
 from slimwright.errors import InputError
 from slimwright.model.skeleton import skeleton
 from slimwright.runtime.format import DenseForm, read_config, read_dense
-from slimwright.weights import Grid, disk_shapes, matrix_shape, unpack_rows
+from slimwright.runtime.modules import decode_tile
+from slimwright.weights import Grid, disk_shapes, matrix_shape
 
 
 class DequantizedCheckpoint(Checkpoint):
@@ -58,12 +59,8 @@ class DequantizedCheckpoint(Checkpoint):
     def weight_rows(self, name: str, rows: slice) -> Tensor:
         """Rows of the logical matrix (experts stacked) of a packed weight, (rows, columns) float32."""
         grid, shape = self._grids[name], self._forms[name].weight_shape
-        count, columns = matrix_shape(shape)
-        multiple = grid.row_multiple(columns)
-        first, last = rows.start // multiple * multiple, min(count, -(-rows.stop // multiple) * multiple)
         parts = {suffix: self._packed.read(name + suffix) for suffix in disk_shapes(grid, shape)}
-        decoded = grid.decode(*unpack_rows(grid, parts, shape, slice(first, last)))
-        return decoded[rows.start - first : rows.stop - first]
+        return decode_tile(grid, parts, shape, rows)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """As :meth:`Checkpoint.read`; a packed weight is decoded whole if it is stored transposed, else only the rows

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -65,9 +64,6 @@ class Reporter:
     def step(self, done: int, total: int) -> None:
         """Report ``done`` of ``total`` in the current phase (any unit)."""
         self._emit(done, total, force=done >= total)
-
-    def callback(self) -> Callable[[int, int], None]:
-        return self.step
 
     def log(self, message: str) -> None:
         """One line for the user, on stderr."""

@@ -52,11 +52,6 @@ def site_tiles(site: Site, grid: Grid | None, elements: int = TILE_ELEMENTS) -> 
         yield slice(start, min(start + step, site.rows))
 
 
-def site_matrix(checkpoint: Checkpoint, site: Site) -> Tensor:
-    """The whole logical matrix in float32."""
-    return torch.cat([site_rows(checkpoint, site, rows).float() for rows in site_tiles(site, None)])
-
-
 def survey(checkpoint: Checkpoint, site: Site, grid: Grid) -> Any:
     """What the grid must know of the whole matrix, gathered tile by tile (None for most grids)."""
     if type(grid).survey is Grid.survey:
