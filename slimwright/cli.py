@@ -195,7 +195,8 @@ def doctor(as_json: Json = False, help_all: HelpAll = False) -> None:
 @cache_app.command("ls")
 def cache_ls(as_json: Json = False) -> None:
     """List what is cached."""
-    from slimwright.job.cache import cache_directory, entries
+    from slimwright.directories import cache_directory
+    from slimwright.job.cache import entries
 
     found = entries()
     if as_json:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimwright import kernels
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.job.open import DequantizedCheckpoint
+from slimwright.kernels import solve
 from slimwright.methods import SiteStatistics, WeightSolver, method
 from slimwright.model.structure import Site
 from slimwright.weights import Compressed, Grid
@@ -71,6 +73,10 @@ class ErrorSum:
 
     def add(self, source: Tensor, written: Tensor) -> None:
         """Both (rows, columns) float32; ``written`` is used up as workspace."""
+        if kernels.available(source, written) and source.dtype == written.dtype == torch.float32:
+            error, norm = solve.squared_error(source, written)
+            self.error, self.norm = self.error + error, self.norm + norm
+            return
         self.error += float(written.sub_(source).square_().sum(dtype=torch.float64))
         self.norm += float(torch.linalg.vector_norm(source, dtype=torch.float64)) ** 2
 
