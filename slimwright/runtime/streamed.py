@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,16 @@ TILE_BYTES = 64 << 20
 
 
 class WeightSource(ABC):
-    """Hands out rows of one site's logical matrix (experts stacked along the rows)."""
+    """Hands out rows of one site's logical matrix (experts stacked along the rows).
+
+    Attributes:
+        held: (rows, columns) of any float dtype: the whole matrix, used instead of :meth:`rows` while it is there.
+        watch: called with every input (..., in) that a forward multiplies the weight with, and the number of the expert
+            (0 where the site is one matrix).
+    """
+
+    held: Tensor | None = None
+    watch: Callable[[Tensor, int], None] | None = None
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -43,14 +52,15 @@ class WeightSource(ABC):
         return torch.cat([self.rows(slice(i, i + 1)) for i in index.tolist()])
 
     def expert(self, index: int) -> Tensor:
-        """(out, in) float32 of one of the stacked experts; of all, where the site is one expert."""
+        """(out, in) of one of the stacked experts; of all, where the site is one expert."""
         out = self.site.weight_shape[-2]
-        return self.rows(slice(index * out, (index + 1) * out))
+        part = slice(index * out, (index + 1) * out)
+        return self.rows(part) if self.held is None else self.held[part]
 
 
 def _no_weight(self: Any) -> Tensor:
     site = self.source.site
-    weight = torch.zeros(()).expand(site.rows, site.columns)
+    weight = torch.zeros((), dtype=getattr(self, "dtype", torch.float32)).expand(site.rows, site.columns)
     weight._is_hf_initialized = True  # type: ignore[attr-defined]
     return weight
 
@@ -73,6 +83,10 @@ class _StreamedLinear(nn.Module):
         self.nf = self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.source.watch is not None:
+            self.source.watch(x, 0)
+        if self.source.held is not None:
+            return nn.functional.linear(x, self.source.held.to(x.dtype), self.bias)
         step = max(1, TILE_BYTES // 4 // self.in_features)
         pieces = []
         for start in range(0, self.out_features, step):
@@ -87,30 +101,67 @@ class _StreamedEmbedding(nn.Embedding):
     that scales and offsets of its forward stay."""
 
     source: WeightSource
+    dtype: torch.dtype
     weight = _WEIGHT  # type: ignore[assignment]
 
     def forward(self, ids: Tensor) -> Tensor:
         index, inverse = torch.unique(ids, return_inverse=True)
-        return self.source.gather(index)[inverse]
+        held = self.source.held
+        rows = self.source.gather(index) if held is None else held[index]
+        return rows.to(self.dtype)[inverse]
 
 
 class _Expert:
     """Stands for a fused parameter: ``[expert]`` is that expert's dense matrix as the module holds it."""
 
-    def __init__(self, sources: list[WeightSource], transposed: bool) -> None:
+    def __init__(self, sources: list[WeightSource], transposed: bool, dtype: torch.dtype) -> None:
         self.sources = sources
         self.transposed = transposed
+        self.dtype = dtype
 
     def __getitem__(self, index: Any) -> Tensor:
         number = int(index)
-        fused = [source for source in self.sources if source.site.expert is None]
-        if fused:
-            matrix = fused[0].expert(number)
+        own = [source for source in self.sources if source.site.expert is None]
+        if own:
+            matrix = own[0].expert(number)
         else:
             own = [s for s in self.sources if s.site.expert is not None and s.site.expert[0] == number]
             own.sort(key=lambda source: (source.site.expert or (0, 0, 0))[1])
             matrix = torch.cat([source.expert(0) for source in own])
-        return matrix.t() if self.transposed else matrix
+            number = 0
+        matrix = (matrix.t() if self.transposed else matrix).to(self.dtype)
+        watches = [source.watch for source in own if source.watch is not None]
+        return _Watched.of(matrix, lambda x: [watch(x, number) for watch in watches]) if watches else matrix
+
+
+class _Watched(torch.Tensor):
+    """A matrix that says what it is multiplied with: experts' inputs exist only inside their module's forward."""
+
+    report: Callable[[Tensor], Any]
+
+    @staticmethod
+    def of(matrix: Tensor, report: Callable[[Tensor], Any]) -> Tensor:
+        watched = matrix.as_subclass(_Watched)
+        watched.report = report
+        return watched
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _PRODUCTS:
+            given = [*args, *(kwargs[key] for key in ("weight", "other", "mat2") if key in kwargs)]
+            x, weight = given[0], given[1]
+            if isinstance(weight, _Watched) and not isinstance(x, _Watched):
+                weight.report(x)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+_PRODUCTS = {
+    nn.functional.linear, torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__,
+    torch.Tensor.mm, torch.Tensor.bmm,
+}  # fmt: skip
+"""What a module may multiply its input with an expert's matrix by: the input comes first."""
 
 
 def replace_sites(model: PreTrainedModel, sources: Mapping[str, WeightSource]) -> None:
@@ -150,17 +201,20 @@ def _stream_module(model: PreTrainedModel, path: str, source: WeightSource) -> N
         bases = (_StreamedEmbedding,) if own is nn.Embedding else (own, _StreamedEmbedding)
         module.__class__ = type(f"Streamed{own.__name__}", bases, {})
         module.__dict__["source"] = source  # buffers that are not saved (Gemma's scale) are still to be initialised
+        module.__dict__["dtype"] = module.weight.dtype
         del module._parameters["weight"]
     else:
         streamed = _StreamedLinear(source, getattr(module, "bias", None))
+        streamed.__dict__["dtype"] = module.weight.dtype
         streamed._is_hf_initialized = True  # type: ignore[assignment]
         model.set_submodule(path, streamed)
 
 
 def _stream_experts(module: nn.Module, parameter: str, sources: list[WeightSource]) -> None:
     """Let the module's own eager forward read its fused parameter expert by expert."""
-    proxy = _Expert(sources, transposed=sources[0].site.transposed)
-    del module._parameters[parameter]
+    held = module._parameters.pop(parameter)
+    assert held is not None
+    proxy = _Expert(sources, sources[0].site.transposed, held.dtype)
     cls = type(module)
     module.__class__ = type(cls.__name__, (cls,), {parameter: property(lambda self: proxy)})
     module._is_hf_initialized = True  # type: ignore[assignment]
@@ -210,13 +264,15 @@ def load_streamed(
     config: PretrainedConfig,
     sources: Mapping[str, WeightSource],
     tensors: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The model of ``directory`` in float32 with the given sites streamed.
+    """The model of ``directory`` with the given sites streamed.
 
     Args:
         cls: the transformers class.
         config: its config, without a quantization_config.
         tensors: everything that is no site by disk name, taken instead of the files' contents.
+        dtype: what it computes in.
     """
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the sites' tensors are unexpected keys here, by design
@@ -224,7 +280,7 @@ def load_streamed(
         model = cls.from_pretrained(
             None if tensors is not None else directory,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             quantization_config=StreamedConfig(sources),
             state_dict=tensors,
         )
