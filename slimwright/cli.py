@@ -72,8 +72,15 @@ def fit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Forecast only.")] = False,
     as_json: Json = False,
     help_all: HelpAll = False,
-    data: Annotated[str, typer.Option(hidden=True, help="Calibration data; only 'none' in this version.")] = "none",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Data to calibrate on: a file, folder, dataset, or none."),
+    ] = None,
     method: Annotated[str, typer.Option(hidden=True, help="Solver: NAME[,knob=value...].")] = "quantize/rtn",
+    calibration_tokens: Annotated[int, typer.Option(hidden=True, help="Tokens to calibrate on.")] = 65536,
+    calibration_length: Annotated[
+        int | None, typer.Option(hidden=True, help="Tokens of a sequence (default 512 or the model's positions).")
+    ] = None,
     search: Annotated[str, typer.Option(hidden=True, help="Budget solver: dp or milp.")] = "dp",
     job_time: Annotated[str | None, typer.Option(hidden=True, help="Stop after this long: 600, 10m, 2h.")] = None,
     device: Annotated[str, typer.Option(hidden=True, help="auto or cpu.")] = "auto",
@@ -103,7 +110,8 @@ def fit(
 
     report = run(
         model, out, size=size, grid=grid, rules=tuple(rule or ()), plan=plan, job_memory=job_memory, dry_run=dry_run,
-        data=data, method=method, search=search, job_time=None if job_time is None else _seconds(job_time),
+        data=data, calibration_tokens=calibration_tokens, calibration_length=calibration_length, method=method,
+        search=search, job_time=None if job_time is None else _seconds(job_time),
         device=device, seed=seed, max_shard_bytes=parse_bytes(shard_size, "--shard-size"),
         trust_remote_code=trust_remote_code,
     )  # fmt: skip

@@ -155,6 +155,14 @@ class Plan(BaseModel):
         return {name: cast_dtype(assignment.grid) for name, assignment in found.items() if not assignment.kept}
 
 
+def method_on(grid: str, method: str) -> str | None:
+    """The method for a weight on ``grid`` where ``method`` was asked for: a plain float is only rounded to, and what is
+    kept has none."""
+    if grid == KEEP:
+        return None
+    return DEFAULT_METHOD if parse_grid(grid).plain else method
+
+
 def cast_dtype(grid: str) -> torch.dtype:
     """The dtype of one of :data:`CAST_GRIDS`."""
     return Float(grid).dtype

@@ -103,6 +103,10 @@ class Call:
         """Run the unit on its inputs; may be called more than once."""
         return self._forward(*self.args, **self.kwargs)
 
+    def again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the unit on other inputs."""
+        return self._forward(*args, **kwargs)
+
     def tensors(self) -> list[Tensor]:
         """Every tensor among its inputs, one level into tuples, lists and dicts."""
         found: list[Tensor] = []
@@ -132,6 +136,17 @@ class Step:
         call = self._walk.calls[index]
         assert call is not None
         return call.output()
+
+    def show(self, index: int) -> None:
+        """Let whoever watches see the unit's inputs, without an output: a module outside blocks is not run for it."""
+        call = self._walk.calls[index]
+        assert call is not None
+        if self.unit.block:
+            call.output()
+            return
+        watch = self._walk.watch_of(self.unit)
+        if watch is not None:
+            watch(call.tensors()[0], 0)
 
     def batch(self, index: int) -> Batch:
         return self._walk.batches[index]
@@ -172,6 +187,8 @@ class Walk:
         self.calls: list[Call | None] = [None] * len(self.batches)
         self.advanced: set[int] = set()
         self.spilled_bytes = 0
+        self.gradients = False
+        """Keep the graph of what happens between units."""
         self._cap = cap
         self._scratch = scratch
         self._finish = finish
@@ -184,7 +201,7 @@ class Walk:
         patched = [(path, self._patch(unit)) for path, unit in self.units.items()]
         runs: dict[str, int] = {}
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.gradients):
                 self._forwards = [greenlet(self._forward) for _ in self.batches]
                 for index, batch in enumerate(self.batches):
                     self._note(index, self._forwards[index].switch(batch))
@@ -204,6 +221,11 @@ class Walk:
                 if forward and not forward.dead:
                     forward.throw(GreenletExit)
             self._forwards, self.calls = [], [None] * len(self.batches)
+
+    def watch_of(self, unit: Unit) -> Callable[[Tensor, int], None] | None:
+        """Who watches the inputs of a streamed module outside blocks."""
+        watch: Callable[[Tensor, int], None] | None = self.model.get_submodule(unit.module).source.watch  # type: ignore[union-attr,assignment]
+        return watch
 
     def resume(self, index: int, output: Any) -> None:
         """Give a suspended forward its unit's output; it runs on to its next unit or its end."""

@@ -33,7 +33,7 @@ from slimwright.job.work import Target, Work
 from slimwright.methods import WeightSolver
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
-from slimwright.plan import KEEP, Assignment, Plan, Rule, bind, parse_size
+from slimwright.plan import KEEP, Assignment, Plan, Rule, bind, method_on, parse_size
 from slimwright.search import Option, smallest_cost
 from slimwright.weights import parse_grid
 
@@ -136,14 +136,13 @@ class _Job:
         for group, sites in structure.choice_groups().items():
             illegal = next((r for s in sites if (r := grid.illegal(s.rows, s.columns))), None)
             if group in bound:
-                kept = bound[group] == KEEP
                 assignments[group] = Assignment(
-                    grid=bound[group], method=None if kept else asked.method, reason="rule"
+                    grid=bound[group], method=method_on(bound[group], asked.method), reason="rule"
                 )  # fmt: skip
             elif illegal:
                 assignments[group] = Assignment(grid=KEEP, reason=f"{grid} cannot hold it: {illegal}")
             else:
-                assignments[group] = Assignment(grid=grid.spec, method=asked.method)
+                assignments[group] = Assignment(grid=grid.spec, method=method_on(grid.spec, asked.method))
         return Plan(assignments=assignments)
 
     def _budget(self, source: Checkpoint, structure: Structure, fixed: Plan | None) -> tuple[int, bool]:

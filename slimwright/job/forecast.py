@@ -87,7 +87,10 @@ def measure_rates(solver: WeightSolver) -> Rates:
     """Time the solver and a matrix product on this machine, as busy as it is now (about 0.5 s)."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(256, 1024, generator=generator)
-    stats = SiteStatistics(survey=solver.grid.survey(weight))
+    survey = solver.grid.survey(weight)
+    inputs = torch.randn(256, 1024, generator=generator)
+    stats = SiteStatistics.from_inputs(inputs) if solver.needs else SiteStatistics.none()
+    without, stats = SiteStatistics(survey=survey), stats.with_survey(survey)
     plain = plain_rounding(solver)
     value = solver.solve(weight, stats)
     parts = value.save()
@@ -96,7 +99,7 @@ def measure_rates(solver: WeightSolver) -> Rates:
         solved = solver.solve(weight, stats)
         solved.dense().sub_(weight).square_().sum(dtype=torch.float64)
         if plain is not None:
-            plain.solve(weight, stats).dense().sub_(weight).square_().sum(dtype=torch.float64)
+            plain.solve(weight, without).dense().sub_(weight).square_().sum(dtype=torch.float64)
         return solved.save()
 
     def decode() -> object:

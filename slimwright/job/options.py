@@ -16,7 +16,7 @@ from slimwright.job.parallel import in_order
 from slimwright.job.weights import ErrorSum, site_rows, survey
 from slimwright.methods import SiteStatistics
 from slimwright.model.structure import Site, Structure
-from slimwright.plan import CAST, CAST_GRIDS, KEEP, Assignment, cast_dtype
+from slimwright.plan import CAST, CAST_GRIDS, KEEP, Assignment, cast_dtype, method_on
 from slimwright.search.options import Option
 from slimwright.weights import Grid, Int, disk_shapes, parse_grid
 
@@ -192,7 +192,7 @@ def option_costs(
     groups = structure.choice_groups()
     ladder = FINE_LADDER if len(groups) <= FEW_GROUPS else LADDER
     choices = {
-        group: [Assignment(grid=bound[group], method=None if bound[group] == KEEP else solver, reason="rule")]
+        group: [Assignment(grid=bound[group], method=method_on(bound[group], solver), reason="rule")]
         if group in bound
         else ladder_for(checkpoint, sites, solver, ladder)
         for group, sites in groups.items()

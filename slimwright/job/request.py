@@ -27,7 +27,9 @@ class FitOptions:
     plan: str | None = None
     rules: tuple[str, ...] = ()
     method: str = DEFAULT_METHOD
-    data: str = "none"
+    data: str | None = None
+    calibration_tokens: int = 65536
+    calibration_length: int | None = None
     search: str = "dp"
     job_memory: str | None = None
     job_time: float | None = None
@@ -43,20 +45,21 @@ class FitOptions:
         plan = Path(self.plan).read_text(encoding="utf-8") if self.plan else None
         return {
             "size": self.size, "grid": self.grid, "plan": plan, "rules": list(self.rules), "method": self.method,
-            "data": self.data, "search": self.search, "seed": self.seed, "shard": self.max_shard_bytes,
+            "data": self.data, "tokens": self.calibration_tokens, "length": self.calibration_length,
+            "search": self.search, "seed": self.seed, "shard": self.max_shard_bytes,
         }  # fmt: skip
 
     def command(self) -> str:
         """The command line that does this job again."""
         words = ["slimwright", "fit", self.model]
-        for name in ("size", "grid", "plan", "out"):
+        for name in ("size", "grid", "plan", "data", "out"):
             if getattr(self, name) is not None:
                 words += [f"--{name}", str(getattr(self, name))]
         for rule in self.rules:
             words += ["--rule", rule]
-        for name in ("method", "search", "seed"):
+        for name in ("method", "search", "seed", "calibration_tokens", "calibration_length"):
             if getattr(self, name) != FitOptions.__dataclass_fields__[name].default:
-                words += [f"--{name}", str(getattr(self, name))]
+                words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         return shlex.join(words)
 
     def limit(self) -> str:
@@ -81,10 +84,6 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
     Raises:
         InputError: a wrong value; NotBuiltError: designed but not built.
     """
-    if asked.data != "none":
-        raise NotBuiltError(
-            f"--data {asked.data}: calibration on data is not built in this version; only --data none (the default) is."
-        )
     if asked.device not in ("auto", "cpu"):
         raise NotBuiltError(f"--device {asked.device}: this version computes on the CPU; use auto or cpu.")
     given = [name for name in ("size", "grid", "plan") if getattr(asked, name) is not None]
@@ -101,6 +100,12 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
     solver = parse_method(asked.method)
     if not isinstance(solver, WeightSolver):
         raise InputError(f"'{asked.method}' does not put weights on a grid.")
+    if solver.needs and asked.data == "none":
+        raise InputError(f"{solver.name} needs data: give --data, or leave it out for generic text.")
+    if asked.calibration_tokens < 64:
+        raise InputError(f"--calibration-tokens must be at least 64, not {asked.calibration_tokens}.")
+    if asked.calibration_length is not None and asked.calibration_length < 8:
+        raise InputError(f"--calibration-length must be at least 8, not {asked.calibration_length}.")
     check_solver(asked.search)
     if asked.grid is not None:
         parse_grid(asked.grid)

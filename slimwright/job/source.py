@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from slimwright.checkpoint import Checkpoint
+from slimwright.job.open import DequantizedCheckpoint
 from slimwright.job.parallel import in_order
 from slimwright.job.weights import TILE_ELEMENTS, site_rows, survey
 from slimwright.methods import SiteStatistics, WeightSolver
@@ -23,6 +24,12 @@ class PlainSource(WeightSource):
 
     def rows(self, rows: slice) -> Tensor:
         return site_rows(self._checkpoint, self.site, rows).to(torch.float32)
+
+    def stored(self) -> Tensor | None:
+        """(rows, columns) in the stored dtype, a view of the mapped file; None where the layout does not allow one."""
+        if self.site.transposed or isinstance(self._checkpoint, DequantizedCheckpoint):
+            return None
+        return site_rows(self._checkpoint, self.site, slice(0, self.site.rows))
 
 
 class PlannedSource(WeightSource):

@@ -28,7 +28,8 @@ from slimwright.job.build import Unit, plan_units
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of, open_source
 from slimwright.job.parallel import in_order
-from slimwright.job.source import plain_sources, planned_source, planned_sources, planned_tensors
+from slimwright.job.source import ParallelSource, plain_sources, planned_source, planned_sources, planned_tensors
+from slimwright.job.walked import WrittenSource, written_checksum
 from slimwright.job.weights import site_rows, site_tiles
 from slimwright.model.discover import discover
 from slimwright.model.inputs import dummy_inputs
@@ -59,6 +60,7 @@ class Spec:
         sample: whether to generate a line of text.
         trust_remote_code: run the source's own model code.
         progress: whether to print one JSON object a step on stdout.
+        checksums: of what solvers with data returned, by disk name.
     """
 
     source: str
@@ -71,6 +73,7 @@ class Spec:
     sample: bool = True
     trust_remote_code: bool = False
     progress: bool = False
+    checksums: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -108,7 +111,7 @@ def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
     plan = Plan.load(Path(spec.written) / "plan.yaml")
     units = plan_units(source, structure, plan)
     started = time.monotonic()
-    _compare_files(source, written, units, outcome, step)
+    _compare_files(spec, source, written, units, outcome, step)
     outcome.seconds["tensors"] = time.monotonic() - started
     trim()
     if outcome.ok:
@@ -123,13 +126,15 @@ def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
 
 
 def _compare_files(
+    spec: Spec,
     source: Checkpoint,
     written: Checkpoint,
     units: list[Unit],
     outcome: Outcome,
     step: Callable[[int, int], None],
 ) -> None:
-    """The files hold exactly the planned tensors; sampled tiles equal what plain-tensor code makes of the source."""
+    """The files hold exactly the planned tensors; sampled tiles equal what plain-tensor code makes of the source, and
+    every value of what was solved with data is what the solver returned."""
     planned = {entry.name: entry for unit in units for entry in unit.entries}
     found = {name: TensorEntry(name, info.dtype, info.shape) for name, info in written.tensors.items()}
     for name in sorted(planned.keys() | found.keys()):
@@ -140,6 +145,8 @@ def _compare_files(
     def compare(unit: Unit) -> str | None:
         if unit.solved:
             assert unit.site is not None and unit.assignment is not None
+            if unit.name in spec.checksums:
+                return _compare_checksum(written, unit, spec.checksums[unit.name])
             return _compare_site(written, unit, planned_source(source, unit.site, unit.assignment))
         return _compare_cast(source, written, unit) if unit.cast else _compare_kept(source, written, unit)
 
@@ -177,6 +184,15 @@ def _compare_site(written: Checkpoint, unit: Unit, expected: WeightSource) -> st
     return None
 
 
+def _compare_checksum(written: Checkpoint, unit: Unit, checksum: str) -> str | None:
+    """Every value, as the grid's reference code reads it, against the digest that was taken before packing."""
+    assert unit.site is not None and unit.assignment is not None
+    solver = unit.assignment.solver()
+    if written_checksum(written, unit.site, solver) != checksum:
+        return f"'{unit.name}' in the files differs from what its solver returned"
+    return None
+
+
 def _compare_kept(source: Checkpoint, written: Checkpoint, unit: Unit) -> str | None:
     for entry in unit.entries:
         for rows in _sampled(list(source.tiles(entry.name))):
@@ -209,7 +225,12 @@ def _compare_outputs(
     cls, config = model_of(source, spec.trust_remote_code)
     packed = cls.from_pretrained(_model_directory(spec.written), dtype=torch.float32).eval()
     tensors = planned_tensors(source, structure, plan) if plan.casts(structure) else None
-    reference = load_streamed(cls, source.model_path, config, planned_sources(source, structure, plan), tensors)
+    planned = planned_sources(source, structure, plan)
+    files = Checkpoint.open(spec.written)
+    for name in spec.checksums:  # compared value by value before; there is no other way to make them again
+        site = structure.sites[name]
+        planned[name] = ParallelSource(WrittenSource(files, site, plan.by_site(structure)[name].parsed_grid()))
+    reference = load_streamed(cls, source.model_path, config, planned, tensors)
     del tensors
     original = load_streamed(cls, source.model_path, config, plain_sources(source, structure))
     batches = list(_batches(spec, source, packed, outcome))

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from slimwright.calibrate.data import GENERIC, documents, split
+from slimwright.calibrate.tokens import samples
 from slimwright.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -32,7 +34,7 @@ from slimwright.checkpoint import (
 )
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import verify as verification
-from slimwright.job.build import Unit, build, grids_written, layout_of, plan_units
+from slimwright.job.build import Calibration, Unit, build, grids_written, layout_of, plan_units
 from slimwright.job.forecast import Forecast
 from slimwright.job.ledger import Entry, check_complete
 from slimwright.job.memory import MemoryWatch, trim
@@ -51,6 +53,7 @@ from slimwright.job.result import (
     versions,
     write_papers,
 )
+from slimwright.model.skeleton import skeleton
 from slimwright.model.structure import Structure
 from slimwright.plan import Plan
 from slimwright.runtime.format import DenseForm, write_config
@@ -90,6 +93,7 @@ class _State:
     side_files: tuple[str, ...] = ()
     outcome: verification.Outcome | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    calibrated_on: dict[str, Any] = field(default_factory=dict)
 
     def planned(self) -> Plan:
         """The plan, which the passes' order guarantees."""
@@ -247,15 +251,47 @@ class Work:
             if writer.fresh:  # shards made anew hold nothing yet
                 for unit in [unit for unit in state.journal.done if unit.startswith("build:")]:
                     del state.journal.done[unit]
-            state.entries = build(source, state.structure, state.units, writer, state.journal, self._step(state))
+            self._write_config(state.directory, source, state.units, plan)
+            calibration = self._calibration(state) if any(unit.needs_data for unit in state.units) else None
+            state.entries = build(
+                source, state.structure, state.units, writer, state.journal, self._step(state), calibration
+            )  # fmt: skip
         write_bytes_atomic(held.partial / "plan.yaml", plan.to_yaml().encode())
-        self._write_config(state.directory, source, state.units, plan)
         copied = copy_side_files(source, held.partial, trust_remote_code=self.asked.trust_remote_code)
         state.side_files = copied.copied
         for name, reason in copied.skipped:
             if reason.startswith("python"):
                 self.notes.append(f"Not copied: {name} ({reason}).")
         trim()
+
+    def _calibration(self, state: _State) -> Calibration:
+        """The data as batches."""
+        asked = self.asked
+        found = documents(asked.data or GENERIC)
+        if asked.data not in (None, GENERIC):
+            found, _ = split(found)
+        model = skeleton(
+            state.source.config, state.source.model_path, state.source.tensors, asked.trust_remote_code
+        )  # fmt: skip
+        made = samples(
+            model, verification.load_tokenizer(state.source), found, tokens=asked.calibration_tokens,
+            length=asked.calibration_length, seed=asked.seed,
+            experts=any(site.kind == "experts" for site in state.structure.sites.values()),
+        )  # fmt: skip
+        if asked.data in (None, GENERIC):
+            self.notes.append(
+                "Calibrated on random inputs: the model reads no text that could be given."
+                if made.kind == "random inputs"
+                else "Calibrated on generic text, the running Python's standard library: give --data for your own."
+            )
+        state.reporter.log(f"Calibrating on {made.tokens} tokens of {made.kind} (SHA-256 {made.digest[:16]}).")
+        if made.example:
+            state.reporter.log(f"The first sample begins {made.example['token_ids']}: {made.example['text']!r}")
+        state.calibrated_on = {
+            "data": asked.data or GENERIC, "kind": made.kind, "tokens": made.tokens, "sha256": made.digest
+        }  # fmt: skip
+        cap = self.watch.cap or (1 << 30)
+        return Calibration(made, cap // 4, state.held.scratch, asked.trust_remote_code, state.reporter.log)
 
     def _write_config(self, directory: Path, source: Checkpoint, units: list[Unit], plan: Plan) -> None:
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
@@ -285,6 +321,7 @@ class Work:
             tokens=tokens, batch_tokens=batch, threads=torch.get_num_threads(), seed=self.asked.seed,
             sample=structure.parameters < verification.SAMPLED_BELOW,
             trust_remote_code=self.asked.trust_remote_code, progress=True,
+            checksums={entry.site: entry.checksum for entry in state.entries if entry.checksum},
         )  # fmt: skip
         own = model_of(state.source, self.asked.trust_remote_code)[0].__module__
         step = self._step(state)

@@ -212,6 +212,14 @@ class WeightSolver(Method):
             InputError: the grid cannot hold this shape, a statistic in ``needs`` is missing, or NaN or Inf.
         """
 
+    def expected_gain(self, stats: SiteStatistics) -> float:
+        """The output error expected of this solver, relative to plain rounding's on the same grid and data."""
+        return 1.0
+
+    def prepare(self, stats: SiteStatistics) -> None:
+        """Compute what solving any rows with these statistics needs, so that it is done once, on all threads."""
+        return
+
     def checked(self, weight: Tensor, stats: SiteStatistics) -> tuple[Tensor, Any]:
         """The weight in float32 and the grid's survey, after the checks that every solver makes."""
         if not isinstance(weight, Tensor) or not weight.is_floating_point():

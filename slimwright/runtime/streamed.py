@@ -35,10 +35,13 @@ class WeightSource(ABC):
         held: (rows, columns) of any float dtype: the whole matrix, used instead of :meth:`rows` while it is there.
         watch: called with every input (..., in) that a forward multiplies the weight with, and the number of the expert
             (0 where the site is one matrix).
+        watch_output: called with every product that is part of a graph of gradients, the number of the expert (of an
+            embedding's lookup the ids instead), and the columns of the product that are this weight's.
     """
 
     held: Tensor | None = None
     watch: Callable[[Tensor, int], None] | None = None
+    watch_output: Callable[[Tensor, Any, slice], None] | None = None
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -83,17 +86,22 @@ class _StreamedLinear(nn.Module):
         self.nf = self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.source.watch is not None:
-            self.source.watch(x, 0)
-        if self.source.held is not None:
-            return nn.functional.linear(x, self.source.held.to(x.dtype), self.bias)
-        step = max(1, TILE_BYTES // 4 // self.in_features)
-        pieces = []
-        for start in range(0, self.out_features, step):
-            tile = self.source.rows(slice(start, min(start + step, self.out_features)))
-            pieces.append(nn.functional.linear(x, tile.to(x.dtype)))
-        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-        return out if self.bias is None else out + self.bias
+        source = self.source
+        if source.watch is not None:
+            source.watch(x, 0)
+        if source.held is not None:
+            out = nn.functional.linear(x, source.held.to(x.dtype), self.bias)
+        else:
+            step = max(1, TILE_BYTES // 4 // self.in_features)
+            pieces = []
+            for start in range(0, self.out_features, step):
+                tile = source.rows(slice(start, min(start + step, self.out_features)))
+                pieces.append(nn.functional.linear(x, tile.to(x.dtype)))
+            out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+            out = out if self.bias is None else out + self.bias
+        if source.watch_output is not None and out.requires_grad:
+            source.watch_output(out, 0, slice(None))
+        return out
 
 
 class _StreamedEmbedding(nn.Embedding):
@@ -108,7 +116,10 @@ class _StreamedEmbedding(nn.Embedding):
         index, inverse = torch.unique(ids, return_inverse=True)
         held = self.source.held
         rows = self.source.gather(index) if held is None else held[index]
-        return rows.to(self.dtype)[inverse]
+        out = rows.to(self.dtype)[inverse]
+        if self.source.watch_output is not None:
+            self.source.watch_output(out.requires_grad_(torch.is_grad_enabled()), ids, slice(None))
+        return out
 
 
 class _Expert:
@@ -131,18 +142,30 @@ class _Expert:
             number = 0
         matrix = (matrix.t() if self.transposed else matrix).to(self.dtype)
         watches = [source.watch for source in own if source.watch is not None]
-        return _Watched.of(matrix, lambda x: [watch(x, number) for watch in watches]) if watches else matrix
+        outputs = [(source.watch_output, source.site) for source in own if source.watch_output is not None]
+        if not watches and not outputs:
+            return matrix
+
+        def show(out: Tensor) -> None:
+            first = 0
+            for watch, site in outputs:  # matrices that the module concatenates lie side by side in its output
+                width = site.weight_shape[-2]
+                watch(out, number, slice(first, first + width))
+                first += width
+
+        return _Watched.of(matrix, lambda x: [watch(x, number) for watch in watches], show)
 
 
 class _Watched(torch.Tensor):
-    """A matrix that says what it is multiplied with: experts' inputs exist only inside their module's forward."""
+    """A matrix that says what it is multiplied with, and the product: an expert's exist only inside its module."""
 
     report: Callable[[Tensor], Any]
+    report_output: Callable[[Tensor], Any]
 
     @staticmethod
-    def of(matrix: Tensor, report: Callable[[Tensor], Any]) -> Tensor:
+    def of(matrix: Tensor, report: Callable[[Tensor], Any], report_output: Callable[[Tensor], Any]) -> Tensor:
         watched = matrix.as_subclass(_Watched)
-        watched.report = report
+        watched.report, watched.report_output = report, report_output
         return watched
 
     @classmethod
@@ -153,6 +176,11 @@ class _Watched(torch.Tensor):
             x, weight = given[0], given[1]
             if isinstance(weight, _Watched) and not isinstance(x, _Watched):
                 weight.report(x)
+                with torch._C.DisableTorchFunctionSubclass():
+                    out = func(*args, **kwargs)
+                    if out.requires_grad:
+                        weight.report_output(out)
+                    return out
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 

@@ -60,7 +60,7 @@ class GPTQ(WeightSolver):
         rows, columns = weight.shape
         if importance.shape[0] != columns:
             raise InputError(f"{self.name}: the Gram is of {importance.shape[0]} inputs, the weight has {columns}.")
-        order = torch.argsort(importance, descending=True, stable=True) if self.act_order else None
+        order = self._order(stats)
         factor, _ = stats.factor(self.damp, order)
         static = self.static_groups or self.grid.fit_block(columns) >= columns
         params = self._fit(weight, importance, survey) if static else None
@@ -74,6 +74,24 @@ class GPTQ(WeightSolver):
             found.append(own)
         params = {name: torch.cat([part[name] for part in found]) for name in found[0]}
         return Quantized(self.grid, self.grid.encode(values, params), params)
+
+    def prepare(self, stats: SiteStatistics) -> None:
+        if stats.gram is not None:
+            stats.factor(self.damp, self._order(stats))
+
+    def expected_gain(self, stats: SiteStatistics) -> float:
+        """Errors of equal size on every column cost ``tr(H)`` where they are independent, and the squared pivots of the
+        factor where each is fed back into the columns after it."""
+        if stats.gram is None:
+            return 1.0
+        factor, damping = stats.factor(self.damp, self._order(stats))
+        plain = float(stats.gram.diagonal().sum()) + damping * factor.shape[0]
+        return float(factor.diagonal().square().sum()) / plain
+
+    def _order(self, stats: SiteStatistics) -> Tensor | None:
+        """(in,) the order of the columns; None is their own."""
+        assert stats.importance is not None
+        return torch.argsort(stats.importance, descending=True, stable=True) if self.act_order else None
 
     def _fit(self, weight: Tensor, importance: Tensor, survey: object = None) -> Params:
         """The grid's parameters for some columns as they are."""
