@@ -76,8 +76,10 @@ def fit(
         str | None,
         typer.Option(help="Data to calibrate on: a file, folder, dataset, or none."),
     ] = None,
-    method: Annotated[str, typer.Option(hidden=True, help="Solver: NAME[,knob=value...].")] = "quantize/rtn",
-    calibration_tokens: Annotated[int, typer.Option(hidden=True, help="Tokens to calibrate on.")] = 65536,
+    method: Annotated[
+        str | None, typer.Option(hidden=True, help="Solver: NAME[,knob=value...] (default: GPTQ, without data RTN).")
+    ] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(hidden=True, help="Tokens to calibrate on.")] = None,
     calibration_length: Annotated[
         int | None, typer.Option(hidden=True, help="Tokens of a sequence (default 512 or the model's positions).")
     ] = None,

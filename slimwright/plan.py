@@ -20,6 +20,8 @@ from slimwright.weights import Float, Grid, parse_grid
 PLAN_VERSION = 1
 KEEP = "keep"
 DEFAULT_METHOD = "quantize/rtn"
+CALIBRATED_METHOD = "quantize/gptq"
+"""What solves where there is no data, and where there is, unless the user says."""
 CAST = "cast"
 CAST_GRIDS = ("fp16", "bf16")
 """What a tensor that is no site may be stored as, beside ``keep``."""

@@ -96,7 +96,10 @@ def test_verbs_that_are_not_built(run, verb: str) -> None:  # type: ignore[no-un
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fit", "{tiny}", "--size", "40%", "--data", "chat.jsonl", "--out", "{out}"), "--data chat.jsonl"),
+        (
+            ("fit", "{tiny}", "--size", "40%", "--data", "chat.jsonl", "--out", "{out}"),
+            "--data chat.jsonl cannot be used",
+        ),
         (("fit", "{tiny}", "--size", "40%", "--device", "cuda", "--out", "{out}"), "--device cuda"),
         (("fit", "{tiny}", "--size", "40%"), "--out"),
         (("fit", "{tiny}", "--out", "{out}"), "--size"),

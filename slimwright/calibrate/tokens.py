@@ -44,6 +44,16 @@ class Samples:
     example: dict[str, Any] = field(default_factory=dict)
 
 
+RANDOM = "random inputs"
+"""What a model that reads no text is walked with."""
+
+
+def reads_text(model: Any) -> bool:
+    """Whether the model's inputs are token ids and nothing else."""
+    probe = dummy_inputs(model, batch=1, length=8)
+    return "input_ids" in probe and not any(k.startswith(("pixel", "input_features", "input_values")) for k in probe)
+
+
 def sequence_length(config: PretrainedConfig, asked: int | None = None, most: int = 512) -> int:
     """Tokens of one sequence: what was asked, at most what the model has positions for."""
     text = config.get_text_config()
@@ -94,12 +104,9 @@ def samples(
     """
     config = model.config
     length = sequence_length(config, length)
-    probe = dummy_inputs(model, batch=1, length=min(length, 16))
-    reads_text = "input_ids" in probe and not any(
-        k.startswith(("pixel", "input_features", "input_values")) for k in probe
-    )
-    if tokenizer is None or not reads_text:
+    if tokenizer is None or not reads_text(model):
         return _random(model, tokens, length, seed)
+    probe = dummy_inputs(model, batch=1, length=min(length, 16))
     order = list(found)
     random.Random(seed).shuffle(order)
     vocabulary = config.get_text_config().vocab_size
@@ -236,7 +243,7 @@ def _random(model: Any, tokens: int, length: int, seed: int) -> Samples:
         inputs = dummy_inputs(model, batch=rows, length=length, seed=seed + len(batches))
         batches.append(Batch(inputs, documents=tuple(f"random-{len(batches)}-{row}" for row in range(rows))))
         counted += rows * length
-    return Samples(tuple(batches), counted, "random inputs", _digest(batches))
+    return Samples(tuple(batches), counted, RANDOM, _digest(batches))
 
 
 def _digest(batches: Sequence[Batch]) -> str:

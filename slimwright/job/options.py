@@ -250,6 +250,13 @@ def score_options(
     for group, found in in_order(score, [group for group in table if group not in losses]):
         losses[group] = found
         record(group, found)
+    return with_losses(table, losses)
+
+
+def with_losses(
+    table: Mapping[str, list[Option]], losses: Mapping[str, Sequence[float | None]]
+) -> dict[str, list[Option]]:
+    """The options with their losses; those that cannot hold the values are left out."""
     return {
         group: [replace(o, loss=loss) for o, loss in zip(options, losses[group], strict=True) if loss is not None]
         for group, options in table.items()

@@ -9,15 +9,14 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from slimwright.calibrate.data import GENERIC, documents, split
-from slimwright.calibrate.tokens import samples
+from slimwright.calibrate.data import Document
 from slimwright.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -35,12 +34,14 @@ from slimwright.checkpoint import (
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import verify as verification
 from slimwright.job.build import Calibration, Unit, build, grids_written, layout_of, plan_units
+from slimwright.job.calibration import calibrate, notes_on
 from slimwright.job.forecast import Forecast
 from slimwright.job.ledger import Entry, check_complete
 from slimwright.job.memory import MemoryWatch, trim
 from slimwright.job.open import model_of
-from slimwright.job.options import score_options
+from slimwright.job.options import score_options, with_losses
 from slimwright.job.passes import Pass, run_passes
+from slimwright.job.probe import Probe
 from slimwright.job.progress import Reporter
 from slimwright.job.request import FitOptions, FitReport
 from slimwright.job.result import (
@@ -53,7 +54,6 @@ from slimwright.job.result import (
     versions,
     write_papers,
 )
-from slimwright.model.skeleton import skeleton
 from slimwright.model.structure import Structure
 from slimwright.plan import Plan
 from slimwright.runtime.format import DenseForm, write_config
@@ -66,7 +66,7 @@ COMMIT_SECONDS = 2.0
 @dataclass(frozen=True)
 class Target:
     """What the job works towards: bytes, the plan where it is fixed, else the options and the bytes of all that is no
-    site, the forecast, the state of the source."""
+    site, the forecast, the state of the source, the documents to calibrate on."""
 
     budget: int
     fixed: Plan | None
@@ -74,6 +74,7 @@ class Target:
     rest: int
     predicted: Forecast
     state: str
+    documents: Sequence[Document] = ()
 
 
 @dataclass
@@ -93,6 +94,7 @@ class _State:
     side_files: tuple[str, ...] = ()
     outcome: verification.Outcome | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
     calibrated_on: dict[str, Any] = field(default_factory=dict)
 
     def planned(self) -> Plan:
@@ -224,7 +226,13 @@ class Work:
             step(len(found), groups)
 
         target = state.target
-        table = score_options(state.source, state.structure, target.options, dict(found), record)
+        if self.asked.data == "none":
+            table = score_options(state.source, state.structure, target.options, dict(found), record)
+        else:
+            losses = Probe(
+                state.source, state.structure, self._calibration(state), target.options, dict(found), record
+            ).run()
+            table = with_losses(target.options, losses)
         journal.commit()
         allocation = search(table, target.budget - target.rest, solver=self.asked.search)
         castable = set(state.structure.castable)
@@ -265,33 +273,15 @@ class Work:
         trim()
 
     def _calibration(self, state: _State) -> Calibration:
-        """The data as batches."""
-        asked = self.asked
-        found = documents(asked.data or GENERIC)
-        if asked.data not in (None, GENERIC):
-            found, _ = split(found)
-        model = skeleton(
-            state.source.config, state.source.model_path, state.source.tensors, asked.trust_remote_code
-        )  # fmt: skip
-        made = samples(
-            model, verification.load_tokenizer(state.source), found, tokens=asked.calibration_tokens,
-            length=asked.calibration_length, seed=asked.seed,
-            experts=any(site.kind == "experts" for site in state.structure.sites.values()),
-        )  # fmt: skip
-        if asked.data in (None, GENERIC):
-            self.notes.append(
-                "Calibrated on random inputs: the model reads no text that could be given."
-                if made.kind == "random inputs"
-                else "Calibrated on generic text, the running Python's standard library: give --data for your own."
-            )
-        state.reporter.log(f"Calibrating on {made.tokens} tokens of {made.kind} (SHA-256 {made.digest[:16]}).")
-        if made.example:
-            state.reporter.log(f"The first sample begins {made.example['token_ids']}: {made.example['text']!r}")
-        state.calibrated_on = {
-            "data": asked.data or GENERIC, "kind": made.kind, "tokens": made.tokens, "sha256": made.digest
-        }  # fmt: skip
-        cap = self.watch.cap or (1 << 30)
-        return Calibration(made, cap // 4, state.held.scratch, asked.trust_remote_code, state.reporter.log)
+        """The data as batches, made once."""
+        if state.calibration is None:
+            state.calibration, facts = calibrate(
+                self.asked, state.source, state.structure, state.target.documents, self.watch.cap or (1 << 30),
+                state.held.scratch, state.reporter.log,
+            )  # fmt: skip
+            state.calibrated_on = facts
+            self.notes += notes_on(facts)
+        return state.calibration
 
     def _write_config(self, directory: Path, source: Checkpoint, units: list[Unit], plan: Plan) -> None:
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
@@ -385,7 +375,7 @@ class Work:
             "budget": {"asked": self.asked.limit(), "bytes": state.target.budget},
             **size_parts(source, written, state.structure, state.entries),
             **quality_parts(outcome),
-            "calibration": "none (data-free)",
+            "calibration": state.calibrated_on or "none (data-free)",
             "lineage": lineage.to_json(),
             "hash": weights_hash(held.partial),
             "versions": versions(),

@@ -302,8 +302,9 @@ def load_streamed(
         tensors: everything that is no site by disk name, taken instead of the files' contents.
         dtype: what it computes in.
     """
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # the sites' tensors are unexpected keys here, by design
+    logging.disable_progress_bar()
     try:
         model = cls.from_pretrained(
             None if tensors is not None else directory,
@@ -314,4 +315,6 @@ def load_streamed(
         )
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
     return model.eval()
