@@ -76,6 +76,7 @@ def fit(
         str | None,
         typer.Option(help="Data to calibrate on: a file, folder, dataset, or none."),
     ] = None,
+    eval_data: Annotated[str | None, typer.Option(hidden=True, help="Data to measure the result's quality on.")] = None,
     method: Annotated[
         str | None, typer.Option(hidden=True, help="Solver: NAME[,knob=value...] (default: GPTQ, without data RTN).")
     ] = None,
@@ -98,22 +99,21 @@ def fit(
     effort: Annotated[str | None, _later("--effort")] = None,
     target: Annotated[str | None, _later("--target")] = None,
     adapter: Annotated[list[str] | None, _later("--adapter")] = None,
-    eval_data: Annotated[str | None, _later("--eval-data")] = None,
     loss: Annotated[str | None, _later("--loss")] = None,
     ray: Annotated[str | None, _later("--ray")] = None,
 ) -> None:
     """Fit MODEL to a size: quantize it, prove the result, publish it with a report."""
     _refuse(
         memory=memory, context=context, batch=batch, keep=keep, latency=latency, allow=allow, effort=effort,
-        target=target, adapter=adapter, eval_data=eval_data, loss=loss, ray=ray,
+        target=target, adapter=adapter, loss=loss, ray=ray,
     )  # fmt: skip
     from slimwright.job.fit import fit as run
     from slimwright.plan import parse_bytes
 
     report = run(
         model, out, size=size, grid=grid, rules=tuple(rule or ()), plan=plan, job_memory=job_memory, dry_run=dry_run,
-        data=data, calibration_tokens=calibration_tokens, calibration_length=calibration_length, method=method,
-        search=search, job_time=None if job_time is None else _seconds(job_time),
+        data=data, eval_data=eval_data, calibration_tokens=calibration_tokens, calibration_length=calibration_length,
+        method=method, search=search, job_time=None if job_time is None else _seconds(job_time),
         device=device, seed=seed, max_shard_bytes=parse_bytes(shard_size, "--shard-size"),
         trust_remote_code=trust_remote_code,
     )  # fmt: skip

@@ -204,10 +204,11 @@ def test_an_interrupted_command_names_the_command_that_continues(
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         honest = building.build
 
-        def build(source, structure, units, writer, journal, step):  # type: ignore[no-untyped-def]
+        def build(source, structure, units, writer, journal, step, *data):  # type: ignore[no-untyped-def]
             return honest(
                 source, structure, units, writer, journal,
                 lambda done, total: os.kill(os.getpid(), number) if 2 * done > total else step(done, total),
+                *data,
             )  # fmt: skip
 
         code = 99

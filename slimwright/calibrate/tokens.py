@@ -84,6 +84,7 @@ def samples(
     length: int | None = None,
     seed: int = 0,
     experts: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Samples:
     """Batches for a walk over ``model``.
 
@@ -98,6 +99,7 @@ def samples(
         tokens: how many are wanted; fewer are made where the data has fewer.
         length: of a sequence; None is 512 or what the model has positions for.
         experts: the model routes tokens to experts, which do not see the mask: rows of a batch then have equal lengths.
+        batch_tokens: tokens of one forward.
 
     Raises:
         InputError: the documents hold too little text for one sequence, or messages without a chat template.
@@ -105,15 +107,17 @@ def samples(
     config = model.config
     length = sequence_length(config, length)
     if tokenizer is None or not reads_text(model):
-        return _random(model, tokens, length, seed)
+        return _random(model, tokens, length, seed, batch_tokens)
     probe = dummy_inputs(model, batch=1, length=min(length, 16))
     order = list(found)
     random.Random(seed).shuffle(order)
     vocabulary = config.get_text_config().vocab_size
     if causal(config):
-        batches, counted, example = _packed(tokenizer, order, tokens, length, vocabulary)
+        batches, counted, example = _packed(tokenizer, order, tokens, length, vocabulary, batch_tokens)
     else:
-        batches, counted, example = _padded(tokenizer, order, tokens, length, vocabulary, probe, experts)
+        batches, counted, example = _padded(
+            tokenizer, order, tokens, length, vocabulary, probe, experts, batch_tokens
+        )  # fmt: skip
     if not batches:
         raise InputError(
             f"The data has too little text: its {len(found)} documents do not make one sequence of {length} tokens."
@@ -147,7 +151,7 @@ def _check(ids: Sequence[int], vocabulary: int) -> None:
 
 
 def _packed(
-    tokenizer: Any, order: Sequence[Document], tokens: int, length: int, vocabulary: int
+    tokenizer: Any, order: Sequence[Document], tokens: int, length: int, vocabulary: int, batch_tokens: int
 ) -> tuple[list[Batch], int, dict[str, Any]]:
     end = getattr(tokenizer, "eos_token_id", None)
     stream: list[int] = []
@@ -164,7 +168,7 @@ def _packed(
     count = min(-(-tokens // length), len(stream) // length)
     rows = torch.tensor(stream[: count * length]).view(count, length)
     names = tuple(owners[row * length] for row in range(count))
-    step = max(1, BATCH_TOKENS // length)
+    step = max(1, batch_tokens // length)
     batches = [
         Batch({"input_ids": rows[first : first + step]}, documents=names[first : first + step])
         for first in range(0, count, step)
@@ -180,6 +184,7 @@ def _padded(
     vocabulary: int,
     probe: dict[str, Tensor],
     experts: bool,
+    batch_tokens: int,
 ) -> tuple[list[Batch], int, dict[str, Any]]:
     rows: list[tuple[list[int], str]] = []
     counted = 0
@@ -200,7 +205,7 @@ def _padded(
     first = 0
     while first < len(rows):
         width = len(rows[first][0])
-        last = first + max(1, BATCH_TOKENS // width)
+        last = first + max(1, batch_tokens // width)
         members = [row for row in rows[first:last] if not experts or len(row[0]) == width]
         first += len(members)
         padding = getattr(tokenizer, "pad_token_id", None) or 0
@@ -234,9 +239,9 @@ def _example(tokenizer: Any, ids: Sequence[int]) -> dict[str, Any]:
     return {"token_ids": list(ids[:32]), "text": tokenizer.decode(ids[:32])}
 
 
-def _random(model: Any, tokens: int, length: int, seed: int) -> Samples:
+def _random(model: Any, tokens: int, length: int, seed: int, batch_tokens: int) -> Samples:
     """Random inputs, for models that read no text or have no tokenizer."""
-    rows = max(1, BATCH_TOKENS // length)
+    rows = max(1, min(batch_tokens, tokens) // length)
     batches: list[Batch] = []
     counted = 0
     while counted < tokens:

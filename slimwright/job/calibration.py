@@ -34,6 +34,8 @@ def with_data(asked: FitOptions, source: Checkpoint, structure: Structure) -> tu
     Raises:
         InputError: the data cannot be used: not there, empty, unreadable, or the model reads no text.
     """
+    if asked.eval_data is not None:
+        documents(asked.eval_data)  # refused now rather than after the work
     methods = [parse_method(asked.method)] if asked.method is not None else []
     if asked.plan is not None:
         plan = Plan.load(Path(asked.plan))

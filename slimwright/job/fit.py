@@ -49,7 +49,7 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
         out: directory that the result is written to; it exists only when the result is whole and verified.
         options: fields of :class:`FitOptions`: ``size`` (``4.25bit | 30% | 4.7GB``), ``grid`` (``int4:g128``
             everywhere), ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``data`` (what to calibrate on, or
-            ``none``), ``calibration_tokens``, ``calibration_length``, ``method`` (the solver), ``search``
+            ``none``), ``eval_data``, ``calibration_tokens``, ``calibration_length``, ``method`` (solver), ``search``
             (``dp | milp``), ``job_memory`` (``2GB``), ``job_time`` (seconds), ``seed``, ``dry_run``,
             ``trust_remote_code``, ``quiet``.
 
@@ -96,7 +96,8 @@ class _Job:
         options, rest = self._options(source, structure, bound, budget) if fixed is None else ({}, 0)
         cap = self.watch.cap or 0
         usual = _representative(solver, fixed, structure)
-        predicted = forecast(source, structure, usual, measure_rates(usual), budget, fixed is None, cap)
+        seen = (asked.calibration_tokens or 0) if asked.data != "none" else 0
+        predicted = forecast(source, structure, usual, measure_rates(usual), budget, fixed is None, cap, seen)
         if cap < predicted.least_memory_bytes:
             raise InputError(
                 f"--job-memory {cap / 1e6:.0f} MB is too little for this model: the least that would do is about "

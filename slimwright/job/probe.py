@@ -41,7 +41,7 @@ LEAST_ROWS = 16
 REVERSE_TOKENS = 8192
 """Tokens of the reverse walk at most."""
 
-REVERSE_LOGITS = 1 << 25
+REVERSE_LOGITS = 1 << 23
 """Logits of one of its batches at most."""
 
 Losses = list[float | None]

@@ -28,6 +28,7 @@ class FitOptions:
     rules: tuple[str, ...] = ()
     method: str | None = None
     data: str | None = None
+    eval_data: str | None = None
     calibration_tokens: int | None = None
     calibration_length: int | None = None
     search: str = "dp"
@@ -52,16 +53,17 @@ class FitOptions:
         return {
             "size": self.size, "grid": self.grid, "plan": plan, "rules": list(self.rules), "method": self.method,
             "data_digest": self.data_digest,
-            "data": self.data, "tokens": self.calibration_tokens, "length": self.calibration_length,
+            "data": self.data, "eval_data": self.eval_data, "tokens": self.calibration_tokens,
+            "length": self.calibration_length,
             "search": self.search, "seed": self.seed, "shard": self.max_shard_bytes,
         }  # fmt: skip
 
     def command(self) -> str:
         """The command line that does this job again."""
         words = ["slimwright", "fit", self.model]
-        for name in ("size", "grid", "plan", "data", "out"):
+        for name in ("size", "grid", "plan", "data", "eval_data", "out"):
             if getattr(self, name) is not None:
-                words += [f"--{name}", str(getattr(self, name))]
+                words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         for rule in self.rules:
             words += ["--rule", rule]
         for name in ("method", "search", "seed", "calibration_tokens", "calibration_length"):

@@ -21,8 +21,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from slimwright.calibrate.data import documents, split
+from slimwright.calibrate.tokens import samples
 from slimwright.checkpoint import Checkpoint, TensorEntry
-from slimwright.errors import SlimwrightError
+from slimwright.errors import InputError, SlimwrightError
 from slimwright.evaluate.quality import EncoderQuality, LanguageQuality
 from slimwright.job.build import Unit, plan_units
 from slimwright.job.memory import trim
@@ -40,6 +42,9 @@ from slimwright.weights import disk_shapes, unpack_rows
 
 TOLERANCE = 1e-4
 """Largest difference of an output, relative to the largest output, in float32."""
+
+SHORTEST_SEQUENCE = 8
+"""Tokens of an evaluated sequence at least."""
 
 SAMPLED_TILES = 2
 """Tiles of a tensor that are compared one by one (tensors of up to this many tiles are compared whole)."""
@@ -61,6 +66,8 @@ class Spec:
         trust_remote_code: run the source's own model code.
         progress: whether to print one JSON object a step on stdout.
         checksums: of what solvers with data returned, by disk name.
+        data: the user's data, a tenth of which is for evaluation; empty: held-out generic text.
+        eval_data: data for evaluation only, taken instead.
     """
 
     source: str
@@ -74,6 +81,8 @@ class Spec:
     trust_remote_code: bool = False
     progress: bool = False
     checksums: dict[str, str] = field(default_factory=dict)
+    data: str = ""
+    eval_data: str = ""
 
 
 @dataclass
@@ -235,7 +244,7 @@ def _compare_outputs(
     original = load_streamed(cls, source.model_path, config, plain_sources(source, structure))
     batches = list(_batches(spec, source, packed, outcome))
     quality: LanguageQuality | EncoderQuality | None = None
-    for index, (names, inputs) in enumerate(batches):
+    for index, (names, inputs, mask) in enumerate(batches):
         got = _outputs(packed, inputs)
         if index == 0:
             expected = _outputs(reference, inputs)
@@ -249,7 +258,7 @@ def _compare_outputs(
         quality = quality or (
             LanguageQuality() if "logits" in got and _is_distribution(got["logits"]) else EncoderQuality()
         )
-        _add(quality, names, before, got, inputs)
+        _add(quality, names, before, got, mask)
         step(len(batches) + 1 + index, 2 * len(batches))
     outcome.evaluations += 1
     assert quality is not None
@@ -303,13 +312,19 @@ def _add(
     names: list[str],
     before: dict[str, Tensor],
     after: dict[str, Tensor],
-    inputs: dict[str, Tensor],
+    mask: Tensor | None,
 ) -> None:
-    """Add one batch, one document a row."""
+    """Add one batch, one document a row; ``mask`` (rows, length) says which tokens count, where not all do."""
+
+    def counted(row: int, length: int) -> Tensor:
+        if mask is None or mask.shape[1] < length:
+            return torch.ones(length, dtype=torch.bool)
+        return mask[row, :length]
+
     if isinstance(quality, LanguageQuality):
         for row, name in enumerate(names):
             old, new = (found["logits"][row].reshape(-1, found["logits"].shape[-1]) for found in (before, after))
-            quality.add(name, old, new, torch.ones(old.shape[0], dtype=torch.bool))
+            quality.add(name, old, new, counted(row, old.shape[0]))
         return
     key = next(
         (k for k in ("last_hidden_state", "image_embeds", "text_embeds", "pooler_output") if k in before),
@@ -317,13 +332,17 @@ def _add(
     )
     for row, name in enumerate(names):
         old, new = (found[key][row].reshape(-1, found[key].shape[-1]) for found in (before, after))
-        quality.add(name, old, new, torch.ones(old.shape[0], dtype=torch.bool))
+        quality.add(name, old, new, counted(row, old.shape[0]))
 
 
 def _batches(
     spec: Spec, source: Checkpoint, model: Any, outcome: Outcome
-) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
-    """Inputs with the names of their documents: held-out text where the model reads text, else random."""
+) -> Iterator[tuple[list[str], dict[str, Tensor], Tensor | None]]:
+    """Inputs with the names of their documents and the mask of tokens that count: the user's data, else held-out text
+    where the model reads text, else random."""
+    if spec.data or spec.eval_data:
+        yield from _from_data(spec, source, model, outcome)
+        return
     length = _length(model, spec)
     rows = max(1, min(spec.batch_tokens // length, 64))
     count = max(2, min(512, spec.tokens // length))
@@ -343,8 +362,36 @@ def _batches(
             for key in ("input_ids", "decoder_input_ids"):
                 if key in inputs:
                     inputs[key] = ids[:, : inputs[key].shape[1]]
-        yield names, inputs
+        yield names, inputs, None
         made += batch
+
+
+def _from_data(
+    spec: Spec, source: Checkpoint, model: Any, outcome: Outcome
+) -> Iterator[tuple[list[str], dict[str, Tensor], Tensor | None]]:
+    """The user's documents that no solver saw; shorter sequences where there is little text."""
+    found = documents(spec.eval_data) if spec.eval_data else split(documents(spec.data))[1]
+    outcome.inputs = spec.eval_data or f"a tenth of {spec.data}, kept from the solvers"
+    tokenizer, length = load_tokenizer(source), _length(model, spec)
+    while True:
+        try:
+            made = samples(
+                model, tokenizer, found, tokens=spec.tokens, length=length, seed=spec.seed,
+                batch_tokens=spec.batch_tokens,
+            )  # fmt: skip
+            break
+        except InputError:
+            if length <= SHORTEST_SEQUENCE:
+                raise
+            length //= 2
+    seen: dict[str, int] = {}
+    for batch in made.batches:
+        names = []
+        for name in batch.documents:
+            seen[name] = seen.get(name, 0) + 1
+            names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+        rows = tuple(batch.inputs["input_ids"].shape)
+        yield names, batch.inputs, batch.masks.get(rows)
 
 
 def _length(model: Any, spec: Spec) -> int:

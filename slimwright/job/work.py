@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from slimwright.calibrate.data import Document
+from slimwright.calibrate.data import GENERIC, Document
+from slimwright.calibrate.tokens import RANDOM
 from slimwright.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -311,6 +312,8 @@ class Work:
             tokens=tokens, batch_tokens=batch, threads=torch.get_num_threads(), seed=self.asked.seed,
             sample=structure.parameters < verification.SAMPLED_BELOW,
             trust_remote_code=self.asked.trust_remote_code, progress=True,
+            data="" if self.asked.data in (None, "none", GENERIC, RANDOM) else str(self.asked.data),
+            eval_data=self.asked.eval_data or "",
             checksums={entry.site: entry.checksum for entry in state.entries if entry.checksum},
         )  # fmt: skip
         own = model_of(state.source, self.asked.trust_remote_code)[0].__module__

@@ -55,7 +55,10 @@ def why_not() -> str:
 
 
 def available(*tensors: Tensor) -> bool:
-    """Whether the kernels can work on these tensors: on the CPU and contiguous."""
+    """Whether the kernels can work on these tensors: real ones, on the CPU, contiguous. Never while torch traces a
+    function: what it compiles is the torch code beside the kernels."""
+    if torch.compiler.is_compiling():
+        return False
     return library() is not None and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
 
 

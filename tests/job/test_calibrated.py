@@ -139,3 +139,15 @@ def test_bad_tables_are_refused_with_the_line(line: str, sentence: str, tmp_path
 def test_data_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         bundled(tmp_path / "out", grid="int4:g64", data=str(tmp_path / "missing.txt"))
+
+
+def test_quality_is_measured_on_what_the_user_gave(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"def function_{i}(x):\n    return x + {i}\n" * 60}) for i in range(30)]
+    data, other = tmp_path / "data.jsonl", tmp_path / "other.jsonl"
+    data.write_text("\n".join(rows))
+    other.write_text("\n".join(rows[:3]))
+    kept = bundled(tmp_path / "a", grid="int4:g64", data=str(data), method="quantize/rtn")
+    given = bundled(tmp_path / "b", grid="int4:g64", data="none", eval_data=str(other))
+    assert "a tenth of" in kept["verified"]["inputs"] and str(data) in kept["verified"]["inputs"]
+    assert given["verified"]["inputs"] == str(other)
+    assert kept["quality"]["kl"]["value"] != given["quality"]["kl"]["value"]
