@@ -30,7 +30,7 @@ def correct(logits: Tensor, labels: Tensor) -> Tensor:
             f"{tuple(labels.shape)}."
         )
     classes = logits.shape[1]
-    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise InputError(
             f"The labels run from {int(labels.min())} to {int(labels.max())}, but there are {classes} classes."
         )

@@ -81,9 +81,8 @@ def paired_interval(
     """
     pairs = [_documents(*before), _documents(*after)]
     if len(pairs[0][0]) != len(pairs[1][0]):
-        raise InputError(
-            f"A paired interval needs the same documents twice, but there are {len(pairs[0][0])} and {len(pairs[1][0])}."
-        )
+        counts = f"{len(pairs[0][0])} and {len(pairs[1][0])}"
+        raise InputError(f"A paired interval needs the same documents twice, but there are {counts}.")
     used = (pairs[0][1] > 0) & (pairs[1][1] > 0)
     if ((pairs[0][1] > 0) != used).any() or ((pairs[1][1] > 0) != used).any():
         raise InputError("A paired interval needs the same documents twice, but some are empty in one and not in both.")

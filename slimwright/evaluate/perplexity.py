@@ -34,7 +34,7 @@ def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
             f"{tuple(targets.shape)}."
         )
     vocabulary = logits.shape[1]
-    if len(targets) and not (0 <= int(targets.min()) and int(targets.max()) < vocabulary):
+    if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= vocabulary):
         raise InputError(
             f"A token id lies outside the model's vocabulary of {vocabulary}: the tokenizer is not this model's."
         )

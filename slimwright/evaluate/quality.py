@@ -53,18 +53,18 @@ class TokenRows:
             raise InputError(
                 f"Quality needs at least two tokens to compare, but there are {self.tokens}: give more text."
             )
-        joined = {
-            str(name): {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
-            for name, parts in self._documents.items()
-        }
-        if len(joined) == 1:
-            ((name, columns),) = joined.items()
+        names = [str(name) for name in self._documents]
+        rows = [
+            {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
+            for parts in self._documents.values()
+        ]
+        if len(rows) == 1:
             pieces = min(_PIECES, self.tokens)
-            cut = {column: np.array_split(values, pieces) for column, values in columns.items()}
-            joined = {f"{name} [{i}]": {column: parts[i] for column, parts in cut.items()} for i in range(pieces)}
-        rows = list(joined.values())
+            cut = {column: np.array_split(values, pieces) for column, values in rows[0].items()}
+            rows = [{column: parts[index] for column, parts in cut.items()} for index in range(pieces)]
+            names = [f"{names[0]} [{index}]" for index in range(pieces)]
         sums = {column: [float(row[column].sum()) for row in rows] for column in rows[0]}
-        return Table.of(list(joined), tokens=[float(len(next(iter(row.values())))) for row in rows], **sums)
+        return Table.of(names, tokens=[float(len(next(iter(row.values())))) for row in rows], **sums)
 
 
 class LanguageQuality:
