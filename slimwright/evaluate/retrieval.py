@@ -53,8 +53,8 @@ def standard_library_task() -> RetrievalTask:
     Queries are the first paragraphs of docstrings, documents the source of functions and methods without their
     docstring, cut at 800 characters; functions without a docstring are documents that belong to no query. At most 40
     functions of a module, 300 queries and 800 documents are taken, in the order of the identifiers' hashes. Texts that
-    occur twice (docstrings or bodies) are left out altogether, since no ranking could tell them apart; so are docstrings
-    of fewer than four words and bodies of fewer than 60 characters.
+    occur twice (docstrings or bodies) are left out altogether, since no ranking could tell them apart; so are
+    docstrings of fewer than four words and bodies of fewer than 60 characters.
 
     Nothing is random: a version of Python gives the same task on every machine.
     """
@@ -121,8 +121,8 @@ def is_task(folder: str) -> bool:
 
 
 def read_task(folder: str) -> RetrievalTask:
-    """A task in BEIR's layout: ``corpus.jsonl`` (``_id``, ``text``, ``title``), ``queries.jsonl`` (``_id``, ``text``) and
-    ``qrels/test.tsv`` (query, document, grade; a line of headings). Title and text become one, as BEIR does.
+    """A task in BEIR's layout: ``corpus.jsonl`` (``_id``, ``text``, ``title``), ``queries.jsonl`` (``_id``, ``text``)
+    and ``qrels/test.tsv`` (query, document, grade; a line of headings). Title and text become one, as BEIR does.
 
     Raises:
         InputError: a file is missing, empty, not UTF-8 or not in this form, or names what is not there.
@@ -132,7 +132,7 @@ def read_task(folder: str) -> RetrievalTask:
     queries = {row["_id"]: row["text"] for row in _beir(root / "queries.jsonl")}
     judgements: dict[str, dict[str, int]] = {}
     file = root / "qrels" / "test.tsv"
-    for number, line in enumerate(_text(file).splitlines()[1:], 2):
+    for number, line in enumerate(_text(file).split("\n")[1:], 2):
         if not line.strip():
             continue
         try:
@@ -141,16 +141,14 @@ def read_task(folder: str) -> RetrievalTask:
         except ValueError:
             raise InputError(f"{file}, line {number} is not a query, a document and a grade between tabs.") from None
         if query not in queries:
-            raise InputError(
-                f"{file}, line {number} names the query '{query[:80]}', which queries.jsonl does not have."
-            )
+            raise InputError(f"{file}, line {number} names the query '{query[:80]}', which is not in queries.jsonl.")
     if not judgements:
         raise InputError(f"{file} judges no query.")
     return RetrievalTask({query: queries[query] for query in judgements}, documents, judgements)
 
 
 def _beir(file: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_text(file).splitlines(), 1):
+    for number, line in enumerate(_text(file).split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
