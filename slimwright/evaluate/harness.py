@@ -75,14 +75,8 @@ def tables_of(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, T
         if not columns:
             raise InputError(f"The task '{task}' has no metric that is a number for each document.")
         names = list(next(iter(columns.values())))
-        made[task] = Table.of(
-            names,
-            **{
-                name: [values[document] for document in names]
-                for name, values in columns.items()
-                if len(values) == len(names)
-            },
-        )
+        whole = {name: values for name, values in columns.items() if values.keys() == set(names)}
+        made[task] = Table.of(names, **{n: [values[name] for name in names] for n, values in whole.items()})
     return made
 
 

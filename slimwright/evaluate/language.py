@@ -150,7 +150,7 @@ def _alike(reference: Tensor, candidate: Tensor, vocabulary: int) -> tuple[Tenso
     width = min(reference.shape[1], candidate.shape[1])
     if reference.shape[1] != candidate.shape[1] and width < vocabulary:
         raise InputError(
-            f"The vocabularies have {reference.shape[1]} and {candidate.shape[1]} entries, but the tokenizer of both has "
-            f"{vocabulary}: their distributions cannot be compared."
+            f"The vocabularies have {reference.shape[1]} and {candidate.shape[1]} entries, but the tokenizer of both "
+            f"has {vocabulary}: their distributions cannot be compared."
         )
     return reference[:, :width], candidate[:, :width]
