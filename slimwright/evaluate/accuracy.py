@@ -32,7 +32,7 @@ def correct(logits: Tensor, labels: Tensor) -> Tensor:
     classes = logits.shape[1]
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise InputError(
-            f"The labels run from {int(labels.min())} to {int(labels.max())}, but there are {classes} classes."
+            f"The labels run from {int(labels.min())} to {int(labels.max())}, but the model has {classes} classes."
         )
     if not torch.isfinite(logits).all():
         raise InputError("The logits hold NaN or Inf: the model is broken or was built wrong.")

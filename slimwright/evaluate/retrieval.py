@@ -208,7 +208,7 @@ def score_task(task: RetrievalTask, queries: Tensor, documents: Tensor, similari
         if len(scores) > DEPTH:  # with all that tie with the last: which of them stay is decided by their identifiers
             kept = (scores >= scores.topk(DEPTH).values[-1]).nonzero()[:, 0].tolist()
         else:
-            kept = range(len(scores))
+            kept = list(range(len(scores)))
         # A document of the query's own identifier is the query itself (BEIR's duplicate questions).
         run[query] = {names[index]: float(scores[index]) for index in kept if names[index] != query}
     return score_rankings(run, task.judgements)

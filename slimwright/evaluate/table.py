@@ -78,7 +78,7 @@ class Metric:
             InputError: a column is missing, or see :func:`slimwright.evaluate.bootstrap.interval`.
         """
         found = interval(*self._columns(table), seed=seed)
-        return Estimate(*(float(self.transform(np.float64(end))) for end in (found.value, found.low, found.high)))
+        return Estimate(*(float(self.transform(np.asarray(end))) for end in (found.value, found.low, found.high)))
 
     def difference(self, before: Table, after: Table, seed: int = 0) -> Estimate:
         """``after`` minus ``before`` with its paired 95 % interval over the rows.

@@ -207,8 +207,8 @@ def _rates(spec: Spec, subject: Subject, model: Any, tokenizer: Any) -> dict[str
         return sample_speed(lambda: _classify(model, tokenizer, texts, subject.positions), len(texts), "texts")
     if subject.kind == "encoder":
         return sample_speed(lambda: embed(model, tokenizer, texts, "document", subject.positions), len(texts), "texts")
-    ids = [torch.tensor(tokenizer(text)["input_ids"][: subject.positions])[None] for text in texts]
-    return sample_speed(lambda: [model(input_ids=row) for row in ids], len(texts), "texts")
+    rows = [torch.tensor(tokenizer(text)["input_ids"][: subject.positions])[None] for text in texts]
+    return sample_speed(lambda: [model(input_ids=row) for row in rows], len(texts), "texts")
 
 
 def _resident(peak: bool = False) -> int:
