@@ -15,7 +15,7 @@ from slimwright.errors import InputError
 STANDARD_LIBRARY = "stdlib"
 """The source that is the held-out part of the running Python's standard library."""
 
-LEAST_DOCUMENTS = 16
+LEAST_DOCUMENTS = 32
 """A document takes at most this part of the text that is measured, where there are so many."""
 
 
@@ -69,7 +69,7 @@ def documents(source: str) -> Iterable[Document]:
 def sample(found: Iterable[Document], nbytes: int) -> list[Document]:
     """About ``nbytes`` of text of many documents, the same for the same documents in whatever order they come.
 
-    Documents are taken in the order of their names' hashes, each from its beginning and at most a sixteenth of all (or
+    Documents are taken in the order of their names' hashes, each from its beginning and at most a thirty-second of all (or
     as much as gives each its part, where there are fewer).
     """
     order = sorted(found, key=lambda document: (hashlib.sha256(document.name.encode()).digest(), document.name))

@@ -22,7 +22,7 @@ from slimwright.evaluate.table import Table
 
 QUERIES = 300
 DOCUMENTS = 800
-DOCUMENT_CHARACTERS = 800
+DOCUMENT_CHARACTERS = 600
 MOST_OF_A_MODULE = 40
 SHORTEST_QUERY = 4  # words
 SHORTEST_DOCUMENT = 60  # characters
@@ -51,7 +51,7 @@ def standard_library_task() -> RetrievalTask:
     """Docstring → function, on the held-out modules of the running Python's standard library.
 
     Queries are the first paragraphs of docstrings, documents the source of functions and methods without their
-    docstring, cut at 800 characters; functions without a docstring are documents that belong to no query. At most 40
+    docstring, cut at 600 characters; functions without a docstring are documents that belong to no query. At most 40
     functions of a module, 300 queries and 800 documents are taken, in the order of the identifiers' hashes. Texts that
     occur twice (docstrings or bodies) are left out altogether, since no ranking could tell them apart; so are
     docstrings of fewer than four words and bodies of fewer than 60 characters.

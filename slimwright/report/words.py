@@ -83,8 +83,10 @@ def estimate(name: str, leaf: Any) -> str:
         return DASH
     if name in PERCENT:
         write, unit = (lambda value: decimal(100 * value, 1) if is_number(value) else DASH), " %"
-    elif name.startswith("cosine") or name in ("perplexity", "bits_per_byte") or "ndcg" in name:
+    elif name.startswith("cosine"):
         write, unit = (lambda value: decimal(value, 4)), ""
+    elif name in ("perplexity", "bits_per_byte"):
+        write, unit = (lambda value: f"{value:.4g}" if is_number(value) else DASH), ""
     else:
         write, unit = significant, " nats per token" if name == "kl" else ""
     value, low, high = (leaf.get(key) for key in ("value", "low", "high"))
