@@ -69,8 +69,8 @@ def documents(source: str) -> Iterable[Document]:
 def sample(found: Iterable[Document], nbytes: int) -> list[Document]:
     """About ``nbytes`` of text of many documents, the same for the same documents in whatever order they come.
 
-    Documents are taken in the order of their names' hashes, each from its beginning and at most a thirty-second of all (or
-    as much as gives each its part, where there are fewer).
+    Documents are taken in the order of their names' hashes, each from its beginning and at most a thirty-second of all
+    (or as much as gives each its part, where there are fewer).
     """
     order = sorted(found, key=lambda document: (hashlib.sha256(document.name.encode()).digest(), document.name))
     limit = max(1, nbytes // min(LEAST_DOCUMENTS, max(1, len(order))))

@@ -23,6 +23,12 @@ SPEED_NAMES = {
     "anonymous_memory_bytes": "Peak memory without mapped files",
 }
 
+REFERENCE_NAMES = {
+    "kl": "KL from the reference",
+    "cosine_mean": "Cosine to the reference, mean",
+    "cosine_min": "Cosine to the reference, least",
+}
+
 Row = tuple[str, list[str]]
 
 
@@ -68,7 +74,7 @@ def differences(report: Mapping[str, Any]) -> list[tuple[str, list[Row]]]:
 
 
 def label(metric: str) -> str:
-    return words.QUALITY_NAMES.get(metric, metric.replace("_", " "))
+    return {**words.QUALITY_NAMES, **REFERENCE_NAMES}.get(metric, metric.replace("_", " "))
 
 
 def measure_tables(report: Mapping[str, Any]) -> list[Table]:
@@ -129,11 +135,13 @@ def render_measurement(report: Mapping[str, Any]) -> str:
 def _speed(name: str, leaf: Any) -> str:
     if not isinstance(leaf, Mapping) or not is_number(leaf.get("value")):
         return DASH
-    write = (
-        words.size if name.endswith("_bytes") else words.duration if name.endswith("_seconds") else words.significant
-    )
+    write = words.size if name.endswith("_bytes") else words.duration if name.endswith("_seconds") else _rate
     value, low, high = (write(leaf[key]) for key in ("value", "low", "high"))
     return value if low == high else f"{value} ({low} to {high})"
+
+
+def _rate(value: float) -> str:
+    return words.count(value) if value >= 100 else words.significant(value)
 
 
 def _signed(metric: str, leaf: Any) -> str:
