@@ -37,10 +37,12 @@ def embed(
         return encode(list(texts), batch_size=BATCH, convert_to_tensor=True, show_progress_bar=False).float().cpu()
     order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))  # alike lengths: little padding
     made: list[Tensor] = [torch.empty(0)] * len(texts)
-    for first in range(0, len(order), BATCH):
-        chosen = order[first : first + BATCH]
+    pads = tokenizer.pad_token_id is not None
+    batch = BATCH if pads else 1
+    for first in range(0, len(order), batch):
+        chosen = order[first : first + batch]
         inputs = tokenizer(
-            [texts[index] for index in chosen], padding=True, truncation=True, max_length=longest, return_tensors="pt"
+            [texts[index] for index in chosen], padding=pads, truncation=True, max_length=longest, return_tensors="pt"
         ).to(model.device)
         hidden = model(**inputs).last_hidden_state
         pooled = mean_pool(hidden, inputs["attention_mask"]).float().cpu()

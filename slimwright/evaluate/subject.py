@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,14 +82,15 @@ def _kind(model: PreTrainedModel) -> Kind:
     name = type(model).__name__
     if name.endswith("ForSequenceClassification"):
         return "classifier"
-    if name.endswith("ForImageClassification"):
+    if "ForImageClassification" in name:
         return "vision"
     if model.main_input_name == "input_ids" and not model.config.is_encoder_decoder:
         if model.can_generate():
             return "causal"
         if name.endswith("ForMaskedLM"):
             return "masked"
-        if not any(part in name for part in ("For", "LMHead", "PreTraining")):
+        head = any(part in name for part in ("For", "LMHead", "PreTraining"))
+        if not head and "pixel_values" not in inspect.signature(model.forward).parameters:
             return "encoder"
     raise NotBuiltError(f"{name} is not measured in this version, which measures {', '.join(KINDS.values())}.")
 
