@@ -234,6 +234,11 @@ def run_process(spec: Spec) -> dict[str, Any]:
             log.seek(0)
             last = (log.read().strip().splitlines() or ["no message"])[-1]
             raise SlimwrightError(f"The process that measured '{spec.model}' failed (exit {child.returncode}): {last}")
+    return read_result(spec)
+
+
+def read_result(spec: Spec) -> dict[str, Any]:
+    """What a process wrote; InputError or SlimwrightError if it wrote an error."""
     found: dict[str, Any] = json.loads(Path(spec.result).read_text())
     if "error" in found:
         raise (InputError if found["input"] else SlimwrightError)(f"'{spec.model}': {found['error']}")
