@@ -17,7 +17,7 @@ PACKAGE = "lm_eval"
 def require_harness() -> None:
     """InputError, with the command that installs it, if the package is not there."""
     if find_spec(PACKAGE) is None:
-        raise InputError("--tasks needs lm-evaluation-harness: install it with `pip install 'lm-eval[hf]'`.")
+        raise InputError("--tasks needs lm-evaluation-harness: install it with `pip install lm-eval`.")
 
 
 def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None, seed: int) -> dict[str, Table]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -114,7 +113,7 @@ class _Measurement:
         self._same_classes()
         if asked.tasks:
             if self.kind != "causal":
-                raise InputError(f"--tasks needs causal language models, but these are {KINDS[self.kind]}s.")
+                raise InputError(f"--tasks needs causal language models, but '{first}' is {KINDS[self.kind]}.")
             require_harness()
         sources = _named(asked.data or ["stdlib"])
         self.sources = [
@@ -257,9 +256,12 @@ def _check(models: Sequence[str], asked: MeasureOptions) -> None:
 
 
 def _empty(out: Path) -> Path:
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"--out {out} exists and is not empty: name another directory or remove it.")
+    """The directory to write to, if that can be: it is empty, or can be made."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--out {out} cannot be written: {there} is no directory, or it is read-only.")
+    if there == out.absolute() and any(out.iterdir()):
+        raise InputError(f"--out {out} exists and is not empty: name another directory or remove it.")
     return out
 
 

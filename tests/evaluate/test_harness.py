@@ -32,7 +32,7 @@ def test_logged_samples_become_tables():
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'lm-eval\[hf\]'"):
+    with pytest.raises(InputError, match=r"pip install lm-eval"):
         require_harness()
 
 
