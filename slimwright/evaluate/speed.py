@@ -7,6 +7,7 @@ of output. F is the prefill, g the seconds of a further token.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,7 +41,7 @@ def generation_speed(model: Any, prompt: Tensor, outputs: Sequence[int] = OUTPUT
     """Tokens per second of ``generate`` as users call it: greedy, one sequence, with its key-value cache.
 
     Args:
-        model: a causal language model.
+        model: a language model that generates; an encoder-decoder reads the prompt in its encoder.
         prompt: (tokens,) int64.
         outputs: numbers of new tokens, the first of them 1; the prompt and the most of them must fit the positions.
 
@@ -50,11 +51,14 @@ def generation_speed(model: Any, prompt: Tensor, outputs: Sequence[int] = OUTPUT
         out where the times do not rise, because the clock cannot tell them apart.
     """
 
+    inputs = {"input_ids": prompt[None]}
+    if "attention_mask" in inspect.signature(model.forward).parameters:
+        inputs["attention_mask"] = torch.ones_like(prompt[None])
+
     def generate(count: int) -> Callable[[], object]:
         return lambda: model.generate(
-            input_ids=prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False, num_beams=1,
-            min_new_tokens=count, max_new_tokens=count, pad_token_id=0,
-        )  # fmt: skip
+            **inputs, do_sample=False, num_beams=1, min_new_tokens=count, max_new_tokens=count, pad_token_id=0
+        )
 
     seconds = [median_seconds(generate(count)) for count in outputs]
     slope = float(np.polyfit(np.asarray(outputs, float), seconds, 1)[0])

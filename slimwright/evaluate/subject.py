@@ -16,10 +16,11 @@ from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError, NotBuiltError
 from slimwright.model.skeleton import skeleton
 
-Kind = Literal["causal", "masked", "encoder", "classifier", "vision"]
+Kind = Literal["causal", "masked", "seq2seq", "encoder", "classifier", "vision"]
 KINDS: dict[str, str] = {
     "causal": "a causal language model",
     "masked": "a masked language model",
+    "seq2seq": "an encoder-decoder language model",
     "encoder": "an encoder",
     "classifier": "a classifier of text",
     "vision": "a classifier of images",
@@ -84,6 +85,8 @@ def _kind(model: PreTrainedModel) -> Kind:
         return "classifier"
     if "ForImageClassification" in name:
         return "vision"
+    if model.main_input_name == "input_ids" and model.config.is_encoder_decoder and model.can_generate():
+        return "seq2seq"
     if model.main_input_name == "input_ids" and not model.config.is_encoder_decoder:
         if model.can_generate():
             return "causal"

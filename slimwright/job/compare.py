@@ -52,7 +52,7 @@ class Measured:
             reference: that of the reference's process; None if this is the reference.
         """
         made = cls()
-        if kind in ("causal", "masked"):
+        if kind in ("causal", "masked", "seq2seq"):
             made._language(sources, found, reference)
         elif kind == "encoder":
             made._encoder(sources, found, reference)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import psutil
 import torch
@@ -24,9 +24,9 @@ from slimwright.errors import InputError, SlimwrightError
 from slimwright.evaluate.documents import Document
 from slimwright.evaluate.embed import embed, similarity_of
 from slimwright.evaluate.harness import run_tasks
-from slimwright.evaluate.language import Encoded, causal_table, encode, masked_table, tokens_digest
+from slimwright.evaluate.language import Encoded, LanguageKind, encode, language_table, tokens_digest
 from slimwright.evaluate.speed import OUTPUTS, PROMPT, generation_speed, sample_speed
-from slimwright.evaluate.subject import Subject, load_model, load_tokenizer, open_subject
+from slimwright.evaluate.subject import Kind, Subject, load_model, load_tokenizer, open_subject
 from slimwright.job.memory import MemoryWatch
 
 IMAGES_AT_ONCE = 32
@@ -106,7 +106,7 @@ def run(spec: Spec) -> dict[str, Any]:
     if spec.mode == "tasks":
         found = run_tasks(model, load_tokenizer(subject), spec.tasks, spec.limit, spec.seed)
         return {"tables": {task: table.to_json() for task, table in found.items()}}
-    if subject.kind in ("causal", "masked"):
+    if subject.kind in ("causal", "masked", "seq2seq"):
         return _language(spec, subject, model)
     tensors: dict[str, Tensor] = {}
     tokenizer = None if subject.sentence_transformer or subject.kind == "vision" else load_tokenizer(subject)
@@ -131,29 +131,32 @@ def run(spec: Spec) -> dict[str, Any]:
 def _language(spec: Spec, subject: Subject, model: Any) -> dict[str, Any]:
     """Tables of every source, and the digest of the tokens they are over. What the reference reads as other tokens is
     measured without it."""
-    masked = subject.kind == "masked"
+    kind = language_kind(subject.kind)
     tokenizer = load_tokenizer(subject)
-    encoded = {data.name: _encoded(tokenizer, data, masked) for data in spec.data}
+    encoded = {data.name: _encoded(tokenizer, data, kind) for data in spec.data}
     digests = {name: tokens_digest(found) for name, found in encoded.items()}
     reference, alike = None, set()
     if spec.reference is not None:
         other = open_subject(spec.reference, spec.trust_remote_code)
         its_tokenizer = load_tokenizer(other)
-        theirs = {data.name: tokens_digest(_encoded(its_tokenizer, data, masked)) for data in spec.data}
+        theirs = {data.name: tokens_digest(_encoded(its_tokenizer, data, kind)) for data in spec.data}
         alike = {name for name, digest in digests.items() if theirs[name] == digest}
         reference = load_model(other, spec.dtype) if alike else None
     tables = {}
     for name, found in encoded.items():
         against = reference if name in alike else None
-        if not masked:
-            tables[name] = causal_table(model, found, spec.context, against, len(tokenizer)).to_json()
-        elif against is not None:
-            tables[name] = masked_table(model, found, spec.context, against, len(tokenizer)).to_json()
+        if kind != "masked" or against is not None:
+            tables[name] = language_table(kind, model, found, spec.context, against, len(tokenizer)).to_json()
     return {"tables": tables, "digests": digests}
 
 
-def _encoded(tokenizer: Any, data: Data, masked: bool) -> list[Encoded]:
-    return encode(tokenizer, [Document(name, text) for name, text in data.texts], special=masked)
+def language_kind(kind: Kind) -> LanguageKind:
+    assert kind in ("causal", "masked", "seq2seq")
+    return cast(LanguageKind, kind)
+
+
+def _encoded(tokenizer: Any, data: Data, kind: LanguageKind) -> list[Encoded]:
+    return encode(tokenizer, [Document(name, text) for name, text in data.texts], kind)
 
 
 @torch.inference_mode()
@@ -192,8 +195,8 @@ def _speed(spec: Spec, subject: Subject) -> dict[str, Any]:
 def _rates(spec: Spec, subject: Subject, model: Any, tokenizer: Any) -> dict[str, float]:
     data = spec.data[0]
     texts = [text[:SPEED_CHARACTERS] for _, text in data.texts[:SPEED_TEXTS]]
-    if subject.kind == "causal":
-        ids = torch.cat([found.ids for found in _encoded(tokenizer, data, False)])
+    if subject.kind in ("causal", "seq2seq"):
+        ids = torch.cat([found.ids for found in _encoded(tokenizer, data, language_kind(subject.kind))])
         positions = min(spec.context, subject.positions)
         # Positions hold the prompt and what comes after it; a model of few has short prompts and short answers.
         outputs = OUTPUTS if positions >= 2 * OUTPUTS[-1] else (1, max(2, positions // 4))

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from slimwright.errors import InputError
 from slimwright.evaluate import BITS_PER_BYTE, KL, PERPLEXITY, TOP1_AGREEMENT, compare_logits
 from slimwright.evaluate.documents import Document
-from slimwright.evaluate.language import causal_table, encode, masked_table, tokens_digest, windows
+from slimwright.evaluate.language import encode, language_table, tokens_digest, windows
 from tests.evaluate.samples import byte_tokenizer, perturbed, word_tokenizer
 from tests.families import make
 
@@ -42,7 +42,7 @@ def test_tokens_and_their_bytes():
     tokenizer.eos_token = None
     bare = encode(tokenizer, TEXTS[:1])[0]
     assert torch.equal(bare.ids, found[0].ids[1:]) and bare.nbytes[0] == 1
-    special = encode(word_tokenizer(), [Document("a", "the cat")], special=True)[0]
+    special = encode(word_tokenizer(), [Document("a", "the cat")], "masked")[0]
     assert special.ids[[0, -1]].tolist() == [2, 3] and special.nbytes.tolist() == [0, 3, 4, 0]
     assert tokens_digest(found) != tokens_digest(encode(byte_tokenizer(reverse=True), TEXTS))
     assert tokens_digest(found) == tokens_digest(encode(byte_tokenizer(), TEXTS))
@@ -54,8 +54,8 @@ def test_tokens_and_their_bytes():
 def test_a_causal_table_equals_forwards_of_every_prefix(length):
     model, other = make("llama"), perturbed(make("llama"), 0.02)
     documents = encode(byte_tokenizer(), TEXTS[:2])
-    table = causal_table(model, documents, length)
-    both = causal_table(other, documents, length, reference=model)
+    table = language_table("causal", model, documents, length)
+    both = language_table("causal", other, documents, length, reference=model)
     half = length // 2
     for row, document in enumerate(documents):
         ids, nats, kl, same = document.ids, [], [], []
@@ -84,11 +84,11 @@ def test_a_causal_table_equals_forwards_of_every_prefix(length):
 
 def test_a_model_is_no_distance_from_itself():
     model = make("llama")
-    table = causal_table(model, encode(byte_tokenizer(), TEXTS), 64, reference=model)
+    table = language_table("causal", model, encode(byte_tokenizer(), TEXTS), 64, reference=model)
     assert KL.score(table).to_json() == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert TOP1_AGREEMENT.score(table).value == 1.0
     assert table.columns["nats"] == pytest.approx(
-        causal_table(model, encode(byte_tokenizer(), TEXTS), 64).columns["nats"]
+        language_table("causal", model, encode(byte_tokenizer(), TEXTS), 64).columns["nats"]
     )
 
 
@@ -107,19 +107,19 @@ def test_padding_of_a_vocabulary_does_not_count_but_a_missing_token_does():
         }
     )
     documents = encode(byte_tokenizer(), TEXTS)
-    table = causal_table(wide, documents, 64, reference=small, vocabulary=259)
+    table = language_table("causal", wide, documents, 64, reference=small, vocabulary=259)
     assert table.columns["kl"].max() < 1e-5
     with pytest.raises(InputError, match="have 260 and 288 entries, but the tokenizer of both has 270"):
-        causal_table(wide, documents, 64, reference=small, vocabulary=270)
+        language_table("causal", wide, documents, 64, reference=small, vocabulary=270)
     tiny = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "vocab_size": 20})).eval()
     with pytest.raises(InputError, match="outside the model's vocabulary of 20"):
-        causal_table(tiny, documents, 64)
+        language_table("causal", tiny, documents, 64)
 
 
 def test_a_masked_table_compares_every_place():
     model, other = make("bert"), perturbed(make("bert"), 0.05)
-    documents = encode(word_tokenizer(), [Document("a", "the cat sat"), Document("b", "a dog ran on")], special=True)
-    table = masked_table(other, documents, 5, model)
+    documents = encode(word_tokenizer(), [Document("a", "the cat sat"), Document("b", "a dog ran on")], "masked")
+    table = language_table("masked", other, documents, 5, model)
     with torch.no_grad():
         kl = [
             compare_logits(model(d.ids[None, :5]).logits[0], other(d.ids[None, :5]).logits[0])["kl"].sum().item()
@@ -127,3 +127,27 @@ def test_a_masked_table_compares_every_place():
         ]
     assert table.columns["tokens"].tolist() == [5, 5] and table.columns["kl"] == pytest.approx(kl)
     assert not PERPLEXITY.within(table)
+
+
+def test_an_encoder_decoder_predicts_the_second_half():
+    model, other = make("t5"), perturbed(make("t5"), 0.02)
+    documents = encode(byte_tokenizer(), TEXTS[:2], "seq2seq")
+    assert documents[0].ids.tolist() == byte_tokenizer().encode(TEXTS[0].text, add_special_tokens=False)
+    table = language_table("seq2seq", other, documents, 20, model)
+    start = model.config.decoder_start_token_id
+    for row, document in enumerate(documents):
+        middle = len(document.ids) // 2
+        source, target = document.ids[:middle][:20], document.ids[middle:][:20]
+        kl = nats = 0.0
+        for place in range(len(target)):  # one token after another, as it would be generated
+            before = torch.cat([torch.tensor([start]), target[:place]])
+            with torch.no_grad():
+                x, y = (
+                    m(input_ids=source[None], decoder_input_ids=before[None]).logits[0, -1:] for m in (model, other)
+                )
+            kl += compare_logits(x, y)["kl"].item()
+            nats += -torch.log_softmax(y.double(), 1)[0, target[place]].item()
+        assert table.columns["nats"][row] == pytest.approx(nats, rel=1e-5)
+        assert table.columns["kl"][row] == pytest.approx(kl, rel=1e-3)
+        assert table.columns["tokens"][row] == len(target)
+        assert table.columns["bytes"][row] == document.nbytes[middle:][:20].sum()

@@ -306,7 +306,7 @@ def test_bad_input(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -
         ((a,), {"reference": str(tmp_path / "absent")}, "absent"),
         ((a, encoder), {}, "encoder' is an encoder but .* is a causal language model"),
         ((two, three), {}, "other classes"),
-        ((cached("t5"),), {}, "T5ForConditionalGeneration is not measured"),
+        ((cached("clip"),), {}, "CLIPModel is not measured"),
         ((bare,), {}, "tokenizer of '.*bare' does not load"),
         ((a,), {"dtype": "int8"}, "--dtype 'int8'"),
         ((a,), {"repeats": -1}, "--repeats -1"),
