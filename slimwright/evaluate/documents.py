@@ -101,7 +101,7 @@ def _read(file: Path) -> Iterator[tuple[str, str, int | str | None]]:
         yield from _rows(file, _parquet(file))
         return
     try:
-        text = file.read_bytes().decode()
+        text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:

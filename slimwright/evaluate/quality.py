@@ -146,11 +146,7 @@ class LanguageQuality:
         before, after = self.tables()
         found: dict[str, Any] = {metric.name: metric.score(after, seed).to_json() for metric in (KL, TOP1_AGREEMENT)}
         for metric in (PERPLEXITY, BITS_PER_BYTE) if self._with_targets else ():
-            found[metric.name] = {
-                "before": metric.score(before, seed).to_json(),
-                "after": metric.score(after, seed).to_json(),
-                "difference": metric.difference(before, after, seed).to_json(),
-            }
+            found[metric.name] = metric.change(before, after, seed)
         return {**found, "tokens": self._rows.tokens, "documents": self._rows.documents}
 
 

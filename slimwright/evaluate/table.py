@@ -90,6 +90,14 @@ class Metric:
             raise InputError(f"'{self.name}' cannot be compared in pairs: the tables hold other documents.")
         return paired_interval(self._columns(before), self._columns(after), seed, transform=self.transform)
 
+    def change(self, before: Table, after: Table, seed: int = 0) -> dict[str, dict[str, float]]:
+        """``{"before", "after", "difference"}``, each ``{value, low, high}``; the difference in pairs."""
+        return {
+            "before": self.score(before, seed).to_json(),
+            "after": self.score(after, seed).to_json(),
+            "difference": self.difference(before, after, seed).to_json(),
+        }
+
     def _columns(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
         if not self.within(table):
             raise InputError(f"'{self.name}' needs the columns '{self.values}' and '{self.weights or 'none'}'.")

@@ -18,7 +18,7 @@ import torch
 from slimwright.checkpoint import write_bytes_atomic, write_json_atomic
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.evaluate.harness import require_harness
-from slimwright.evaluate.subject import KINDS, Subject, open_subject
+from slimwright.evaluate.subject import KINDS, Subject, load_tokenizer, open_subject
 from slimwright.job.compare import Measured, compare, score, speed_range
 from slimwright.job.measuring import Spec
 from slimwright.job.progress import Reporter
@@ -120,6 +120,10 @@ class _Measurement:
             read_source(name, source, self.kind, parse_bytes(asked.text, "--text"), subjects[0].classes)
             for name, source in sources.items()
         ]
+        if self.kind != "vision":
+            for subject in subjects:
+                if not subject.sentence_transformer:
+                    load_tokenizer(subject)  # one that does not load is better known before work starts
         self.context = min(subject.positions for subject in subjects)
 
     def _same_classes(self) -> None:

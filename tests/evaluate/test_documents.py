@@ -9,7 +9,7 @@ from tests.evaluate.samples import lines
 
 
 def test_every_form(tmp_path):
-    (tmp_path / "b.txt").write_text("zwei\nZeilen")
+    (tmp_path / "b.txt").write_bytes("\ufeffzwei\nZeilen".encode())
     (tmp_path / "in").mkdir()
     lines(
         tmp_path / "in" / "a.jsonl",
