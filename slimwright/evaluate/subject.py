@@ -72,6 +72,9 @@ def open_subject(path: str, trust_remote_code: bool = False) -> Subject:
     sentence_transformer = (checkpoint.path / "modules.json").is_file()
     kind: Kind = "encoder" if sentence_transformer else _kind(model)
     labels = config.id2label if kind in ("classifier", "vision") else {}
+    if labels and (len(labels) < 2 or config.problem_type in ("regression", "multi_label_classification")):
+        what = "one output" if len(labels) < 2 else f"problem_type '{config.problem_type}'"
+        raise NotBuiltError(f"'{path}' has {what}: only classifiers that choose one of several classes are measured.")
     return Subject(
         str(path), checkpoint.path, checkpoint.model_path, kind, type(model), sentence_transformer,
         sum(parameter.numel() for parameter in model.parameters()), checkpoint.total_bytes,

@@ -98,7 +98,7 @@ class _Measurement:
         _check(models, asked)
         self.out = None if asked.out is None else _empty(Path(asked.out))
         first = models[0] if asked.reference is None else str(asked.reference)
-        paths = list(dict.fromkeys(path.rstrip("/") or path for path in (first, *models)))
+        paths = list(dict.fromkeys(os.path.normpath(p) if os.path.isdir(p) else p for p in (first, *models)))
         subjects = [open_subject(path, asked.trust_remote_code) for path in paths]
         self.subjects = dict(zip(_names(paths), subjects))
         self.reference = next(iter(self.subjects))

@@ -106,6 +106,8 @@ def test_causal_models(tmp_path: Path, text: str) -> None:
 def test_a_copy_is_no_different(tmp_path: Path, text: str) -> None:
     found = measured(causal(tmp_path / "a"), causal(tmp_path / "b"), data=[text])
     assert found["reference"] == "a", "the first model, where no reference is named"
+    again = measured(tmp_path / "a", data=[text], reference=f"{tmp_path}/./b/../a/")
+    assert [model["name"] for model in again["models"]] == ["a"], "one directory is one model, however it is written"
     assert quality(found, "b")["kl"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert quality(found, "b")["top1_agreement"]["value"] == 1.0
     assert all(one["value"] == one["low"] == one["high"] == 0 for one in found["differences"])
@@ -307,6 +309,7 @@ def test_bad_input(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -
         ((a, encoder), {}, "encoder' is an encoder but .* is a causal language model"),
         ((two, three), {}, "other classes"),
         ((cached("clip"),), {}, "CLIPModel is not measured"),
+        ((write(bert(labels=1), word_tokenizer(), tmp_path / "c1"),), {}, "c1' has one output"),
         ((bare,), {}, "tokenizer of '.*bare' does not load"),
         ((a,), {"dtype": "int8"}, "--dtype 'int8'"),
         ((a,), {"repeats": -1}, "--repeats -1"),
