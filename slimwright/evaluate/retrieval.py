@@ -21,8 +21,8 @@ from slimwright.evaluate.ranking import score_rankings
 from slimwright.evaluate.table import Table
 
 QUERIES = 300
-DOCUMENTS = 800
-DOCUMENT_CHARACTERS = 600
+DOCUMENTS = 500
+DOCUMENT_CHARACTERS = 500
 MOST_OF_A_MODULE = 40
 SHORTEST_QUERY = 4  # words
 SHORTEST_DOCUMENT = 60  # characters
@@ -51,8 +51,8 @@ def standard_library_task() -> RetrievalTask:
     """Docstring → function, on the held-out modules of the running Python's standard library.
 
     Queries are the first paragraphs of docstrings, documents the source of functions and methods without their
-    docstring, cut at 600 characters; functions without a docstring are documents that belong to no query. At most 40
-    functions of a module, 300 queries and 800 documents are taken, in the order of the identifiers' hashes. Texts that
+    docstring, cut at 500 characters; functions without a docstring are documents that belong to no query. At most 40
+    functions of a module, 300 queries and 500 documents are taken, in the order of the identifiers' hashes. Texts that
     occur twice (docstrings or bodies) are left out altogether, since no ranking could tell them apart; so are
     docstrings of fewer than four words and bodies of fewer than 60 characters.
 

@@ -60,7 +60,7 @@ def test_functions_by_hand():
 
 def test_the_standard_librarys_task():
     task = standard_library_task()
-    assert 200 <= len(task.queries) <= 300 and 500 <= len(task.documents) <= 800
+    assert 200 <= len(task.queries) <= 300 and 450 <= len(task.documents) <= 500
     assert task.queries.keys() == task.judgements.keys()
     assert len(set(task.queries.values())) == len(task.queries), "no query twice"
     assert len(set(task.documents.values())) == len(task.documents), "no document twice"
