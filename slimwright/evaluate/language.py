@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from slimwright.calibrate.data import Document
 from slimwright.errors import InputError
 from slimwright.evaluate.bits_per_byte import token_bytes
-from slimwright.evaluate.documents import Document
 from slimwright.evaluate.perplexity import token_nats
 from slimwright.evaluate.quality import LanguageQuality, TokenRows
 from slimwright.evaluate.table import Table

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimwright.calibrate.data import Document
 from slimwright.errors import InputError
+from slimwright.evaluate.documents import by_name
 from slimwright.evaluate.ranking import score_rankings
 from slimwright.evaluate.table import Table
 
@@ -113,6 +115,25 @@ def _functions(source: str) -> Iterator[tuple[str, str | None, str]]:
     visit(ast.parse(source), "")
     for name, (query, body) in found.items():
         yield name, query, body
+
+
+def task_of_pairs(found: Sequence[Document]) -> RetrievalTask:
+    """First texts of pairs as queries, their second texts as documents; at most 300 queries and 500 documents, in the
+    order of the names' hashes. Pairs that share a text are joined: a query may have several documents."""
+    queries: dict[str, str] = {}
+    judgements: dict[str, dict[str, int]] = {}
+    answers: dict[str, str] = {}
+    for pair in sorted(found, key=by_name):
+        asked = len(judgements) < QUERIES or pair.text in queries
+        if pair.pair is None or (pair.pair not in answers and len(answers) >= DOCUMENTS):
+            continue
+        answer = answers.setdefault(pair.pair, f"second of {pair.name}")
+        if asked:
+            query = queries.setdefault(pair.text, f"first of {pair.name}")
+            judgements.setdefault(query, {})[answer] = 1
+    return RetrievalTask(
+        {name: text for text, name in queries.items()}, {name: text for text, name in answers.items()}, judgements
+    )
 
 
 def is_task(folder: str) -> bool:

@@ -116,8 +116,12 @@ class _Measurement:
                 raise InputError(f"--tasks needs causal language models, but '{first}' is {KINDS[self.kind]}.")
             require_harness()
         sources = _named(asked.data or ["stdlib"])
+
+        def tokenizer() -> Any:
+            return load_tokenizer(subjects[0])
+
         self.sources = [
-            read_source(name, source, self.kind, parse_bytes(asked.text, "--text"), subjects[0].classes)
+            read_source(name, source, self.kind, parse_bytes(asked.text, "--text"), subjects[0].classes, tokenizer)
             for name, source in sources.items()
         ]
         if self.kind != "vision":

@@ -20,8 +20,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from slimwright.calibrate.data import Document
 from slimwright.errors import InputError, SlimwrightError
-from slimwright.evaluate.documents import Document
 from slimwright.evaluate.embed import embed, similarity_of
 from slimwright.evaluate.harness import run_tasks
 from slimwright.evaluate.language import Encoded, LanguageKind, encode, language_table, tokens_digest

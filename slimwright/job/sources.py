@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from slimwright.errors import InputError
-from slimwright.evaluate.documents import STANDARD_LIBRARY, Document, documents, fingerprint, sample
-from slimwright.evaluate.retrieval import RetrievalTask, is_task, read_task, standard_library_task
+from slimwright.calibrate.data import Document, fingerprint
+from slimwright.errors import InputError, NotBuiltError
+from slimwright.evaluate.documents import STANDARD_LIBRARY, read_texts, sample
+from slimwright.evaluate.retrieval import RetrievalTask, is_task, read_task, standard_library_task, task_of_pairs
 from slimwright.evaluate.subject import Kind
 from slimwright.job.measuring import Data
 
@@ -62,17 +64,20 @@ class Source:
         return {**found, **queries, "bytes": size, "hash": fingerprint(self.texts)}
 
 
-def read_source(name: str, source: str, kind: Kind, nbytes: int, classes: tuple[str, ...]) -> Source:
+def read_source(
+    name: str, source: str, kind: Kind, nbytes: int, classes: tuple[str, ...], tokenizer: Callable[[], Any]
+) -> Source:
     """Read a source for models of a kind.
 
     Args:
         name: as in the report.
-        source: see :func:`slimwright.evaluate.documents.documents`; for encoders also a folder in BEIR's layout, and
-            ``stdlib`` is the retrieval task; for classifiers of images a safetensors file with ``pixel_values``
-            (images, channels, height, width) as the model takes them, and ``labels`` (images,).
+        source: ``stdlib`` or see :func:`slimwright.calibrate.data.documents`; for encoders also a folder in BEIR's
+            layout, and ``stdlib`` and pairs are retrieval tasks; for classifiers of images a safetensors file with
+            ``pixel_values`` (images, channels, height, width) as the model takes them, and ``labels`` (images,).
         kind: of the models.
-        nbytes: of text that are taken, about.
+        nbytes: of text that are taken, about; of retrieval tasks all is.
         classes: names of the classifiers' labels.
+        tokenizer: gives the reference's.
 
     Raises:
         InputError: what is there does not serve.
@@ -80,13 +85,23 @@ def read_source(name: str, source: str, kind: Kind, nbytes: int, classes: tuple[
     if kind == "vision":
         return _images(name, source, len(classes))
     if kind == "encoder" and (source == STANDARD_LIBRARY or is_task(source)):
-        task = standard_library_task() if source == STANDARD_LIBRARY else read_task(source)
-        texts = tuple(Document(identifier, text) for identifier, text in task.documents.items())
-        return Source(name, source, texts, task)
-    texts = tuple(sample(documents(source), nbytes))
+        return _retrieval(name, source, standard_library_task() if source == STANDARD_LIBRARY else read_task(source))
+    found = read_texts(source, tokenizer)
+    pairs = [document for document in found if document.pair is not None]
+    if kind == "encoder" and len(pairs) == len(found):
+        return _retrieval(name, source, task_of_pairs(found))
+    if kind == "classifier" and pairs:
+        raise NotBuiltError(f"The data '{source}' holds pairs: classifiers of pairs are not measured in this version.")
+    texts = tuple(sample(found, nbytes))
     if len(texts) < 2 and kind in ("encoder", "classifier"):
         raise InputError(f"The data '{source}' holds one text, but intervals need at least two.")
     return Source(name, source, texts, labels=_labels(source, texts, classes) if kind == "classifier" else None)
+
+
+def _retrieval(name: str, source: str, task: RetrievalTask) -> Source:
+    if len(task.queries) < 2:
+        raise InputError(f"The data '{source}' holds one query, but intervals need at least two.")
+    return Source(name, source, tuple(Document(identifier, text) for identifier, text in task.documents.items()), task)
 
 
 def _labels(source: str, texts: tuple[Document, ...], classes: tuple[str, ...]) -> Tensor | None:

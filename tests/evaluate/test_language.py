@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from slimwright.calibrate.data import Document
 from slimwright.errors import InputError
 from slimwright.evaluate import BITS_PER_BYTE, KL, PERPLEXITY, TOP1_AGREEMENT, compare_logits
-from slimwright.evaluate.documents import Document
 from slimwright.evaluate.language import encode, language_table, tokens_digest, windows
 from tests.evaluate.samples import byte_tokenizer, perturbed, word_tokenizer
 from tests.families import make

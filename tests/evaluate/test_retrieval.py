@@ -8,10 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from slimwright.calibrate.data import Document
 from slimwright.errors import InputError
 from slimwright.evaluate import retrieval
 from slimwright.evaluate.embed import embed
-from slimwright.evaluate.retrieval import RetrievalTask, is_task, read_task, score_task, standard_library_task
+from slimwright.evaluate.retrieval import (
+    RetrievalTask,
+    is_task,
+    read_task,
+    score_task,
+    standard_library_task,
+    task_of_pairs,
+)
 from slimwright.zoo import minilm_path
 from slimwright.zoo.text import part_of
 from tests.evaluate.samples import beir, bert, sentences, word_tokenizer
@@ -111,6 +119,19 @@ def test_bad_beir(file, content, message, tmp_path):
     (folder / file).unlink() if content is None else (folder / file).write_text(content)
     with pytest.raises(InputError, match=message):
         read_task(str(folder))
+
+
+def test_pairs():
+    pairs = [Document("a", "q1", "d1"), Document("b", "q1", "d2"), Document("c", "q2", "d2"), Document("n", "alone")]
+    for found in (pairs, pairs[::-1]):
+        task = task_of_pairs(found)
+        texts = {
+            task.queries[query]: {task.documents[name] for name in grades} for query, grades in task.judgements.items()
+        }
+        assert texts == {"q1": {"d1", "d2"}, "q2": {"d2"}} and sorted(task.documents.values()) == ["d1", "d2"]
+    many = task_of_pairs([Document(str(i), f"q{i}", f"d{i}") for i in range(900)])
+    assert len(many.queries) == len(many.judgements) == 300 and len(many.documents) == 500
+    assert all(many.queries[q][1:] == many.documents[d][1:] for q, grades in many.judgements.items() for d in grades)
 
 
 def task_of(queries, documents, judgements):

@@ -315,7 +315,7 @@ def test_bad_input(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -
         ((a,), {"repeats": -1}, "--repeats -1"),
         ((a,), {"text": "much"}, "--text 'much'"),
         ((a,), {"task_limit": 1}, "--task-limit 1"),
-        ((a,), {"data": ["x=/absent/file"]}, "/absent/file' does not exist"),
+        ((a,), {"data": ["x=/absent/file"]}, "/absent/file does not exist"),
         ((a,), {"data": ["x="]}, "names no source"),
         ((a,), {"data": [f"x={own}", f"x={own}"]}, "Two sources are named 'x'"),
         ((a,), {"tasks": ["arc_easy"]}, r"pip install lm-eval"),
