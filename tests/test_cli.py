@@ -121,7 +121,6 @@ def test_verbs_that_are_not_built(run, verb: str) -> None:  # type: ignore[no-un
         (("measure", "{tiny}", "--data", "own=/absent/text"), "/absent/text"),
         (("measure", "{tiny}", "--repeats", "-1"), "--repeats -1"),
         (("measure", "{tiny}", "--out", "{tiny}"), "not empty"),
-        (("measure", "{tiny}"), "tokenizer"),
         (("methods", "quantize/rtm"), "quantize/rtn"),
         (("cache", "rm", "nothing-of-this-name"), "nothing-of-this-name"),
         (("cache", "mv"), "mv"),

@@ -336,11 +336,13 @@ def test_bad_input(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -
         assert "\n" not in str(caught.value)
 
 
-def test_a_process_that_dies(tmp_path: Path) -> None:
-    a, data = causal(tmp_path / "a"), (measuring.Data("own", (("one", "x"),)),)
-    spec = measuring.Spec("quality", str(a), str(tmp_path / "result"), data=data, dtype="nonsense")
-    with pytest.raises(SlimwrightError, match=r"process that measured '.*/a' failed \(exit 1\): AttributeError"):
-        run_process(spec)
+def test_a_process_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho first >&2\necho MemoryError >&2\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(SlimwrightError, match=r"process that measured 'some/model' failed \(exit 3\): MemoryError$"):
+        run_process(measuring.Spec("quality", "some/model", str(tmp_path / "result")))
 
 
 def test_what_a_process_says_reaches_the_user(tmp_path: Path) -> None:
