@@ -189,14 +189,12 @@ def _text(file: Path) -> str:
         raise InputError(f"{file} is not text in UTF-8.") from None
 
 
-SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cosine": lambda queries, documents: _unit(queries) @ _unit(documents).T,
-    "dot": lambda queries, documents: queries @ documents.T,
-}
-
-
 def _unit(vectors: Tensor) -> Tensor:
     return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+SIMILARITIES: dict[str, Callable[[Tensor], Tensor]] = {"cosine": _unit, "dot": lambda vectors: vectors}
+"""What is done to vectors before their inner products are taken."""
 
 
 def score_task(task: RetrievalTask, queries: Tensor, documents: Tensor, similarity: str = "cosine") -> Table:
@@ -222,10 +220,11 @@ def score_task(task: RetrievalTask, queries: Tensor, documents: Tensor, similari
         raise InputError("There must be one vector for each query and each document of the task.")
     if not (torch.isfinite(queries).all() and torch.isfinite(documents).all()):
         raise InputError("The embeddings hold NaN or Inf: the model is broken or was built wrong.")
-    names, whole = list(task.documents), documents.double()
+    prepare = SIMILARITIES[similarity]
+    names, whole = list(task.documents), prepare(documents.double())
     run: dict[str, dict[str, float]] = {}
-    for query, vector in zip(task.queries, queries.double()):
-        scores = SIMILARITIES[similarity](vector[None], whole)[0].float()
+    for query, vector in zip(task.queries, prepare(queries.double())):
+        scores = (whole @ vector).float()
         if len(scores) > DEPTH:  # with all that tie with the last: which of them stay is decided by their identifiers
             kept = (scores >= scores.topk(DEPTH).values[-1]).nonzero()[:, 0].tolist()
         else:
