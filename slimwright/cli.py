@@ -179,6 +179,48 @@ def export(
 
 
 @app.command()
+def measure(
+    models: Annotated[list[str], typer.Argument(help="Model directories or hub ids, all of one kind.")],
+    reference: Annotated[
+        str | None, typer.Option(help="What the others are compared with (default: the first model).")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=SRC; repeatable. SRC: file, folder, .jsonl, .parquet, stdlib (default)."),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas between.")] = None,
+    text: Annotated[str, typer.Option(help="Text of each source, at most.")] = "64kB",
+    repeats: Annotated[int, typer.Option(help="Processes per model for speed and memory; 0: none.")] = 3,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = "float32",
+    out: Annotated[str | None, typer.Option(help="Directory for measure.json and measure.html.")] = None,
+    as_json: Json = False,
+    help_all: HelpAll = False,
+    task_limit: Annotated[int | None, typer.Option(hidden=True, help="Documents of each task.")] = None,
+    seed: Annotated[int, typer.Option(hidden=True, help="Seed of everything random.")] = 0,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Measure models side by side: quality with paired intervals, speed, load time, memory."""
+    from slimwright.job.measure import measure as run
+    from slimwright.report.measure import measure_tables
+
+    report = run(
+        *models, reference=reference, data=data or (), tasks=[name for name in (tasks or "").split(",") if name],
+        task_limit=task_limit, text=text, repeats=repeats, dtype=dtype, out=out, seed=seed,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(report.data))
+        return
+    console = Console()
+    for table in measure_tables(report.data):
+        console.print(table)
+    for note in report.data["notes"]:
+        console.print(f"Note: {note}", highlight=False, markup=False)
+    if report.out is not None:
+        console.print(f"Report: {report.out / 'measure.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, for its knobs.")] = None,
     as_json: Json = False,
@@ -237,7 +279,7 @@ def _not_built(verb: str) -> Callable[..., None]:
     return command
 
 
-for _verb in ("merge", "tune", "measure", "serve", "run"):
+for _verb in ("merge", "tune", "serve", "run"):
     app.command(
         _verb, hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
     )(_not_built(_verb))  # fmt: skip

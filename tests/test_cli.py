@@ -21,7 +21,7 @@ from tests.job.conftest import PLAIN, files, fitted, in_this_process, tiny
 
 __all__ = ["in_this_process"]
 
-VERBS = ("fit", "inspect", "export", "methods", "doctor", "cache")
+VERBS = ("fit", "inspect", "export", "measure", "methods", "doctor", "cache")
 
 
 class Ran:
@@ -86,7 +86,7 @@ def test_options_that_are_not_built(run, option: str, value: str, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", ["merge", "tune", "measure", "serve", "run"])
+@pytest.mark.parametrize("verb", ["merge", "tune", "serve", "run"])
 def test_verbs_that_are_not_built(run, verb: str) -> None:  # type: ignore[no-untyped-def]
     for arguments in ((), ("x", "--method", "paca", "--out", "y")):
         ran = run(verb, *arguments)
@@ -116,6 +116,11 @@ def test_verbs_that_are_not_built(run, verb: str) -> None:  # type: ignore[no-un
         (("export", "{tiny}"), "--out"),
         (("export", "{tiny}", "--out", "{out}"), "plain weights already"),
         (("export", "{tiny}", "--to", "gguf", "--out", "{out}"), "gguf"),
+        (("measure",), "argument 'models"),
+        (("measure", "/absent"), "/absent"),
+        (("measure", "{tiny}", "--data", "own=/absent/text"), "/absent/text"),
+        (("measure", "{tiny}", "--repeats", "-1"), "--repeats -1"),
+        (("measure", "{tiny}", "--out", "{tiny}"), "not empty"),
         (("methods", "quantize/rtm"), "quantize/rtn"),
         (("cache", "rm", "nothing-of-this-name"), "nothing-of-this-name"),
         (("cache", "mv"), "mv"),

