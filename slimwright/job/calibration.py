@@ -12,8 +12,8 @@ from slimwright.calibrate.tokens import RANDOM, reads_text, samples
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.job.build import Calibration
+from slimwright.job.held_out import load_tokenizer
 from slimwright.job.request import FitOptions
-from slimwright.job.verify import load_tokenizer
 from slimwright.methods import parse_method
 from slimwright.model.skeleton import skeleton
 from slimwright.model.structure import Structure

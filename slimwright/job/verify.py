@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from slimwright.calibrate.data import documents, split
-from slimwright.calibrate.tokens import samples
 from slimwright.checkpoint import Checkpoint, TensorEntry
-from slimwright.errors import InputError, SlimwrightError
+from slimwright.errors import SlimwrightError
 from slimwright.evaluate.quality import EncoderQuality, LanguageQuality
 from slimwright.job.build import Unit, plan_units
+from slimwright.job.held_out import HeldOut, held_out, load_tokenizer, retrieval_quality
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of, open_source
 from slimwright.job.parallel import in_order
@@ -34,7 +33,6 @@ from slimwright.job.source import ParallelSource, plain_sources, planned_source,
 from slimwright.job.walked import WrittenSource, written_checksum
 from slimwright.job.weights import site_rows, site_tiles
 from slimwright.model.discover import discover
-from slimwright.model.inputs import dummy_inputs
 from slimwright.model.structure import Structure
 from slimwright.plan import Plan
 from slimwright.runtime.streamed import WeightSource, load_streamed
@@ -42,9 +40,6 @@ from slimwright.weights import disk_shapes, unpack_rows
 
 TOLERANCE = 1e-4
 """Largest difference of an output, relative to the largest output, in float32."""
-
-SHORTEST_SEQUENCE = 8
-"""Tokens of an evaluated sequence at least."""
 
 SAMPLED_TILES = 2
 """Tiles of a tensor that are compared one by one (tensors of up to this many tiles are compared whole)."""
@@ -242,29 +237,35 @@ def _compare_outputs(
     reference = load_streamed(cls, source.model_path, config, planned, tensors)
     del tensors
     original = load_streamed(cls, source.model_path, config, plain_sources(source, structure))
-    batches = list(_batches(spec, source, packed, outcome))
+    outcome.inputs, batches = held_out(
+        source, packed, data=spec.data, eval_data=spec.eval_data, tokens=spec.tokens, batch_tokens=spec.batch_tokens,
+        seed=spec.seed,
+    )  # fmt: skip
     quality: LanguageQuality | EncoderQuality | None = None
-    for index, (names, inputs, mask) in enumerate(batches):
-        got = _outputs(packed, inputs)
+    for index, batch in enumerate(batches):
+        got = _outputs(packed, batch.inputs)
         if index == 0:
-            expected = _outputs(reference, inputs)
+            expected = _outputs(reference, batch.inputs)
             _judge(got, expected, outcome)
             outcome.evaluations += 1
             del expected, reference
             trim()
         if not outcome.ok:
             return
-        before = _outputs(original, inputs)
+        before = _outputs(original, batch.inputs)
         quality = quality or (
             LanguageQuality() if "logits" in got and _is_distribution(got["logits"]) else EncoderQuality()
         )
-        _add(quality, names, before, got, mask)
+        _add(quality, batch, before, got)
         step(len(batches) + 1 + index, 2 * len(batches))
     outcome.evaluations += 1
     assert quality is not None
     found = quality.result(spec.seed)
     outcome.quality = {name: value for name, value in found.items() if isinstance(value, dict)}
     outcome.measured_on = {name: value for name, value in found.items() if not isinstance(value, dict)}
+    outcome.quality |= retrieval_quality(
+        Path(spec.source), Path(spec.written), original, structure.parameters, spec.seed
+    )
     if spec.sample and hasattr(packed, "generate") and packed.can_generate():
         outcome.samples = _samples(source, original, packed)
 
@@ -308,131 +309,32 @@ def _is_distribution(logits: Tensor) -> bool:
 
 
 def _add(
-    quality: LanguageQuality | EncoderQuality,
-    names: list[str],
-    before: dict[str, Tensor],
-    after: dict[str, Tensor],
-    mask: Tensor | None,
+    quality: LanguageQuality | EncoderQuality, batch: HeldOut, before: dict[str, Tensor], after: dict[str, Tensor]
 ) -> None:
-    """Add one batch, one document a row; ``mask`` (rows, length) says which tokens count, where not all do."""
+    """Add one batch, one document a row."""
 
     def counted(row: int, length: int) -> Tensor:
-        if mask is None or mask.shape[1] < length:
+        if batch.mask is None or batch.mask.shape[1] < length:
             return torch.ones(length, dtype=torch.bool)
-        return mask[row, :length]
+        return batch.mask[row, :length]
 
     if isinstance(quality, LanguageQuality):
-        for row, name in enumerate(names):
+        for row, name in enumerate(batch.names):
             old, new = (found["logits"][row].reshape(-1, found["logits"].shape[-1]) for found in (before, after))
-            quality.add(name, old, new, counted(row, old.shape[0]))
+            mask = counted(row, old.shape[0])
+            if batch.target_bytes is None:
+                quality.add(name, old, new, mask)
+                continue
+            following = batch.inputs["input_ids"][row, 1:]  # the last token has none that came after it
+            quality.add(name, old[:-1], new[:-1], mask[1:], following, batch.target_bytes[row, 1:])
         return
     key = next(
         (k for k in ("last_hidden_state", "image_embeds", "text_embeds", "pooler_output") if k in before),
         next(iter(before)),
     )
-    for row, name in enumerate(names):
+    for row, name in enumerate(batch.names):
         old, new = (found[key][row].reshape(-1, found[key].shape[-1]) for found in (before, after))
         quality.add(name, old, new, counted(row, old.shape[0]))
-
-
-def _batches(
-    spec: Spec, source: Checkpoint, model: Any, outcome: Outcome
-) -> Iterator[tuple[list[str], dict[str, Tensor], Tensor | None]]:
-    """Inputs with the names of their documents and the mask of tokens that count: the user's data, else held-out text
-    where the model reads text, else random."""
-    if spec.data or spec.eval_data:
-        yield from _from_data(spec, source, model, outcome)
-        return
-    length = _length(model, spec)
-    rows = max(1, min(spec.batch_tokens // length, 64))
-    count = max(2, min(512, spec.tokens // length))
-    texts = _held_out(source, model, length, count)
-    outcome.inputs = "held-out text of the Python standard library" if texts else "random inputs"
-    made = 0
-    while made < count:
-        batch = min(rows, count - made)
-        inputs = dummy_inputs(model, batch=batch, length=length, seed=spec.seed + made)
-        names = [f"random-{made + i}" for i in range(batch)]
-        if texts:
-            chosen = texts[made : made + batch]
-            if len(chosen) < batch:
-                return
-            names = [name for name, _ in chosen]
-            ids = torch.stack([tokens for _, tokens in chosen])
-            for key in ("input_ids", "decoder_input_ids"):
-                if key in inputs:
-                    inputs[key] = ids[:, : inputs[key].shape[1]]
-        yield names, inputs, None
-        made += batch
-
-
-def _from_data(
-    spec: Spec, source: Checkpoint, model: Any, outcome: Outcome
-) -> Iterator[tuple[list[str], dict[str, Tensor], Tensor | None]]:
-    """The user's documents that no solver saw; shorter sequences where there is little text."""
-    found = documents(spec.eval_data) if spec.eval_data else split(documents(spec.data))[1]
-    outcome.inputs = spec.eval_data or f"a tenth of {spec.data}, kept from the solvers"
-    tokenizer, length = load_tokenizer(source), _length(model, spec)
-    while True:
-        try:
-            made = samples(
-                model, tokenizer, found, tokens=spec.tokens, length=length, seed=spec.seed,
-                batch_tokens=spec.batch_tokens,
-            )  # fmt: skip
-            break
-        except InputError:
-            if length <= SHORTEST_SEQUENCE:
-                raise
-            length //= 2
-    seen: dict[str, int] = {}
-    for batch in made.batches:
-        names = []
-        for name in batch.documents:
-            seen[name] = seen.get(name, 0) + 1
-            names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-        rows = tuple(batch.inputs["input_ids"].shape)
-        yield names, batch.inputs, batch.masks.get(rows)
-
-
-def _length(model: Any, spec: Spec) -> int:
-    """Tokens of one sequence; few where the config does not say how many positions there are."""
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 68
-    return max(8, min(256, int(longest) - 4, spec.batch_tokens, spec.tokens // 2))
-
-
-def _held_out(source: Checkpoint, model: Any, length: int, count: int) -> list[tuple[str, Tensor]]:
-    """(document, token ids (length,)) from held-out modules; empty if the model does not read text by a tokenizer."""
-    probe = dummy_inputs(model, batch=1, length=length)
-    if "input_ids" not in probe or any(key.startswith(("pixel", "input_features")) for key in probe):
-        return []
-    tokenizer = load_tokenizer(source)
-    if tokenizer is None:
-        return []
-    from slimwright.zoo.text import standard_library
-
-    vocabulary = model.config.get_text_config().vocab_size
-    found: list[tuple[str, Tensor]] = []
-    for document in standard_library("heldout"):
-        ids = tokenizer(document.text[: 16 * length], add_special_tokens=True, truncation=True, max_length=length)[
-            "input_ids"
-        ]
-        if len(ids) == length and max(ids) < vocabulary:
-            found.append((document.path, torch.tensor(ids)))
-        if len(found) == count:
-            break
-    return found
-
-
-def load_tokenizer(source: Checkpoint) -> Any | None:
-    """The source's tokenizer, or None if it has none that loads."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
-    if not any((source.model_path / name).exists() for name in names):
-        return None
-    try:
-        return transformers.AutoTokenizer.from_pretrained(source.model_path)
-    except Exception:  # any tokenizer library may fail in its own way; the report then says: random inputs
-        return None
 
 
 SAMPLE_TOKENS = 24
