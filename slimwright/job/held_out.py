@@ -190,9 +190,7 @@ def _random(model: Any, length: int, tokens: int, batch_tokens: int, seed: int) 
         yield HeldOut(names, dummy_inputs(model, batch=batch, length=length, seed=seed + made))
 
 
-def retrieval_quality(
-    source: Path, written: Path, original: PreTrainedModel, parameters: int, seed: int
-) -> dict[str, Any]:
+def retrieval_quality(written: Path, original: PreTrainedModel, parameters: int, seed: int) -> dict[str, Any]:
     """``ndcg_at_10`` before and after on a retrieval task made of held-out modules, where the result is a
     sentence-transformers directory, that package is installed, and the model is not too large for it; else nothing.
 

@@ -263,9 +263,7 @@ def _compare_outputs(
     found = quality.result(spec.seed)
     outcome.quality = {name: value for name, value in found.items() if isinstance(value, dict)}
     outcome.measured_on = {name: value for name, value in found.items() if not isinstance(value, dict)}
-    outcome.quality |= retrieval_quality(
-        Path(spec.source), Path(spec.written), original, structure.parameters, spec.seed
-    )
+    outcome.quality |= retrieval_quality(Path(spec.written), original, structure.parameters, spec.seed)
     if spec.sample and hasattr(packed, "generate") and packed.can_generate():
         outcome.samples = _samples(source, original, packed)
 
