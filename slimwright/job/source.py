@@ -70,7 +70,8 @@ class ParallelSource(WeightSource):
         if rows.stop - rows.start <= step:
             return self._source.rows(rows)
         step = -(-step // 512) * 512 if step > 512 else step
-        out = torch.empty(rows.stop - rows.start, columns)
+        with torch.inference_mode(False):  # workers, which are in no such mode, may not write into a tensor made in one
+            out = torch.empty(rows.stop - rows.start, columns)
         tiles = (slice(first, min(first + step, rows.stop)) for first in range(rows.start, rows.stop, step))
 
         def fill(tile: slice) -> None:
@@ -81,7 +82,8 @@ class ParallelSource(WeightSource):
         return out
 
     def gather(self, index: Tensor) -> Tensor:
-        out = torch.empty(len(index), self.site.columns)
+        with torch.inference_mode(False):
+            out = torch.empty(len(index), self.site.columns)
 
         def fill(part: Tensor) -> None:
             first = int(part[0])
