@@ -16,6 +16,8 @@ from slimwright.runtime.format import DenseForm, read_config, read_dense
 from slimwright.runtime.modules import decode_tile
 from slimwright.weights import Grid, disk_shapes, matrix_shape
 
+ZOO = "zoo:"
+
 
 class DequantizedCheckpoint(Checkpoint):
     """A result of ours seen as the dense checkpoint it stands for, decoded tile by tile on demand.
@@ -104,11 +106,17 @@ def model_of(source: Checkpoint, trust_remote_code: bool = False) -> tuple[type[
 
 
 def open_source(path: str) -> Checkpoint:
-    """Open a model directory or hub id; a result of ours is dequantized tile by tile.
+    """Open a model directory, a hub id or a model of the zoo (`zoo:gpt2`, trained if it is not in the cache).
+
+    A result of ours is dequantized tile by tile.
 
     Raises:
-        InputError: not a model, damaged, or quantized in a form that is not read.
+        InputError: not a model, damaged, quantized in a form that is not read, or unknown to the zoo.
     """
+    if path.startswith(ZOO):
+        from slimwright import zoo
+
+        path = str(zoo.model(path.removeprefix(ZOO)))
     checkpoint = Checkpoint.open(path)
     refuse_foreign_quantization(checkpoint)
     return checkpoint if checkpoint.quantization is None else DequantizedCheckpoint(checkpoint)
