@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from slimwright.checkpoint import write_json_atomic
 from slimwright.errors import InputError
@@ -68,7 +68,7 @@ class NextToken(Objective):
     metric = "held-out bits per byte"
 
     def __init__(self, window: int, packages: Collection[str] | None = None) -> None:
-        self._tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(bundled_path())
+        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(bundled_path())
         self._window = window
         self._packages = packages
 

@@ -107,7 +107,6 @@ def _qwen3_moe() -> PreTrainedModel:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,
@@ -144,7 +143,6 @@ def _vit() -> PreTrainedModel:
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_labels=10,
         id2label={digit: str(digit) for digit in range(10)},
         label2id={str(digit): digit for digit in range(10)},
     )
@@ -159,12 +157,11 @@ def _t5() -> PreTrainedModel:
         d_ff=1024,
         num_layers=3,
         num_heads=4,
-        n_positions=WINDOW,
         dropout_rate=0.0,
         pad_token_id=SpanCorruption.PAD,
         eos_token_id=SpanCorruption.END,
-        decoder_start_token_id=SpanCorruption.PAD,
     )
+    config.decoder_start_token_id = SpanCorruption.PAD
     return T5ForConditionalGeneration(config)
 
 

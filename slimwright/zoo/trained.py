@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 from slimwright.checkpoint import claim, job_key, write_bytes_atomic, write_json_atomic
@@ -147,10 +148,11 @@ def _train_into(held: Claim, name: str, recipe: Recipe, steps: int) -> None:
         after_step=_teller(say, steps),
     )
     say("measuring on held-out data")
-    written = model.to(recipe.dtype)
-    written.save_pretrained(held.partial)
+    nn.Module.to(model, recipe.dtype)
+    model.save_pretrained(held.partial)
     objective.save(held.partial)
-    value = objective.figure(written.float().eval())
+    written = type(model).from_pretrained(held.partial, dtype=torch.float32)  # what was rounded in memory only is exact
+    value = objective.figure(written.eval())
     facts = {
         "name": name,
         "description": recipe.description,
@@ -202,9 +204,7 @@ def _teller(say: _Line, steps: int) -> Callable[[Progress, float], None]:
 def _card(facts: dict[str, Any], model: PreTrainedModel) -> str:
     """The model card. Everything in the zoo is trained on this machine, so its card says on what and how far."""
     if facts["name"] == "vit":
-        source = (
-            "scikit-learn's digits (UCI, Optical Recognition of Handwritten Digits, CC BY 4.0); a tenth is held out"
-        )
+        source = "scikit-learn's digits (UCI, Optical Recognition of Handwritten Digits, CC BY 4.0), a tenth held out"
     else:
         source = (
             f"the source and help topics of CPython {facts['python']}'s standard library (PSF License Agreement); "
