@@ -133,6 +133,7 @@ class MaskedTokens(Objective):
             cls_token="[CLS]",
             sep_token="[SEP]",
             mask_token=AddedToken("[MASK]", lstrip=True, special=True),
+            model_input_names=["input_ids", "token_type_ids", "attention_mask"],
             model_max_length=window,
             clean_up_tokenization_spaces=False,
         )
@@ -266,12 +267,15 @@ class Digits(Objective):
         except ImportError as error:
             raise InputError("the digits come with scikit-learn: install it with `pip install scikit-learn`") from error
         digits = load_digits()
-        self._images = torch.tensor(digits.images, dtype=torch.float32)
-        self._labels = torch.tensor(digits.target, dtype=torch.int64)
+        images = torch.tensor(digits.images, dtype=torch.float32)
+        labels = torch.tensor(digits.target, dtype=torch.int64)
+        parts = [part_of(f"digits:{index}") for index in range(len(images))]
+        chosen = {part: torch.tensor([found == part for found in parts]) for part in set(parts)}
+        self._parts: dict[Part, Batch] = {part: (images[where], labels[where]) for part, where in chosen.items()}
 
     def batch(self, step: int) -> Batch:
         """Pixel values as the processor makes them, float32 (rows, 3, 8, 8), and labels, int64 (rows,)."""
-        images, labels = self._part("train")
+        images, labels = self._parts["train"]
         generator = torch.Generator().manual_seed(SEED + step)
         chosen = torch.randint(len(images), (self.ROWS,), generator=generator)
         down, right = torch.randint(3, (2, self.ROWS), generator=generator)
@@ -284,7 +288,7 @@ class Digits(Objective):
 
     @torch.inference_mode()
     def figure(self, model: PreTrainedModel) -> float:
-        images, labels = self._part("heldout")
+        images, labels = self._parts["heldout"]
         found = model(pixel_values=self._pixels(images)).logits.argmax(-1)
         return float((found == labels).double().mean())
 
@@ -304,10 +308,6 @@ class Digits(Objective):
             "image_std": half,
         }
         write_json_atomic(out / "preprocessor_config.json", config)
-
-    def _part(self, part: Part) -> Batch:
-        chosen = torch.tensor([part_of(f"digits:{index}") == part for index in range(len(self._images))])
-        return self._images[chosen], self._labels[chosen]
 
     def _pixels(self, images: Tensor) -> Tensor:
         """Grey values 0..16, (rows, 8, 8), as three channels of -1..1: what the processor makes of 0..255."""

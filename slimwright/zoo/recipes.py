@@ -66,6 +66,13 @@ class Recipe:
     fine_tune: bool = False
 
 
+def _padded_with_end(model: PreTrainedModel) -> PreTrainedModel:
+    """Generation fills up with the end of text. In the config an id would freeze that row of the embedding."""
+    assert model.generation_config is not None
+    model.generation_config.pad_token_id = END
+    return model
+
+
 def _gpt2() -> PreTrainedModel:
     config = GPT2Config(
         vocab_size=VOCABULARY,
@@ -79,7 +86,7 @@ def _gpt2() -> PreTrainedModel:
         bos_token_id=END,
         eos_token_id=END,
     )
-    return GPT2LMHeadModel(config)
+    return _padded_with_end(GPT2LMHeadModel(config))
 
 
 def _qwen2() -> PreTrainedModel:
@@ -95,7 +102,7 @@ def _qwen2() -> PreTrainedModel:
         bos_token_id=END,
         eos_token_id=END,
     )
-    return Qwen2ForCausalLM(config)
+    return _padded_with_end(Qwen2ForCausalLM(config))
 
 
 def _qwen3_moe() -> PreTrainedModel:
@@ -117,7 +124,7 @@ def _qwen3_moe() -> PreTrainedModel:
         bos_token_id=END,
         eos_token_id=END,
     )
-    return Qwen3MoeForCausalLM(config)
+    return _padded_with_end(Qwen3MoeForCausalLM(config))
 
 
 def _bert() -> PreTrainedModel:

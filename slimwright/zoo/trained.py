@@ -151,7 +151,9 @@ def _train_into(held: Claim, name: str, recipe: Recipe, steps: int) -> None:
     nn.Module.to(model, recipe.dtype)
     model.save_pretrained(held.partial)
     objective.save(held.partial)
-    written = type(model).from_pretrained(held.partial, dtype=torch.float32)  # what was rounded in memory only is exact
+    written = type(model).from_pretrained(
+        held.partial, dtype=torch.float32
+    )  # with exact positions, which are not stored
     value = objective.figure(written.eval())
     facts = {
         "name": name,

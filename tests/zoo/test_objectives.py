@@ -144,7 +144,7 @@ def test_topics_are_disjoint_and_each_has_text_of_its_own() -> None:
 def test_digits_are_split_once_and_shown_as_the_processor_shows_them() -> None:
     pytest.importorskip("sklearn")
     task = Digits()
-    parts = [task._part(part) for part in ("train", "calibrate", "heldout")]
+    parts = [task._parts[part] for part in ("train", "calibrate", "heldout")]
     assert sum(len(images) for images, _ in parts) == 1797
     assert all(130 < len(images) < 230 for images, _ in parts[1:])
     images, labels = parts[2]
@@ -158,7 +158,7 @@ def test_digits_are_split_once_and_shown_as_the_processor_shows_them() -> None:
 def test_training_digits_are_shifted_by_at_most_a_pixel() -> None:
     pytest.importorskip("sklearn")
     task = Digits()
-    images, labels = task._part("train")
+    images, labels = task._parts["train"]
     pixels, targets = task.batch(5)
     shown = ((pixels[:, 0] + 1) / 2 * 16).round()
     moved = 0
