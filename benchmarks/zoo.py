@@ -2,7 +2,7 @@
 
     python -m benchmarks.zoo [NAME ...]
 
-A model counts as good if it was trained in at most five minutes and three bits cost it something (what cannot lose
+A model counts as good if its training took at most what two cores do in five minutes, and three bits cost it something (what cannot lose
 measures nothing); a fine-tune if it is better than the bundled LM on the held-out text of its topic.
 """
 
@@ -18,14 +18,17 @@ from slimwright.zoo.recipes import RECIPES
 from slimwright.zoo.trained import record, trained
 
 GRIDS = ("int4:g64", "int3:g64", "int2:g64")
-LONGEST = 300.0  # seconds
+MOST = 2 * 300.0  # processor seconds: two cores for five minutes, whatever else the machine does meanwhile
 
 
 def row_of(name: str) -> Row:
     """Train a model or find it, and measure it again after rounding to each grid."""
     directory = trained(name)
     facts = record(directory)
-    row: Row = {key: facts.get(key) for key in ("name", "metric", "parameters", "steps", "seconds", "before", "value")}
+    row: Row = {
+        key: facts.get(key)
+        for key in ("name", "metric", "parameters", "steps", "seconds", "processor_seconds", "before", "value")
+    }
     sign = -1 if facts["higher_is_better"] else 1
     objective = RECIPES[name].objective()
     with scratch(f"zoo-{name}") as folder:
@@ -34,7 +37,7 @@ def row_of(name: str) -> Row:
             slimwright.fit(str(directory), str(out), grid=grid)
             row[grid] = objective.figure(slimwright.load(out).float().eval())
     gained = "before" not in facts or sign * (facts["before"] - facts["value"]) > 0
-    row["ok"] = facts["seconds"] <= LONGEST and gained and sign * (row["int3:g64"] - facts["value"]) > 0
+    row["ok"] = facts["processor_seconds"] <= MOST and gained and sign * (row["int3:g64"] - facts["value"]) > 0
     return row
 
 
@@ -44,7 +47,7 @@ def main() -> int:
     started = time.time()
     rows = [row_of(name) for name in arguments.parse_args().names or RECIPES]
     columns = {
-        "name": "model", "metric": "figure", "parameters": "parameters", "steps": "steps", "seconds": "s",
+        "name": "model", "metric": "figure", "parameters": "parameters", "steps": "steps", "seconds": "s", "processor_seconds": "processor s",
         "before": "before", "value": "trained", **{grid: grid for grid in GRIDS}, "ok": "ok",
     }  # fmt: skip
     return exit_code(publish("zoo", rows, columns, started))

@@ -205,7 +205,7 @@ class SpanCorruption(Objective):
             tokenizer_object=tokenizer,
             pad_token="<pad>",
             eos_token="</s>",
-            additional_special_tokens=list(self.special[2:]),
+            extra_special_tokens=list(self.special[2:]),
             model_max_length=window,
             clean_up_tokenization_spaces=False,
         )

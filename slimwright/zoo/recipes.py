@@ -192,11 +192,11 @@ _next_token = partial(NextToken, WINDOW)
 RECIPES = {
     "gpt2": Recipe(
         "GPT-2: learned positions, fused q/k/v, Conv1D, biases, tied",
-        _gpt2, _next_token, Schedule(300, 3e-3, 30), torch.float32,
+        _gpt2, _next_token, Schedule(220, 3e-3, 30), torch.float32,
     ),
     "qwen2": Recipe(
         "Qwen2: grouped queries, biases on q/k/v, tied",
-        _qwen2, _next_token, Schedule(300, 3e-3, 30), torch.bfloat16,
+        _qwen2, _next_token, Schedule(220, 3e-3, 30), torch.bfloat16,
     ),
     "qwen3-moe": Recipe(
         "Qwen3-MoE: 8 experts of which 2 run, first block dense, tied",
@@ -208,11 +208,11 @@ RECIPES = {
     ),
     "vit": Recipe(
         "ViT: a classifier of handwritten digits of 8 x 8 pixels",
-        _vit, Digits, Schedule(600, 1e-3, 60), torch.float32,
+        _vit, Digits, Schedule(400, 1e-3, 60), torch.float32,
     ),
     "t5": Recipe(
         "T5: encoder and decoder, relative positions, no biases, tied",
-        _t5, partial(SpanCorruption, WINDOW), Schedule(300, 3e-3, 30), torch.float32,
+        _t5, partial(SpanCorruption, WINDOW), Schedule(220, 3e-3, 30), torch.float32,
     ),
     **{f"bundled-{topic}": _fine_tune(topic) for topic in TOPICS},
 }  # fmt: skip

@@ -165,6 +165,7 @@ def _train_into(held: Claim, name: str, recipe: Recipe, steps: int) -> None:
         "parameters": model.num_parameters(),
         "steps": steps,
         "seconds": round(progress.seconds, 1),
+        "processor_seconds": round(progress.processor_seconds, 1),
         **environment(),
         "transformers": transformers.__version__,
         "python": platform.python_version(),

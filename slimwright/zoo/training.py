@@ -6,9 +6,9 @@ its last saved state ends with the bytes of one that was not (same threads, inst
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, TypeVar
 
 import torch
@@ -41,10 +41,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: steps done and seconds spent, over all its starts."""
+    """How far a run is: steps done, seconds and processor seconds (of all threads) spent, over all its starts."""
 
     step: int = 0
     seconds: float = 0.0
+    processor_seconds: float = 0.0
 
 
 def train(
@@ -67,7 +68,7 @@ def train(
     optimizers = optimizers_for(model, schedule.peak_rate)
     progress = _resume(state_file, model, optimizers)
     began(progress)
-    start = perf_counter() - progress.seconds
+    start, processor_start = perf_counter() - progress.seconds, process_time() - progress.processor_seconds
     model.train()
     while progress.step < schedule.steps:
         for optimizer in optimizers:
@@ -79,7 +80,7 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        progress = Progress(progress.step + 1, perf_counter() - start)
+        progress = Progress(progress.step + 1, perf_counter() - start, process_time() - processor_start)
         after_step(progress, value.item())
         if progress.step % save_every == 0 or progress.step == schedule.steps:
             _keep(state_file, model, optimizers, progress)
@@ -108,7 +109,7 @@ def environment() -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
 
 
@@ -125,8 +126,7 @@ def _keep(file: Path, model: PreTrainedModel, optimizers: Sequence[torch.optim.O
     state = {
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "step": progress.step,
-        "seconds": progress.seconds,
+        "progress": asdict(progress),
         "environment": environment(),
     }
     partial = file.with_suffix(".partial")
@@ -143,4 +143,4 @@ def _resume(file: Path, model: PreTrainedModel, optimizers: Sequence[torch.optim
     model.load_state_dict(state["model"])
     for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(kept)
-    return Progress(state["step"], state["seconds"])
+    return Progress(**state["progress"])
