@@ -2,8 +2,8 @@
 
     python -m benchmarks.zoo [NAME ...]
 
-A model counts as good if its training took at most what two cores do in five minutes, and three bits cost it something (what cannot lose
-measures nothing); a fine-tune if it is better than the bundled LM on the held-out text of its topic.
+A model counts as good if its training took at most what two cores do in five minutes, and three bits cost it something
+(what cannot lose measures nothing); a fine-tune if it is better than the bundled LM on the held-out text of its topic.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def main() -> int:
     started = time.time()
     rows = [row_of(name) for name in arguments.parse_args().names or RECIPES]
     columns = {
-        "name": "model", "metric": "figure", "parameters": "parameters", "steps": "steps", "seconds": "s", "processor_seconds": "processor s",
+        "name": "model", "metric": "figure", "parameters": "parameters", "steps": "steps", "seconds": "s",
+        "processor_seconds": "cpu s",
         "before": "before", "value": "trained", **{grid: grid for grid in GRIDS}, "ok": "ok",
     }  # fmt: skip
     return exit_code(publish("zoo", rows, columns, started))
