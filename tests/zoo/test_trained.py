@@ -28,26 +28,31 @@ pytest.importorskip("sklearn")
 
 
 def few(part: Part) -> list[Document]:
-    """Little text, so that tokenizers take no time to train."""
-    documents = [document for document in standard_library(part) if 2000 < document.bytes < 20000]
-    kept = [document for document in documents if "/" in document.path]
-    return [Document(document.path, document.text[:4000]) for document in kept[:: len(kept) // 20 or 1]]
+    """Little text: what tokenizers are trained on, and what is measured, takes no time."""
+    kept = [document for document in standard_library(part) if document.path.startswith(("asyncio/", "email/"))]
+    return [Document(document.path, document.text[:4000]) for document in kept[:4]]
+
+
+def make_small(patch: pytest.MonkeyPatch, directory: Path) -> None:
+    """An empty cache, little text, small steps."""
+    patch.setenv("SLIMWRIGHT_CACHE", str(directory))
+    patch.setattr(objectives, "standard_library", few)
+    patch.setattr(objectives, "TOKENS_PER_STEP", 1024)
+    patch.setattr(objectives.Digits, "ROWS", 16)
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every model of the zoo and one fine-tune, trained for two steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objectives, "standard_library", few)
-        patch.setenv("SLIMWRIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        make_small(patch, tmp_path_factory.mktemp("cache"))
         return {name: trained.trained(name, STEPS) for name in (*MODELS, "bundled-network")}
 
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache and little text."""
-    monkeypatch.setattr(objectives, "standard_library", few)
-    monkeypatch.setenv("SLIMWRIGHT_CACHE", str(tmp_path / "cache"))
+    """An empty cache of the test's own."""
+    make_small(monkeypatch, tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -106,7 +111,7 @@ def test_the_record_says_what_was_measured(shared: dict[str, Path]) -> None:
     for name, directory in shared.items():
         facts = trained.record(directory)
         assert facts["name"] == name and facts["steps"] == STEPS and facts["seconds"] > 0
-        assert (0 <= facts["value"] <= 1) if facts["higher_is_better"] else facts["value"] > 1
+        assert (0 <= facts["value"] <= 1) if facts["higher_is_better"] else 0.5 < facts["value"] < 9
         assert ("before" in facts) == (name == "bundled-network")
         card = (directory / "README.md").read_text()
         assert f"{facts['value']:.4f}" in card and card.startswith("---\nlicense: apache-2.0")
