@@ -32,7 +32,8 @@ from slimwright.zoo.tokens import VOCABULARY
 from slimwright.zoo.training import Schedule
 
 WINDOW = 512
-ENCODER_WINDOW = 256
+ENCODER_WINDOW = 128
+SPAN_WINDOW = 256
 BUNDLED_WINDOW = 1024
 END = 0  # the bundled tokenizer's end of text
 
@@ -132,7 +133,7 @@ def _bert() -> PreTrainedModel:
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=1024,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=ENCODER_WINDOW,
         hidden_dropout_prob=0.0,
@@ -162,7 +163,7 @@ def _t5() -> PreTrainedModel:
         d_model=256,
         d_kv=64,
         d_ff=1024,
-        num_layers=3,
+        num_layers=2,
         num_heads=4,
         dropout_rate=0.0,
         pad_token_id=SpanCorruption.PAD,
@@ -196,23 +197,23 @@ RECIPES = {
     ),
     "qwen2": Recipe(
         "Qwen2: grouped queries, biases on q/k/v, tied",
-        _qwen2, _next_token, Schedule(220, 3e-3, 30), torch.bfloat16,
+        _qwen2, _next_token, Schedule(160, 3e-3, 30), torch.bfloat16,
     ),
     "qwen3-moe": Recipe(
         "Qwen3-MoE: 8 experts of which 2 run, first block dense, tied",
-        _qwen3_moe, _next_token, Schedule(200, 3e-3, 30), torch.bfloat16,
+        _qwen3_moe, _next_token, Schedule(150, 3e-3, 30), torch.bfloat16,
     ),
     "bert": Recipe(
         "BERT: a masked language model, norms after the sublayers",
-        _bert, partial(MaskedTokens, ENCODER_WINDOW), Schedule(300, 2e-3, 60), torch.float32,
+        _bert, partial(MaskedTokens, ENCODER_WINDOW), Schedule(500, 3e-3, 20), torch.float32,
     ),
     "vit": Recipe(
         "ViT: a classifier of handwritten digits of 8 x 8 pixels",
-        _vit, Digits, Schedule(400, 1e-3, 60), torch.float32,
+        _vit, Digits, Schedule(250, 1e-3, 40), torch.float32,
     ),
     "t5": Recipe(
         "T5: encoder and decoder, relative positions, no biases, tied",
-        _t5, partial(SpanCorruption, WINDOW), Schedule(220, 3e-3, 30), torch.float32,
+        _t5, partial(SpanCorruption, SPAN_WINDOW), Schedule(220, 3e-3, 30), torch.float32,
     ),
     **{f"bundled-{topic}": _fine_tune(topic) for topic in TOPICS},
 }  # fmt: skip

@@ -132,6 +132,7 @@ def _train_into(held: Claim, name: str, recipe: Recipe, steps: int) -> None:
         torch.manual_seed(SEED)
         objective = recipe.objective()
         model = recipe.model()
+        objective.start(model)
     before = objective.figure(model.eval()) if recipe.fine_tune else None
 
     def loss(batch: Any) -> torch.Tensor:

@@ -33,8 +33,8 @@ def test_taken_spans_put_back_give_the_text() -> None:
     first = 2  # ids of the sentinels begin after padding and end
     text = torch.arange(100, 100 + 6 * WINDOW).view(6, WINDOW)
     inputs, targets = task.corrupted(text, torch.Generator().manual_seed(1))
-    taken = round(0.15 * WINDOW)
-    spans = round(taken / 3)
+    taken = round(0.3 * WINDOW)
+    spans = round(taken / 5)
     assert inputs.shape == (6, WINDOW - taken + spans + 1) and targets.shape == (6, taken + spans + 1)
     assert len({tuple((row >= 100).tolist()) for row in inputs}) > 1  # each row has spans of its own
     for row, given, asked in zip(text.tolist(), inputs.tolist(), targets.tolist()):
@@ -81,10 +81,10 @@ def test_masked_batches() -> None:
     asked = masked = replaced = 0
     for step in range(30):
         inputs, targets = task.batch(step)
-        assert inputs.shape == targets.shape == (4096 // WINDOW, WINDOW)
+        assert inputs.shape == targets.shape == (2048 // WINDOW, WINDOW)
         assert (inputs[:, 0] == task.CLS).all() and (inputs[:, -1] == task.SEP).all()
         scored = targets != UNSCORED
-        assert (scored.sum(1) == round(0.15 * WINDOW)).all() and (targets[scored] >= len(task.special)).all()
+        assert (scored.sum(1) == round(0.4 * WINDOW)).all() and (targets[scored] >= len(task.special)).all()
         changed = scored & (inputs != targets)
         asked += int(scored.sum())
         masked += int((inputs[scored] == task.MASK).sum())
@@ -94,6 +94,16 @@ def test_masked_batches() -> None:
     assert masked / asked == pytest.approx(0.8, abs=0.02) and replaced / asked == pytest.approx(0.1, abs=0.02)
     again = task.batch(29)
     assert torch.equal(again[0], inputs) and torch.equal(again[1], targets)
+
+
+@pytest.mark.usefixtures("little_text")
+def test_an_untrained_bert_knows_how_often_each_token_comes() -> None:
+    task = MaskedTokens(WINDOW)
+    output = torch.nn.Linear(4, 3072)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=3072), get_output_embeddings=lambda: output)
+    task.start(model)  # type: ignore[arg-type]
+    counts = torch.bincount(task._tokens, minlength=3072).double() + 1
+    assert torch.allclose(output.bias.double().softmax(0), counts / counts.sum(), rtol=1e-4)
 
 
 @pytest.mark.usefixtures("little_text")
