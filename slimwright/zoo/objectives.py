@@ -112,22 +112,24 @@ class NextToken(Objective):
 class MaskedTokens(Objective):
     """BERT's objective (Devlin et al. 2019): of the tokens to be predicted 80 % are masked and 10 % replaced.
 
-    40 % are predicted, not 15 %: what a short training learns goes with the tokens it predicts (Wettig et al. 2023).
-    The figure is the share of held-out tokens named right, 15 % of each window at fixed places, all of them masked.
+    30 % are predicted, not 15 %, for more to learn from a step (Wettig et al. 2023), and of a vocabulary of 512: with
+    3,072 tokens, 500 steps taught no more than how often each comes. The figure is the share of held-out tokens named
+    right, 15 % of each window at fixed places, all of them masked.
     """
 
     metric = "held-out masked accuracy"
     higher_is_better = True
     special = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
     PAD, CLS, SEP, MASK = range(4)
-    predicted = 0.4
+    predicted = 0.3
     asked = 0.15
+    vocabulary = 512
     tokens_per_step = 2048
 
     def __init__(self, window: int) -> None:
         self._window = window
         documents = standard_library("train")
-        tokenizer = train_tokenizer(documents, self.special)
+        tokenizer = train_tokenizer(documents, self.special, self.vocabulary)
         tokenizer.post_processor = TemplateProcessing(
             single="[CLS] $A [SEP]",
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",

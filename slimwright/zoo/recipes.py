@@ -130,7 +130,7 @@ def _qwen3_moe() -> PreTrainedModel:
 
 def _bert() -> PreTrainedModel:
     config = BertConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=MaskedTokens.vocabulary,
         hidden_size=256,
         intermediate_size=1024,
         num_hidden_layers=3,
@@ -205,7 +205,7 @@ RECIPES = {
     ),
     "bert": Recipe(
         "BERT: a masked language model, norms after the sublayers",
-        _bert, partial(MaskedTokens, ENCODER_WINDOW), Schedule(500, 3e-3, 20), torch.float32,
+        _bert, partial(MaskedTokens, ENCODER_WINDOW), Schedule(600, 3e-3, 20), torch.float32,
     ),
     "vit": Recipe(
         "ViT: a classifier of handwritten digits of 8 x 8 pixels",

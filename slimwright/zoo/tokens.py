@@ -15,8 +15,10 @@ from slimwright.zoo.training import SEED
 VOCABULARY = 3072
 
 
-def train_tokenizer(documents: Sequence[Document], special_tokens: Sequence[str]) -> Tokenizer:
-    """A byte-level BPE of VOCABULARY tokens, split by GPT-2's rule; every byte is a token, so any text round-trips.
+def train_tokenizer(
+    documents: Sequence[Document], special_tokens: Sequence[str], vocabulary: int = VOCABULARY
+) -> Tokenizer:
+    """A byte-level BPE of `vocabulary` tokens, split by GPT-2's rule; every byte is a token, so any text round-trips.
 
     The special tokens have the first ids, in their order.
     """
@@ -24,7 +26,7 @@ def train_tokenizer(documents: Sequence[Document], special_tokens: Sequence[str]
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
