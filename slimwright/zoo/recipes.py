@@ -205,7 +205,7 @@ RECIPES = {
     ),
     "bert": Recipe(
         "BERT: a masked language model, norms after the sublayers",
-        _bert, partial(MaskedTokens, ENCODER_WINDOW), Schedule(600, 3e-3, 20), torch.float32,
+        _bert, partial(MaskedTokens, ENCODER_WINDOW), Schedule(600, 1e-3, 20, muon_factor=4.0), torch.float32,
     ),
     "vit": Recipe(
         "ViT: a classifier of handwritten digits of 8 x 8 pixels",

@@ -28,6 +28,7 @@ class Schedule:
     peak_rate: float
     warmup_steps: int = 100
     decay_share: float = 0.4  # of the steps
+    muon_factor: float = 1.0  # Muon's rate in AdamW's
 
     def of(self, steps: int) -> "Schedule":
         """The same for another number of steps."""
@@ -71,9 +72,9 @@ def train(
     start, processor_start = perf_counter() - progress.seconds, process_time() - progress.processor_seconds
     model.train()
     while progress.step < schedule.steps:
-        for optimizer in optimizers:
+        for optimizer, factor in zip(optimizers, (schedule.muon_factor, 1.0), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = schedule.rate(progress.step)
+                group["lr"] = factor * schedule.rate(progress.step)
         value = loss(batch(progress.step))
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -87,7 +88,7 @@ def train(
     return progress
 
 
-def optimizers_for(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimizer]:
+def optimizers_for(model: PreTrainedModel, rate: float) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
     """Muon for the blocks' matrices (Jordan 2024; updates scaled to AdamW's size), AdamW for all else.
 
     Muon takes matrices only: fused experts, three-dimensional, go to AdamW with the embeddings, gains and biases.
@@ -96,7 +97,7 @@ def optimizers_for(model: PreTrainedModel, rate: float) -> list[torch.optim.Opti
     chosen = {id(weight) for weight in matrices}
     others = [weight for weight in model.parameters() if id(weight) not in chosen]
     muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    return muon, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def bfloat16_products() -> AbstractContextManager[object]:
