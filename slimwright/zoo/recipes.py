@@ -197,7 +197,7 @@ RECIPES = {
     ),
     "qwen2": Recipe(
         "Qwen2: grouped queries, biases on q/k/v, tied",
-        _qwen2, _next_token, Schedule(160, 3e-3, 30), torch.bfloat16,
+        _qwen2, _next_token, Schedule(120, 3e-3, 30), torch.bfloat16,
     ),
     "qwen3-moe": Recipe(
         "Qwen3-MoE: 8 experts of which 2 run, first block dense, tied",
@@ -205,7 +205,7 @@ RECIPES = {
     ),
     "bert": Recipe(
         "BERT: a masked language model, norms after the sublayers",
-        _bert, partial(MaskedTokens, ENCODER_WINDOW), Schedule(600, 1e-3, 20, muon_factor=4.0), torch.float32,
+        _bert, partial(MaskedTokens, ENCODER_WINDOW), Schedule(450, 1e-3, 20, muon_factor=4.0), torch.float32,
     ),
     "vit": Recipe(
         "ViT: a classifier of handwritten digits of 8 x 8 pixels",
