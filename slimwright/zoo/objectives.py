@@ -113,8 +113,8 @@ class MaskedTokens(Objective):
     """BERT's objective (Devlin et al. 2019): of the tokens to be predicted 80 % are masked and 10 % replaced.
 
     30 % are predicted, not 15 %, for more to learn from a step (Wettig et al. 2023), and of a vocabulary of 512: with
-    3,072 tokens, 500 steps taught little more than how often each comes. The figure is the share of held-out tokens named
-    right, 15 % of each window at fixed places, all of them masked.
+    3,072 tokens, 500 steps taught little more than how often each comes. The figure is the share of held-out tokens
+    named right, 15 % of each window at fixed places, all of them masked.
     """
 
     metric = "held-out masked accuracy"
