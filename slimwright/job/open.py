@@ -105,18 +105,25 @@ def model_of(source: Checkpoint, trust_remote_code: bool = False) -> tuple[type[
     return type(model), model.config
 
 
-def open_source(path: str) -> Checkpoint:
-    """Open a model directory, a hub id or a model of the zoo (`zoo:gpt2`, trained if it is not in the cache).
+def located(model: str) -> str:
+    """The directory of a model of the zoo (`zoo:gpt2`), which is trained if it is not in the cache; else `model` itself.
 
-    A result of ours is dequantized tile by tile.
+    Raises:
+        InputError: the zoo has no such model (with the nearest name), or the cache cannot be written.
+    """
+    if not model.startswith(ZOO):
+        return model
+    from slimwright import zoo
+
+    return str(zoo.model(model.removeprefix(ZOO)))
+
+
+def open_source(path: str) -> Checkpoint:
+    """Open a model directory, a hub id or a model of the zoo (`zoo:gpt2`); a result of ours is dequantized by tiles.
 
     Raises:
         InputError: not a model, damaged, quantized in a form that is not read, or unknown to the zoo.
     """
-    if path.startswith(ZOO):
-        from slimwright import zoo
-
-        path = str(zoo.model(path.removeprefix(ZOO)))
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(located(path))
     refuse_foreign_quantization(checkpoint)
     return checkpoint if checkpoint.quantization is None else DequantizedCheckpoint(checkpoint)

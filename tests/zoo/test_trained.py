@@ -14,7 +14,7 @@ from slimwright import zoo
 from slimwright.checkpoint import weights_hash
 from slimwright.errors import InputError
 from slimwright.job import cache
-from slimwright.job.open import open_source
+from slimwright.job.open import located, open_source
 from slimwright.zoo import objectives, trained, training
 from slimwright.zoo.__main__ import main
 from slimwright.zoo.recipes import RECIPES
@@ -201,6 +201,7 @@ def test_verbs_take_the_zoos_models(own: Path, monkeypatch: pytest.MonkeyPatch) 
     asked = []
     monkeypatch.setattr(trained, "trained", lambda name: asked.append(name) or path)
     assert open_source("zoo:vit").path == path and asked == ["vit"]
+    assert located("zoo:vit") == str(path) and located("hub/zoo:vit") == "hub/zoo:vit"
 
 
 def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
