@@ -106,7 +106,7 @@ def model_of(source: Checkpoint, trust_remote_code: bool = False) -> tuple[type[
 
 
 def located(model: str) -> str:
-    """The directory of a model of the zoo (`zoo:gpt2`), which is trained if it is not in the cache; else `model` itself.
+    """The directory of `zoo:NAME`, a model that is trained if it is not in the cache; anything else as it is.
 
     Raises:
         InputError: the zoo has no such model (with the nearest name), or the cache cannot be written.
