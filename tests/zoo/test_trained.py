@@ -113,7 +113,7 @@ def test_the_record_says_what_was_measured(shared: dict[str, Path]) -> None:
     for name, directory in shared.items():
         facts = trained.record(directory)
         assert facts["name"] == name and facts["steps"] == STEPS and facts["seconds"] > 0
-        assert (0 <= facts["value"] <= 1) if facts["higher_is_better"] else 0.5 < facts["value"] < 9
+        assert (0 <= facts["value"] <= 1) if facts["higher_is_better"] else 0.5 < facts["value"] < 30
         assert ("before" in facts) == (name == "bundled-network")
         card = (directory / "README.md").read_text()
         assert f"{facts['value']:.4f}" in card and card.startswith("---\nlicense: apache-2.0")
