@@ -18,6 +18,7 @@ BENCHMARKS = {
     "hostile": "1,000 damaged checkpoints",
     "loading": "memory and time of loading a packed model",
     "grids": "error and speed of every grid",
+    "zoo": "trained models: figure, training time, what rounding costs",
     "memory": "13 GB models under 1.5 GB of memory",
 }
 
