@@ -231,8 +231,12 @@ class WeightSolver(Method):
         if reason:
             raise InputError(f"The grid {self.grid} cannot hold a weight of {tuple(weight.shape)}: {reason}.")
         for need in self.needs:
-            if getattr(stats, need) is None:
+            statistic = getattr(stats, need)
+            if statistic is None:
                 raise InputError(f"{self.name} needs the statistic '{need}': give data.")
+            if statistic.shape[-1] != weight.shape[1]:
+                seen = statistic.shape[-1]
+                raise InputError(f"{self.name}: the {need} is of {seen} inputs, the weight has {weight.shape[1]}.")
         weight = weight.float()
         low, high = weight.aminmax()  # NaN and Inf come through: one pass instead of isfinite's three
         if not (torch.isfinite(low) and torch.isfinite(high)):
