@@ -35,6 +35,7 @@ class SiteStatistics:
         survey: what the grid's ``survey`` found over the whole matrix when ``solve`` sees only a tile of it.
         absmax: (in,) float32, the largest magnitude of each input; None without data.
         absmean: (in,) float32, the mean magnitude of each input; None without data.
+        mean: (in,) float32, the mean of each input; None without data.
     """
 
     tokens: int = 0
@@ -42,6 +43,7 @@ class SiteStatistics:
     survey: Any = None
     absmax: Tensor | None = None
     absmean: Tensor | None = None
+    mean: Tensor | None = None
     _factors: dict[Any, tuple[Tensor, float]] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
@@ -62,12 +64,24 @@ class SiteStatistics:
         if not torch.isfinite(x).all():
             raise InputError("Inputs hold NaN or Inf.")
         size = x.abs()
-        return cls(tokens=x.shape[0], gram=x.T @ x / x.shape[0], absmax=size.amax(0), absmean=size.mean(0))
+        return cls(
+            tokens=x.shape[0], gram=x.T @ x / x.shape[0], absmax=size.amax(0), absmean=size.mean(0), mean=x.mean(0)
+        )
 
     @property
     def importance(self) -> Tensor | None:
         """(in,) mean squared input, the diagonal of the Gram; None without data."""
         return None if self.gram is None else self.gram.diagonal()
+
+    def centred_gram(self) -> Tensor:
+        """(in, in) float32, the inputs' covariance ``H - μ μᵀ``: the Gram of a layer whose bias follows the mean error.
+
+        Raises:
+            InputError: there is no Gram or no mean input.
+        """
+        if self.gram is None or self.mean is None:
+            raise InputError("The centred Gram needs the statistics 'gram' and 'mean': give data.")
+        return self.gram - torch.outer(self.mean, self.mean)
 
     def with_survey(self, survey: Any) -> SiteStatistics:
         """The same with another survey; factors found by one are known to both."""
