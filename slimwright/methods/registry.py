@@ -12,7 +12,7 @@ import importlib
 import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -199,6 +199,16 @@ class Method(ABC):
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             object.__setattr__(self, field.name, _checked(self.name, field, getattr(self, field.name)))
 
+    def check_statistics(self, stats: SiteStatistics, columns: int) -> None:
+        """Refuse statistics that lack what the method needs, or are of another number of inputs."""
+        for need in self.needs:
+            statistic = getattr(stats, need)
+            if statistic is None:
+                raise InputError(f"{self.name} needs the statistic '{need}': give data.")
+            if statistic.shape[-1] != columns:
+                seen = statistic.shape[-1]
+                raise InputError(f"{self.name}: the {need} is of {seen} inputs, the weight has {columns}.")
+
     @property
     def spec(self) -> str:
         """The method in writing: its name and the knobs that differ from their defaults, the grid left out."""
@@ -244,18 +254,55 @@ class WeightSolver(Method):
         reason = self.grid.illegal(*weight.shape)
         if reason:
             raise InputError(f"The grid {self.grid} cannot hold a weight of {tuple(weight.shape)}: {reason}.")
-        for need in self.needs:
-            statistic = getattr(stats, need)
-            if statistic is None:
-                raise InputError(f"{self.name} needs the statistic '{need}': give data.")
-            if statistic.shape[-1] != weight.shape[1]:
-                seen = statistic.shape[-1]
-                raise InputError(f"{self.name}: the {need} is of {seen} inputs, the weight has {weight.shape[1]}.")
+        self.check_statistics(stats, weight.shape[1])
         weight = weight.float()
         low, high = weight.aminmax()  # NaN and Inf come through: one pass instead of isfinite's three
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise InputError("The weight holds NaN or Inf.")
         return weight, self.grid.survey(weight) if stats.survey is None else stats.survey
+
+
+class GroupFold(Method):
+    """Moves a scale from a producer to its consumers, which changes what a solver loses but not the function.
+    :mod:`slimwright.methods.folding` has what folds share and what applies them to a model."""
+
+    family = "fold"
+
+    @abstractmethod
+    def scales(
+        self, weights: Sequence[Tensor], stats: SiteStatistics, solver: WeightSolver, channels: Tensor | None = None
+    ) -> Tensor:
+        """The factors for the consumers' columns; the producer is divided by them.
+
+        Args:
+            weights: all consumers, (out, in) each, any float dtype.
+            stats: of their common input.
+            solver: what will put the consumers on a grid.
+            channels: (in,) int64, which channel of the producer each input reads; None is each its own.
+
+        Returns:
+            (in,) float32, positive, equal for inputs of one channel.
+
+        Raises:
+            InputError: shapes that do not fit, a statistic in ``needs`` is missing, or NaN or Inf.
+        """
+
+    def checked(self, weights: Sequence[Tensor], stats: SiteStatistics, channels: Tensor | None) -> list[Tensor]:
+        """The weights in float32, after the checks that every fold makes."""
+        if not weights or any(weight.ndim != 2 or not weight.is_floating_point() for weight in weights):
+            raise InputError(f"{self.name} takes one or more float weights (out, in).")
+        columns = weights[0].shape[1]
+        if any(weight.shape[1] != columns for weight in weights):
+            raise InputError(f"{self.name}: the weights do not have the same inputs.")
+        if channels is not None and channels.shape != (columns,):
+            raise InputError(
+                f"{self.name}: channels are given for {channels.numel()} inputs, the weights have {columns}."
+            )
+        found = [weight.float() for weight in weights]
+        if not all(torch.isfinite(weight).all() for weight in found):
+            raise InputError("The weight holds NaN or Inf.")
+        self.check_statistics(stats, columns)
+        return found
 
 
 def register(name: str, *, paper: str) -> Callable[[M], M]:
