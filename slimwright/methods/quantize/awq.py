@@ -22,9 +22,9 @@ class AWQClip(WeightSolver):
     """Round to nearest after clipping each group at the fraction of its largest weight that costs the output least.
 
     Tried are ``1 - i / n_grid`` for ``i = 0 .. max_shrink * n_grid - 1``, the first of equals. A group's cost is
-    ``δ H_g δᵀ`` with H_g its own block of the Gram: the squared error of the group's part of the output over all tokens,
-    where the reference code samples 512 of them. AWQ does not clip q and k, whose errors meet in a product: give those
-    to ``quantize/rtn,clip=none``.
+    ``δ H_g δᵀ`` with H_g its own block of the Gram: the squared error of the group's part of the output over all
+    tokens, where the reference code samples 512 of them. AWQ does not clip q and k, whose errors meet in a product:
+    give those to ``quantize/rtn,clip=none``.
     """
 
     grid: Grid = knob(Int(4, group=128), help="an int grid")
