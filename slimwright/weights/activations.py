@@ -2,8 +2,8 @@
 step 7, fp8_mx_nvfp4 step 1, fp8_vs_int8 step 2).
 
 Written ``int8:token`` or ``fp8:token`` (a scale per token, found while the model runs) and ``int8:tensor=0.0123`` or
-``fp8:tensor=0.0123`` (one scale for all, found beforehand); ``int8:tensor`` asks for one that is still to be found. INT8 is
-symmetric, codes -128..127 with ``scale = absmax / 127``; FP8 is E4M3 with ``scale = absmax / 448``.
+``fp8:tensor=0.0123`` (one scale for all, found beforehand); ``int8:tensor`` asks for one that is still to be found.
+INT8 is symmetric, codes -128..127 with ``scale = absmax / 127``; FP8 is E4M3 with ``scale = absmax / 448``.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor
 from slimwright.errors import InputError
 from slimwright.methods.registry import SiteStatistics, WeightSolver, knob, register
 from slimwright.weights import Grid, Int, Quantized
-from slimwright.weights.feedback import round_with_feedback
+from slimwright.weights.feedback import feedback_gain, round_with_feedback
 from slimwright.weights.grid import Params
 from slimwright.weights.ranges import fit_params
 
@@ -55,7 +55,7 @@ class DecoupleQ(WeightSolver):
         weight, survey = self.checked(weight, stats)
         grid, importance = self.grid, stats.importance
         assert isinstance(grid, Int) and stats.gram is not None and importance is not None
-        order = torch.argsort(importance, descending=True, stable=True) if self.act_order else None
+        order = self._order(stats)
         factor, damping = stats.factor(self.damp, order)
         gram = stats.gram.double()
         gram.diagonal().add_(damping)
@@ -77,6 +77,18 @@ class DecoupleQ(WeightSolver):
             moved |= state.offer(active, round_codes(weight[active], params), params)
             active = active[moved]  # for the other rows both halves would find what they found
         return Quantized(grid, state.codes, state.params)
+
+    def prepare(self, stats: SiteStatistics) -> None:
+        if stats.gram is not None:
+            stats.factor(self.damp, self._order(stats))
+
+    def expected_gain(self, stats: SiteStatistics) -> float:
+        return 1.0 if stats.gram is None else feedback_gain(stats.gram, *stats.factor(self.damp, self._order(stats)))
+
+    def _order(self, stats: SiteStatistics) -> Tensor | None:
+        """(in,) the order of the columns; None is their own."""
+        assert stats.importance is not None
+        return torch.argsort(stats.importance, descending=True, stable=True) if self.act_order else None
 
 
 class _State:

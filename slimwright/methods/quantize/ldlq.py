@@ -10,7 +10,7 @@ from torch import Tensor
 from slimwright.errors import InputError
 from slimwright.methods.registry import SiteStatistics, WeightSolver, knob, register
 from slimwright.weights import Grid, Int, Quantized
-from slimwright.weights.feedback import round_with_feedback
+from slimwright.weights.feedback import feedback_gain, round_with_feedback
 from slimwright.weights.ranges import fit_params
 
 
@@ -45,12 +45,22 @@ class LDLQ(WeightSolver):
         weight, survey = self.checked(weight, stats)
         importance = stats.importance
         assert importance is not None
-        order = None
-        if self.order == "reversed":
-            order = torch.arange(weight.shape[1]).flip(0)
-        elif self.order == "importance":
-            order = torch.argsort(importance, descending=True, stable=True)
+        order = self._order(stats)
         factor, _ = stats.factor(self.damp, order)
         params = fit_params(self.grid, weight, self.clip, importance, survey)
         values, params = round_with_feedback(self.grid, weight, factor, params, order=order)
         return Quantized(self.grid, self.grid.encode(values, params), params)
+
+    def prepare(self, stats: SiteStatistics) -> None:
+        if stats.gram is not None:
+            stats.factor(self.damp, self._order(stats))
+
+    def expected_gain(self, stats: SiteStatistics) -> float:
+        return 1.0 if stats.gram is None else feedback_gain(stats.gram, *stats.factor(self.damp, self._order(stats)))
+
+    def _order(self, stats: SiteStatistics) -> Tensor | None:
+        """(in,) the order of the columns; None is their own."""
+        assert stats.importance is not None
+        if self.order == "reversed":
+            return torch.arange(stats.importance.shape[0]).flip(0)
+        return torch.argsort(stats.importance, descending=True, stable=True) if self.order == "importance" else None
