@@ -52,21 +52,35 @@ class SiteStatistics:
         return cls()
 
     @classmethod
-    def from_inputs(cls, x: Tensor) -> SiteStatistics:
+    def from_inputs(cls, x: Tensor, weights: Tensor | None = None) -> SiteStatistics:
         """Statistics of the inputs ``x`` (tokens, in) of one site.
 
+        Args:
+            weights: (tokens,) what each token counts in the Gram and the mean, whose scale does not matter; tokens with
+                a weight of 0 are left out of everything. None: all count alike.
+
         Raises:
-            InputError: ``x`` is not two-dimensional, is empty or holds NaN or Inf.
+            InputError: ``x`` is not two-dimensional, is empty or holds NaN or Inf; the weights are of another shape,
+                negative, NaN or Inf, or all 0.
         """
         if x.ndim != 2 or not x.numel():
             raise InputError(f"Inputs must be (tokens, in) and not empty, but have shape {tuple(x.shape)}.")
         x = x.float()
         if not torch.isfinite(x).all():
             raise InputError("Inputs hold NaN or Inf.")
-        size = x.abs()
-        return cls(
-            tokens=x.shape[0], gram=x.T @ x / x.shape[0], absmax=size.amax(0), absmean=size.mean(0), mean=x.mean(0)
-        )
+        weighted = x
+        if weights is not None:
+            if weights.shape != (x.shape[0],):
+                raise InputError(f"{x.shape[0]} tokens need as many weights, not {tuple(weights.shape)}.")
+            if not torch.isfinite(weights).all() or (weights < 0).any() or not (weights > 0).any():
+                raise InputError("Token weights must be finite, not negative and not all 0.")
+            x, weights = x[weights > 0], weights[weights > 0].float()
+            weighted = x * (weights / weights.mean())[:, None]
+        size, tokens = x.abs(), x.shape[0]
+        gram = x.T @ weighted / tokens
+        if weights is not None:  # equal on both sides but for rounding
+            gram = (gram + gram.T) / 2
+        return cls(tokens, gram, absmax=size.amax(0), absmean=size.mean(0), mean=weighted.mean(0))
 
     @property
     def importance(self) -> Tensor | None:
