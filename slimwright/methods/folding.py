@@ -87,6 +87,25 @@ def apply_fold(
     return found
 
 
+def storable_scale(gain: Tensor, offset: float, scale: Tensor) -> Tensor:
+    """The scale next to ``scale`` that leaves a norm's gain exact in the dtype it is stored in, for folds into a norm.
+
+    With the gain's new value rounded as it will be stored, ``s = old / new``: the consumers are multiplied by what the
+    norm was divided by, not by what it should have been. Where the gain is 0, or would become 0 or infinite, 1.
+
+    Args:
+        gain: (in,) as stored; the norm multiplies by ``gain + offset``.
+        scale: (in,) positive.
+
+    Returns:
+        (in,) float32, positive. (A norm's bias is still rounded on its own.)
+    """
+    old = gain.double() + offset
+    new = (old / scale.double() - offset).to(gain.dtype).double() + offset
+    found = old / new
+    return torch.where(torch.isfinite(found) & (found > 0), found, 1.0).float()
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 

@@ -12,7 +12,15 @@ from torch import Tensor
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.methods import SiteStatistics, method
-from slimwright.methods.folding import apply_fold, bias_of, folded_loss, folded_statistics, input_channels, tied
+from slimwright.methods.folding import (
+    apply_fold,
+    bias_of,
+    folded_loss,
+    folded_statistics,
+    input_channels,
+    storable_scale,
+    tied,
+)
 from slimwright.model.discover import discover
 from slimwright.model.inputs import dummy_inputs
 from slimwright.model.structure import Structure
@@ -91,6 +99,24 @@ def test_a_fold_left_half_done_shows(name: str) -> None:
     del changed[fold.producer]
     before, after = outputs(name), outputs(name, changed)
     assert max(float((after[key] - value).norm() / value.norm()) for key, value in before.items()) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_norm_in_16_bits_can_be_folded_exactly(dtype: torch.dtype, offset: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gain = (torch.randn(500, generator=generator) + 2).to(dtype)
+    gain[:2] = -offset  # a dead channel
+    scale = torch.exp(2 * torch.randn(500, generator=generator))
+    found = storable_scale(gain, offset, scale)
+    stored = ((gain.double() + offset) / found.double() - offset).to(dtype)
+    old, new = gain.double() + offset, (stored.double() + offset) * found.double()
+    torch.testing.assert_close(new, old, rtol=1e-6, atol=0)  # what the channel is multiplied by, all in all
+    assert (found[:2] == 1).all() and (found > 0).all()
+    near = (found / scale)[2:][(old / scale).abs()[2:] > 0.05]
+    assert near.min() > 0.9 and near.max() < 1.1
+    half_done = (old / scale.double() - offset).to(dtype).double() + offset
+    assert float((half_done * scale - old).abs().max()) > 1e-4 * float(old.abs().max())
 
 
 def test_bad_scales_are_refused() -> None:
