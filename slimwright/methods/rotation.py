@@ -131,7 +131,8 @@ class Rotation:
 
         Args:
             name: on disk, of any tensor of the model, or :attr:`untied`.
-            tensor: what :meth:`source` names; whole rows of it where ``name`` does not write.
+            tensor: what :meth:`source` names. A range of its rows will do where :attr:`turns` says that no rows are
+                turned.
         """
         if name in self._fused:  # the gain is in the readers now
             return torch.full(tensor.shape, 1 - self.structure.rms_norms[name], dtype=torch.float64)
