@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
-from slimwright.methods.registry import SiteStatistics, WeightSolver, knob, register
+from slimwright.methods.feedback import FeedbackSolver, importance_order
+from slimwright.methods.registry import SiteStatistics, knob, register
 from slimwright.weights import Grid, Int, Quantized
-from slimwright.weights.feedback import feedback_gain, round_with_feedback
+from slimwright.weights.feedback import round_with_feedback
 from slimwright.weights.grid import Params
 from slimwright.weights.ranges import fit_params
 
@@ -21,7 +22,7 @@ _LARGEST_ZERO = 1024.0  # up to here float16 holds a zero point to a step
 
 @register("quantize/decoupleq", paper="Guo et al. 2024, decoupleQ (arXiv:2404.12759), section 3")
 @dataclass(frozen=True)
-class DecoupleQ(WeightSolver):
+class DecoupleQ(FeedbackSolver):
     """Alternate between the codes given scales and zero points, and scales and zero points given the codes.
 
     The loss of a row is ``(w - q) (H + λI) (w - q)ᵀ``. Codes given floats: GPTQ's column-by-column rounding. Floats
@@ -41,7 +42,6 @@ class DecoupleQ(WeightSolver):
     clip: str = knob(
         "weighted", choices=("none", "mse", "weighted"), help="range of a group at the start (weighted: by diag H)"
     )
-    needs = ("gram",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +55,7 @@ class DecoupleQ(WeightSolver):
         weight, survey = self.checked(weight, stats)
         grid, importance = self.grid, stats.importance
         assert isinstance(grid, Int) and stats.gram is not None and importance is not None
-        order = self._order(stats)
+        order = self.column_order(stats)
         factor, damping = stats.factor(self.damp, order)
         gram = stats.gram.double()
         gram.diagonal().add_(damping)
@@ -78,17 +78,8 @@ class DecoupleQ(WeightSolver):
             active = active[moved]  # for the other rows both halves would find what they found
         return Quantized(grid, state.codes, state.params)
 
-    def prepare(self, stats: SiteStatistics) -> None:
-        if stats.gram is not None:
-            stats.factor(self.damp, self._order(stats))
-
-    def expected_gain(self, stats: SiteStatistics) -> float:
-        return 1.0 if stats.gram is None else feedback_gain(stats.gram, *stats.factor(self.damp, self._order(stats)))
-
-    def _order(self, stats: SiteStatistics) -> Tensor | None:
-        """(in,) the order of the columns; None is their own."""
-        assert stats.importance is not None
-        return torch.argsort(stats.importance, descending=True, stable=True) if self.act_order else None
+    def column_order(self, stats: SiteStatistics) -> Tensor | None:
+        return importance_order(stats) if self.act_order else None
 
 
 class _State:

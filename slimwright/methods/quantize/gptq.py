@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
-from slimwright.methods.registry import SiteStatistics, WeightSolver, knob, register
+from slimwright.methods.feedback import FeedbackSolver, importance_order
+from slimwright.methods.registry import SiteStatistics, knob, register
 from slimwright.weights import Grid, Int, Quantized
-from slimwright.weights.feedback import feedback_gain, round_with_feedback
+from slimwright.weights.feedback import round_with_feedback
 from slimwright.weights.grid import Params
 from slimwright.weights.ranges import fit_params
 
 
 @register("quantize/gptq", paper="Frantar et al. 2022, GPTQ (arXiv:2210.17323)")
 @dataclass(frozen=True)
-class GPTQ(WeightSolver):
+class GPTQ(FeedbackSolver):
     """Round the columns one after the other, each time moving the columns still to come so that the layer's output
     changes least: ``tr(ΔW H ΔWᵀ)`` with H the Gram of the layer's inputs.
 
@@ -40,21 +40,18 @@ class GPTQ(WeightSolver):
         "weighted", choices=("none", "mse", "weighted"), help="int: range of a group (weighted: by diag H)"
     )
     blocksize: int = knob(128, low=1, high=4096, help="columns of a block; changes the speed only")
-    needs = ("gram",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.act_order and not self.static_groups:
             raise InputError(f"{self.name}: act_order needs static_groups: a group's columns are not solved together.")
-        if self.grid.plain:
-            raise InputError(f"{self.name}: {self.grid} is a plain float; use quantize/rtn for it.")
 
     def solve(self, weight: Tensor, stats: SiteStatistics) -> Quantized:
         weight, survey = self.checked(weight, stats)
         importance = stats.importance
         assert importance is not None
         columns = weight.shape[1]
-        order = self._order(stats)
+        order = self.column_order(stats)
         factor, _ = stats.factor(self.damp, order)
         params = None
         if self.static_groups or self.grid.fit_block(columns) >= columns:
@@ -68,14 +65,5 @@ class GPTQ(WeightSolver):
         )
         return Quantized(self.grid, self.grid.encode(values, params), params)
 
-    def prepare(self, stats: SiteStatistics) -> None:
-        if stats.gram is not None:
-            stats.factor(self.damp, self._order(stats))
-
-    def expected_gain(self, stats: SiteStatistics) -> float:
-        return 1.0 if stats.gram is None else feedback_gain(stats.gram, *stats.factor(self.damp, self._order(stats)))
-
-    def _order(self, stats: SiteStatistics) -> Tensor | None:
-        """(in,) the order of the columns; None is their own."""
-        assert stats.importance is not None
-        return torch.argsort(stats.importance, descending=True, stable=True) if self.act_order else None
+    def column_order(self, stats: SiteStatistics) -> Tensor | None:
+        return importance_order(stats) if self.act_order else None

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimwright.errors import InputError
-from slimwright.methods.registry import SiteStatistics, WeightSolver, knob, register
-from slimwright.weights import Grid, Int, Quantized
-from slimwright.weights.feedback import feedback_gain, round_with_feedback
-from slimwright.weights.ranges import fit_params
+from slimwright.methods.feedback import FeedbackSolver, importance_order
+from slimwright.methods.registry import SiteStatistics, knob, register
+from slimwright.weights import Grid, Int
 
 
 @register("quantize/ldlq", paper="Chee et al. 2023, QuIP (arXiv:2307.13304), section 3.2")
 @dataclass(frozen=True)
-class LDLQ(WeightSolver):
+class LDLQ(FeedbackSolver):
     """Round column k at ``w_k`` plus the errors of the columns already rounded, times a column of H's LDL factor.
 
     With ``H + λI = L D Lᵀ``, L unit lower triangular, from the last column to the first:
@@ -34,33 +32,9 @@ class LDLQ(WeightSolver):
         "reversed", choices=("reversed", "columns", "importance"), help="in which the columns are rounded"
     )
     clip: str = knob("mse", choices=("none", "mse", "weighted"), help="int: range of a group (weighted: by diag H)")
-    needs = ("gram",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.grid.plain:
-            raise InputError(f"{self.name}: {self.grid} is a plain float; use quantize/rtn for it.")
-
-    def solve(self, weight: Tensor, stats: SiteStatistics) -> Quantized:
-        weight, survey = self.checked(weight, stats)
-        importance = stats.importance
-        assert importance is not None
-        order = self._order(stats)
-        factor, _ = stats.factor(self.damp, order)
-        params = fit_params(self.grid, weight, self.clip, importance, survey)
-        values, params = round_with_feedback(self.grid, weight, factor, params, order=order)
-        return Quantized(self.grid, self.grid.encode(values, params), params)
-
-    def prepare(self, stats: SiteStatistics) -> None:
-        if stats.gram is not None:
-            stats.factor(self.damp, self._order(stats))
-
-    def expected_gain(self, stats: SiteStatistics) -> float:
-        return 1.0 if stats.gram is None else feedback_gain(stats.gram, *stats.factor(self.damp, self._order(stats)))
-
-    def _order(self, stats: SiteStatistics) -> Tensor | None:
-        """(in,) the order of the columns; None is their own."""
-        assert stats.importance is not None
+    def column_order(self, stats: SiteStatistics) -> Tensor | None:
         if self.order == "reversed":
-            return torch.arange(stats.importance.shape[0]).flip(0)
-        return torch.argsort(stats.importance, descending=True, stable=True) if self.order == "importance" else None
+            assert stats.gram is not None
+            return torch.arange(stats.gram.shape[0]).flip(0)
+        return importance_order(stats) if self.order == "importance" else None

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from slimwright.errors import InputError
-from slimwright.methods.registry import SiteStatistics, WeightSolver, knob, register
+from slimwright.methods.feedback import FeedbackSolver
+from slimwright.methods.registry import knob, register
 from slimwright.methods.token_weights import TokenWeights
-from slimwright.weights import Grid, Int, Quantized
-from slimwright.weights.feedback import feedback_gain, round_with_feedback
-from slimwright.weights.ranges import fit_params
+from slimwright.weights import Grid, Int
 
 
 @register("quantize/rsq", paper="Sung et al. 2025, RSQ (arXiv:2503.01820)")
 @dataclass(frozen=True)
-class RSQ(WeightSolver):
+class RSQ(FeedbackSolver):
     """GPTQ on a rotated model whose Gram counts each token by its importance, above all the attention it receives.
 
     The solver is GPTQ's arithmetic with the source's choices: a symmetric scale per row, its range shrunk for the mean
@@ -36,28 +32,8 @@ class RSQ(WeightSolver):
     )
     r_min: float = knob(0.005, low=0.0, high=1.0, help="weight of a sample's least important token; the most has 1")
     convention: str = knob("paper", choices=("paper", "code"), help="weights squared, or over their mean")
-    needs = ("gram",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.grid.plain:
-            raise InputError(f"{self.name}: {self.grid} is a plain float; use quantize/rtn for it.")
 
     @property
     def weighting(self) -> TokenWeights:
         """What makes a Gram's weights of scores."""
         return TokenWeights(self.r_min, 1.0, "paper" if self.convention == "paper" else "code")
-
-    def solve(self, weight: Tensor, stats: SiteStatistics) -> Quantized:
-        weight, survey = self.checked(weight, stats)
-        factor, _ = stats.factor(self.damp)
-        params = fit_params(self.grid, weight, self.clip, stats.importance, survey)
-        values, params = round_with_feedback(self.grid, weight, factor, params)
-        return Quantized(self.grid, self.grid.encode(values, params), params)
-
-    def prepare(self, stats: SiteStatistics) -> None:
-        if stats.gram is not None:
-            stats.factor(self.damp)
-
-    def expected_gain(self, stats: SiteStatistics) -> float:
-        return 1.0 if stats.gram is None else feedback_gain(stats.gram, *stats.factor(self.damp))
