@@ -47,10 +47,11 @@ def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def input_weights(importance: Tensor, block: int) -> Tensor:
-    """Importance (columns,) by blocks, (1, blocks, block), in units of the largest. Inputs that were never seen get a
-    millionth of it, so that a block of nothing else is rounded as if all its inputs were alike."""
-    largest = float(importance.amax())
-    return (importance.float() / (largest if largest > 0 else 1.0)).clamp(min=1e-6).view(1, -1, block)
+    """Importance (columns,) by blocks, (1, blocks, block), in units of each block's largest. Inputs that were never
+    seen get a millionth of it; in a block of nothing else all count alike."""
+    values = importance.float().view(1, -1, block)
+    largest = values.amax(2, keepdim=True)
+    return torch.where(largest > 0, values / torch.where(largest > 0, largest, 1.0), 1.0).clamp_(min=1e-6)
 
 
 def search_scale(x: Tensor, weight: Tensor, half: int) -> Tensor:

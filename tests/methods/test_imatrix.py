@@ -51,3 +51,15 @@ def test_inputs_that_were_never_seen_keep_their_weights(spec: str) -> None:
 def test_formats_whose_scales_do_not_follow_data_are_refused(spec: str) -> None:
     with pytest.raises(InputError, match="do not depend on data"):
         method("quantize/imatrix", grid=spec)
+
+
+@pytest.mark.parametrize("spec", ["q4_0", "q4_k", "q6_k"])
+def test_blocks_are_fitted_apart(spec: str) -> None:
+    """Fitting block by block, as error feedback does, is fitting the whole: importance included."""
+    grid, w = parse_grid(spec), torch.randn(8, 512, generator=torch.Generator().manual_seed(2))
+    importance = torch.exp(3 * torch.randn(512, generator=torch.Generator().manual_seed(3)))
+    block = grid.fit_block(512)
+    whole = grid.fit(w, importance)
+    parts = [grid.fit(w[:, at : at + block], importance[at : at + block]) for at in range(0, 512, block)]
+    for name, value in whole.items():
+        assert torch.equal(torch.cat([part[name] for part in parts], dim=1), value), name
