@@ -3,7 +3,7 @@
     python -m benchmarks.solvers [--markdown]
 
 S is a 256 x 256 weight under correlated inputs, S-out the same with six inputs twenty times as large. ``--markdown``
-prints the tables of docs/solvers.md.
+prints the tables of docs/solvers.md. On the bundled language model: what is added to its loss on held-out text.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from benchmarks.common import Row, exit_code, publish
 from slimwright.methods import GroupFold, SiteStatistics, WeightSolver, method
 from slimwright.methods.folding import folded_statistics
 from slimwright.methods.orthogonal import orthogonal
+from slimwright.methods.rotation import rotate
+from tests.methods import bundled
 from tests.methods.setups import Setup, setup
 
 BITS = (2, 3, 4)
@@ -103,6 +105,29 @@ def losses(solvers: dict[str, Solve], specs: list[str]) -> list[Row]:
     return rows
 
 
+def on_the_bundled_model() -> list[Row]:
+    """Nats per held-out token that some solvers add to the bundled model's, all linears of its blocks solved at once."""
+    before = bundled.loss(bundled.original(), windows=48)
+    stats = bundled.statistics(bundled.original(), windows=64)
+    rows: list[Row] = [{"what": "original, nats", "nats": before}]
+    for name in ("gptq", "decoupleq"):
+        for how, knobs in (("min-max", {"clip": "none", "act_order": False}), ("weighted", {})):
+            solver = method(f"quantize/{name}", grid="int2:g64:real", **knobs)
+            values = bundled.solved(bundled.original(), solver, stats)
+            rows.append({"what": f"{name}, {how}, int2:g64:real", "nats": bundled.loss(values, windows=48) - before})
+    for r_min, convention in ((1.0, "code"), (0.1, "code"), (0.005, "code"), (0.1, "paper"), (0.005, "paper")):
+        solver = method("quantize/rsq", r_min=r_min, convention=convention)
+        added = []
+        for seed in SEEDS:
+            turned = rotate(bundled.original(), bundled.structure(), seed=seed)
+            turned = {name: tensor.float() for name, tensor in turned.items()}
+            own = bundled.statistics(turned, seed, solver.weighting, windows=64)
+            added.append(bundled.loss(bundled.solved(turned, solver, own), windows=48) - before)
+        what = f"rotation + rsq, r_min {r_min}, {convention}, int3:row:sym"
+        rows.append({"what": what, "nats": sum(added) / len(added), "least": min(added), "most": max(added)})
+    return rows
+
+
 def check(rows: list[Row]) -> None:
     """What the cards promise, as ``ok`` of the solvers' rows."""
     by = {row["solver"]: row for row in rows}
@@ -145,8 +170,11 @@ def main() -> int:
     if "--markdown" in sys.argv[1:]:
         print(markdown(rows, specs))
         print(markdown(blocks, ["q4_0", "q4_k", "q6_k"]))
+    model = on_the_bundled_model()
+    for row in model:
+        print(row)
     columns = {"solver": "solver", **{key: key for key in rows[0] if key.startswith("S")}, "ok": "as the card says"}
-    return exit_code(publish("solvers", rows, columns, started, blocks=blocks))
+    return exit_code(publish("solvers", rows, columns, started, blocks=blocks, model=model))
 
 
 if __name__ == "__main__":

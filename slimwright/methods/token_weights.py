@@ -27,7 +27,7 @@ class TokenWeights:
 
     r_min: float = 0.005
     r_max: float = 1.0
-    convention: Literal["paper", "code"] = "paper"
+    convention: Literal["paper", "code"] = "code"
 
     def of(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
         """Weights in the Gram of tokens with these scores: (samples, tokens) float32, 0 where masked.

@@ -53,7 +53,7 @@ def test_important_tokens_gain_and_the_others_pay(seed: int) -> None:
 
 def test_both_conventions_by_hand() -> None:
     scores = torch.tensor([[0.0, 5.0, 10.0], [3.0, 3.0, 3.0]])
-    paper = TokenWeights(r_min=0.2).of(scores)
+    paper = TokenWeights(r_min=0.2, convention="paper").of(scores)
     torch.testing.assert_close(paper, torch.tensor([[0.04, 0.36, 1.0], [1.0, 1.0, 1.0]]))
     code = TokenWeights(r_min=0.2, convention="code").of(scores)
     torch.testing.assert_close(code, torch.tensor([[1 / 3, 1.0, 5 / 3], [1.0, 1.0, 1.0]]))

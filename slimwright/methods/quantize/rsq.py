@@ -19,7 +19,8 @@ class RSQ(FeedbackSolver):
     error, columns from left to right. What makes it RSQ comes before it: the model is rotated
     (:mod:`slimwright.methods.rotation`), and the Gram is weighted: ``strategy`` names the score, a function of
     :mod:`slimwright.methods.token_weights`, and :attr:`weighting` turns scores into the Gram's weights, the same for
-    every linear of a block. With ``r_min = 1`` all tokens count alike: rotation and GPTQ.
+    every linear of a block. With ``r_min = 1`` all tokens count alike: rotation and GPTQ. Defaults are the released
+    code's. Where one token draws nearly all attention, a small ``r_min`` leaves little of the others.
     """
 
     grid: Grid = knob(Int(3, symmetric=True), help="number format")
@@ -31,7 +32,7 @@ class RSQ(FeedbackSolver):
         help="which tokens matter",
     )
     r_min: float = knob(0.005, low=0.0, high=1.0, help="weight of a sample's least important token; the most has 1")
-    convention: str = knob("paper", choices=("paper", "code"), help="weights squared, or over their mean")
+    convention: str = knob("code", choices=("code", "paper"), help="weights over their mean, or squared")
 
     @property
     def weighting(self) -> TokenWeights:
