@@ -106,7 +106,7 @@ def losses(solvers: dict[str, Solve], specs: list[str]) -> list[Row]:
 
 
 def on_the_bundled_model() -> list[Row]:
-    """Nats per held-out token that some solvers add to the bundled model's, all linears of its blocks solved at once."""
+    """Nats per held-out token that solvers add to the bundled model's, all linears of its blocks solved at once."""
     before = bundled.loss(bundled.original(), windows=48)
     stats = bundled.statistics(bundled.original(), windows=64)
     rows: list[Row] = [{"what": "original, nats", "nats": before}]
