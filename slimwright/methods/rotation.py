@@ -10,7 +10,7 @@ Works tensor by tensor, so that a model of any size can be rotated as it is read
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,8 @@ class Rotation:
 
     Attributes:
         turns: what happens to each tensor that changes, by disk name.
+        matrix: (hidden, hidden) float64, the residual stream's.
+        embedding: disk name.
         untied: disk name of the head if it gets a tensor of its own: the final norm's gain is not uniform, and the
             embedding cannot take it. Its bytes are the embedding's.
 
@@ -76,9 +78,9 @@ class Rotation:
         self.structure, self._gains = structure, gains
         self._mode, self._seed = mode, seed
         parts = _parts(structure, shapes)
-        self.hidden = parts.hidden
         self.matrix = orthogonal(parts.hidden, mode=mode, seed=seed)
         self.untied: str | None = None
+        self.embedding = parts.embedding
         self.turns: dict[str, Turn] = {parts.embedding: Turn(reads=True)}
         for norm, readers in parts.readers.items():
             for name in readers:
@@ -90,17 +92,14 @@ class Rotation:
                 self.turns[bias] = Turn(writes=True)
         self._fused = set(parts.readers)
         final = gains[parts.final_norm].double() + structure.rms_norms[parts.final_norm]
-        if not parts.tied:
-            self.turns[parts.head] = Turn(gain=parts.final_norm, reads=True)
-            self._fused.add(parts.final_norm)
-        elif not torch.equal(final, final[:1].expand_as(final)):
-            self.untied = parts.head
+        # A head tied to the embedding turns with it, and a uniform gain may stay where it is.
+        if not parts.tied or not torch.equal(final, final[:1].expand_as(final)):
+            self.untied = parts.head if parts.tied else None
             self.turns[parts.head] = Turn(gain=parts.final_norm, reads=True)
             self._fused.add(parts.final_norm)
         self._head_dims: list[int] = []
         if values:
             self._turn_values()
-        self.embedding = parts.embedding
 
     def _turn_values(self) -> None:
         for fold in self.structure.folds:
@@ -110,13 +109,9 @@ class Rotation:
             self._head_dims.append(fold.head_dim)
             bias = bias_of(self.structure, fold.producer)
             for name in (fold.producer, bias) if bias is not None else (fold.producer,):
-                turn = self.turns.get(name, Turn())
-                self.turns[name] = Turn(
-                    turn.gain, turn.reads, turn.writes, layer, turn.value_columns, turn.transposed
-                )  # fmt: skip
+                self.turns[name] = replace(self.turns.get(name, Turn()), value_rows=layer)
             for name in fold.consumers:
-                turn = self.turns[name]
-                self.turns[name] = Turn(turn.gain, turn.reads, turn.writes, turn.value_rows, layer, turn.transposed)
+                self.turns[name] = replace(self.turns[name], value_columns=layer)
 
     def value_matrix(self, layer: int) -> Tensor:
         """(head_dim, head_dim) float64."""
