@@ -82,7 +82,6 @@ class _Descent:
         self.grid, self.weight, self.gram = grid, weight, gram
         self.scale, self.zero = params["scale"], params.get("zero")
         self.group = grid.fit_block(weight.shape[1])
-        self.group_of = torch.arange(weight.shape[1]) // self.group
 
     def _params(self, log_scale: Tensor, shift: Tensor) -> Params:
         """As they are stored."""
@@ -95,8 +94,12 @@ class _Descent:
 
     def _by_group(self, product: Tensor) -> Tensor:
         """Sums over the columns of each group: (rows, columns) → (rows, groups)."""
-        sums = torch.zeros(product.shape[0], self.scale.shape[1])
-        return sums.index_add_(1, self.group_of, product)
+        short = -product.shape[1] % self.group
+        return torch.nn.functional.pad(product, (0, short)).unflatten(1, (-1, self.group)).sum(2)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Each group's value for each of its columns: (rows, groups) → (rows, columns)."""
+        return values.repeat_interleave(self.group, dim=1)[:, : self.weight.shape[1]]
 
     def run(self, knobs: AdaQuant) -> tuple[Tensor, Params]:
         """The best codes and parameters of each row."""
@@ -105,7 +108,7 @@ class _Descent:
         first = [torch.zeros_like(value) for value in moved]
         second = [torch.zeros_like(value) for value in moved]
         rates = (knobs.lr, knobs.lr_scale, 0.0 if self.zero is None else knobs.lr_zero)
-        start_scale = self.scale[:, self.group_of]
+        start_scale = self._spread(self.scale)
         middle = float(2 ** (grid.bits - 1))
         best_loss = torch.full((weight.shape[0],), torch.inf)
         best_codes, best = torch.zeros(weight.shape, dtype=torch.uint8), self._params(moved[1], moved[2])
@@ -122,8 +125,8 @@ class _Descent:
             best = {name: torch.where(better[:, None], value, best[name]) for name, value in params.items()}
             if iteration == knobs.iters:
                 break
-            scale = params["scale"][:, self.group_of]
-            zero = params["zero"][:, self.group_of] if "zero" in params else middle
+            scale = self._spread(params["scale"])
+            zero = self._spread(params["zero"]) if "zero" in params else middle
             unit = target / scale
             level = codes.float() - zero
             inside = ((unit - level).abs() <= 0.5 + 1e-3).float()  # beyond half a step: clipped
