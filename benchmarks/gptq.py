@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.common import Row, publish
 from benchmarks.shapes import make
+from slimwright.zoo import bundled_path
 
 LLAMA_92M = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 1024, "intermediate_size": 2816,
@@ -67,7 +68,7 @@ def peer(python: Path, model: Path, tokens: Path, heldout: Path, out: Path) -> t
     """One run of llm-compressor."""
     script = Path(__file__).with_name("peers") / "gptq_llmcompressor.py"
     ran = subprocess.run(
-        [str(python), str(script), str(model), str(tokens), str(heldout), str(out)],
+        [str(python), str(script), str(model), str(tokens), str(heldout), str(out), str(bundled_path())],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     return json.loads(ran.stdout.splitlines()[-1]), torch.load(out)

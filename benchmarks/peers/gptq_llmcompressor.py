@@ -1,4 +1,4 @@
-"""GPTQ by llm-compressor, in its own environment: ``python gptq_llmcompressor.py MODEL TOKENS HELDOUT OUT``.
+"""GPTQ by llm-compressor, in its own environment: ``python gptq_llmcompressor.py MODEL TOKENS HELDOUT OUT TOKENIZER``.
 
 TOKENS and HELDOUT are files with (rows, length) int64 ids; OUT gets the held-out logits, and stdout one JSON object:
 seconds without loading, anonymous memory at the peak above the loaded model's, versions.
@@ -10,7 +10,7 @@ import threading
 import time
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def anonymous() -> int:
@@ -24,7 +24,7 @@ def main() -> None:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
 
-    directory, tokens, heldout, out = sys.argv[1:5]
+    directory, tokens, heldout, out, tokenizer = sys.argv[1:6]
     rows = torch.load(tokens)
     data = Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": torch.ones_like(rows).tolist()})
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
@@ -44,7 +44,7 @@ def main() -> None:
     started = time.perf_counter()
     oneshot(
         model=model, dataset=data, recipe=recipe, max_seq_length=rows.shape[1], num_calibration_samples=len(rows),
-        shuffle_calibration_samples=False,
+        shuffle_calibration_samples=False, processor=AutoTokenizer.from_pretrained(tokenizer),
     )  # fmt: skip
     seconds = time.perf_counter() - started
     running = False

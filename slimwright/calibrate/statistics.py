@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -56,6 +57,17 @@ def add_gram(total: Tensor, x: Tensor) -> None:
             total[start:stop, :stop].addmm_(x[:, start:stop].t(), x[:, :stop])
 
 
+def _symmetric(lower: Tensor) -> Tensor:
+    """A matrix whose lower triangle is given, in its memory; what else it holds is overwritten, strip by strip."""
+    step = 1024
+    for start in range(0, lower.shape[0], step):
+        rows = slice(start, start + step)
+        corner = lower[rows, rows].tril()
+        lower[rows, rows] = corner + corner.tril(-1).t()
+        lower[rows, start + step :] = lower[start + step :, rows].t()
+    return lower
+
+
 class InputSums:
     """Sums over the inputs of a site: tokens, Gram, magnitudes. Sites that are fed the same tensor share one.
 
@@ -70,6 +82,7 @@ class InputSums:
         self._kept: list[Tensor] = []
         self._absmax = torch.zeros(columns)
         self._abssum = torch.zeros(columns)
+        self._sum_of_inputs = torch.zeros(columns)
         self._columns = columns
 
     def add(self, x: Tensor) -> None:
@@ -80,6 +93,7 @@ class InputSums:
         size = x.abs()
         torch.maximum(self._absmax, size.amax(0).float(), out=self._absmax)
         self._abssum += size.sum(0, dtype=torch.float32)
+        self._sum_of_inputs += x.sum(0, dtype=torch.float32)
         if self._sum is None:
             self._kept.append(x.detach().clone())
         else:
@@ -87,20 +101,24 @@ class InputSums:
 
     def gram_sum(self) -> Tensor:
         """(in, in) float32, the sum of ``x xᵀ``."""
-        total = self._sum
-        if total is None:
-            total = torch.zeros(self._columns, self._columns)
-            if self._kept:
-                add_gram(total, torch.cat(self._kept))
-        lower = total.tril()
-        return lower.add_(lower.tril(-1).t())
+        if self._sum is not None:
+            return _symmetric(self._sum.clone())
+        total = torch.zeros(self._columns, self._columns)
+        if self._kept:
+            add_gram(total, torch.cat(self._kept))
+        return _symmetric(total)
 
     def statistics(self) -> SiteStatistics:
-        """What solvers are given; without data where no token was seen."""
+        """What solvers are given; without data where no token was seen. Asked for once: the sum becomes the mean."""
         if not self.tokens:
             return SiteStatistics.none()
-        gram = self.gram_sum().div_(self.tokens)
-        return SiteStatistics(self.tokens, gram, absmax=self._absmax, absmean=self._abssum / self.tokens)
+        gram = self.gram_sum() if self._sum is None else _symmetric(self._sum)
+        self._sum = None
+        gram = gram.div_(self.tokens)
+        tokens = self.tokens
+        return SiteStatistics(
+            tokens, gram, absmax=self._absmax, absmean=self._abssum / tokens, mean=self._sum_of_inputs / tokens
+        )  # fmt: skip
 
 
 class Collector:
@@ -117,6 +135,7 @@ class Collector:
         for site in sites:
             self._leaders.setdefault(_key(site), site)
         self._sums: dict[tuple[str, int], InputSums] = {}
+        self._found: dict[str, SiteStatistics] = {}
         self._layers: dict[tuple[str, int, str], Tensor] = {}
         self._batch = Batch({})
 
@@ -147,8 +166,10 @@ class Collector:
         """
         key = _key(site)
         if site.kind != "experts":
-            sums = self._sums.get((key, 0))
-            return [SiteStatistics.none() if sums is None else sums.statistics()]
+            if key not in self._found:
+                sums = self._sums.pop((key, 0), None)
+                self._found[key] = SiteStatistics.none() if sums is None else sums.statistics()
+            return [self._found[key]]
         layer = self._layer(site)
         count = site.shape[0] if len(site.shape) == 3 else 1
         found = []
@@ -162,7 +183,7 @@ class Collector:
             if lacking > 0:
                 assert own.gram is not None
                 gram = (own.gram * own.tokens + layer * lacking) / (own.tokens + lacking)
-                own = SiteStatistics(own.tokens, gram, absmax=own.absmax, absmean=own.absmean)
+                own = dataclasses.replace(own, gram=gram, _factors={})
             found.append(own)
         return found
 

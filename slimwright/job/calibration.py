@@ -10,7 +10,7 @@ from typing import Any
 from slimwright.calibrate.data import GENERIC, Document, documents, fingerprint, split
 from slimwright.calibrate.tokens import RANDOM, reads_text, samples
 from slimwright.checkpoint import Checkpoint
-from slimwright.errors import InputError
+from slimwright.errors import InputError, NotBuiltError
 from slimwright.job.build import Calibration
 from slimwright.job.held_out import load_tokenizer
 from slimwright.job.request import FitOptions
@@ -23,6 +23,10 @@ TOKEN_PARAMETERS = 3e12
 """Tokens times parameters that calibration takes by default, between the two numbers below."""
 
 LEAST_TOKENS, MOST_TOKENS = 16384, 65536
+
+
+UNWIRED = {"quantize/rsq": "rotate models and weigh tokens"}
+"""Methods whose preparation of the whole model is not part of a job yet."""
 
 
 def with_data(asked: FitOptions, source: Checkpoint, structure: Structure) -> tuple[FitOptions, list[Document]]:
@@ -44,6 +48,11 @@ def with_data(asked: FitOptions, source: Checkpoint, structure: Structure) -> tu
             for group, assignment in plan.assignments.items()
             if assignment.method and not assignment.kept and group not in structure.castable
         ]
+    for method in methods:
+        if method.name in UNWIRED:
+            raise NotBuiltError(
+                f"{method.name} works on tensors; fit does not {UNWIRED[method.name]} yet: use another."
+            )
     needs = any(method.needs for method in methods)
     if asked.data == "none":
         if needs:

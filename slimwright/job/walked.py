@@ -25,7 +25,7 @@ from slimwright.runtime.modules import decode_tile
 from slimwright.runtime.streamed import WeightSource, load_streamed
 from slimwright.weights import Grid, disk_shapes
 
-SOLVED_ELEMENTS = 1 << 21
+SOLVED_ELEMENTS = 1 << 20
 """Weights of a tile that is solved with data: more than without, since every tile reads its Gram's whole factor."""
 
 GRAM_BYTES = 256 << 20
@@ -151,6 +151,8 @@ class WalkedBuild:
                 self._collect(step, collector)
                 self._solve(sites, collector.statistics, finish)
                 commit()
+                del collector
+                trim()
                 if not self._left():
                     break
                 self._hold(step.unit, self.dtype)

@@ -192,11 +192,12 @@ _PRODUCTS = {
 """What a module may multiply its input with an expert's matrix by: the input comes first."""
 
 
-def replace_sites(model: PreTrainedModel, sources: Mapping[str, WeightSource]) -> None:
+def replace_sites(model: PreTrainedModel, sources: Mapping[str, WeightSource], dtype: torch.dtype) -> None:
     """Replace the modules of sites by streamed ones, on the meta model before its weights are loaded.
 
     Args:
         sources: by disk name of the site; their module paths are those of this model's class.
+        dtype: what the model computes in; its parameters may have another until they are loaded.
     """
     modules = dict(model.named_modules())
     experts: dict[tuple[str, str], list[WeightSource]] = {}
@@ -208,20 +209,20 @@ def replace_sites(model: PreTrainedModel, sources: Mapping[str, WeightSource]) -
         if site.kind == "experts":
             experts.setdefault((site.module, site.parameter), []).append(source)
         else:
-            _stream_module(model, site.module, source)
+            _stream_module(model, site.module, source, dtype)
     for (path, parameter), members in experts.items():
-        _stream_experts(modules[path], parameter, members)
+        _stream_experts(modules[path], parameter, members, dtype)
     owned = {f"{source.site.module}.{source.site.parameter}": source for source in sources.values()}
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     for target, owner in list(tied.items()):
         if owner in owned:
-            _stream_module(model, target.rpartition(".")[0], owned[owner])
+            _stream_module(model, target.rpartition(".")[0], owned[owner], dtype)
             del tied[target]
     model.all_tied_weights_keys = tied
     model._tied_weights_keys = dict(tied)
 
 
-def _stream_module(model: PreTrainedModel, path: str, source: WeightSource) -> None:
+def _stream_module(model: PreTrainedModel, path: str, source: WeightSource, dtype: torch.dtype) -> None:
     """Let one linear, Conv1D, head or embedding compute from a source."""
     module = model.get_submodule(path)
     if isinstance(module, nn.Embedding):
@@ -229,20 +230,19 @@ def _stream_module(model: PreTrainedModel, path: str, source: WeightSource) -> N
         bases = (_StreamedEmbedding,) if own is nn.Embedding else (own, _StreamedEmbedding)
         module.__class__ = type(f"Streamed{own.__name__}", bases, {})
         module.__dict__["source"] = source  # buffers that are not saved (Gemma's scale) are still to be initialised
-        module.__dict__["dtype"] = module.weight.dtype
+        module.__dict__["dtype"] = dtype
         del module._parameters["weight"]
     else:
         streamed = _StreamedLinear(source, getattr(module, "bias", None))
-        streamed.__dict__["dtype"] = module.weight.dtype
+        streamed.__dict__["dtype"] = dtype
         streamed._is_hf_initialized = True  # type: ignore[assignment]
         model.set_submodule(path, streamed)
 
 
-def _stream_experts(module: nn.Module, parameter: str, sources: list[WeightSource]) -> None:
+def _stream_experts(module: nn.Module, parameter: str, sources: list[WeightSource], dtype: torch.dtype) -> None:
     """Let the module's own eager forward read its fused parameter expert by expert."""
-    held = module._parameters.pop(parameter)
-    assert held is not None
-    proxy = _Expert(sources, sources[0].site.transposed, held.dtype)
+    del module._parameters[parameter]
+    proxy = _Expert(sources, sources[0].site.transposed, dtype)
     cls = type(module)
     module.__class__ = type(cls.__name__, (cls,), {parameter: property(lambda self: proxy)})
     module._is_hf_initialized = True  # type: ignore[assignment]
@@ -256,9 +256,10 @@ def _stream_experts(module: nn.Module, parameter: str, sources: list[WeightSourc
 class StreamedConfig(QuantizationConfigMixin):
     """Carries the sources into ``from_pretrained``; never saved."""
 
-    def __init__(self, sources: Mapping[str, WeightSource] | None = None) -> None:
+    def __init__(self, sources: Mapping[str, WeightSource] | None = None, dtype: torch.dtype = torch.float32) -> None:
         self.quant_method = "slimwright-streamed"  # type: ignore[assignment]
         self.sources = sources or {}
+        self.dtype = dtype
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedConfig:
         return self
@@ -275,7 +276,8 @@ class StreamedQuantizer(HfQuantizer):
     """Replaces modules before loading; the weights of the sites are then simply not asked for."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        replace_sites(model, self.quantization_config.sources)  # type: ignore[attr-defined]
+        config: Any = self.quantization_config
+        replace_sites(model, config.sources, config.dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -310,7 +312,7 @@ def load_streamed(
             None if tensors is not None else directory,
             config=config,
             dtype=dtype,
-            quantization_config=StreamedConfig(sources),
+            quantization_config=StreamedConfig(sources, dtype),
             state_dict=tensors,
         )
     finally:

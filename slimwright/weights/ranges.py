@@ -75,8 +75,13 @@ def fit_params(grid: Grid, w: Tensor, clip: str, importance: Tensor | None = Non
         importance: (columns,) diagonal of the Gram.
         survey: what the grid's ``survey`` found.
     """
-    if not isinstance(grid, Int) or clip == "none":
+    if not isinstance(grid, Int):
         params = grid.fit(w, importance, survey)
+    elif clip == "none":
+        # Of a symmetric grid the GPTQ family's range: the largest magnitude lies half a step beyond the last point.
+        share = (2 ** (grid.bits - 1) - 1) / (2 ** (grid.bits - 1) - 0.5) if grid.symmetric else 1.0
+        low, high = grid.extent(w)
+        params = grid.from_range(low * share, high * share)
     else:
         params = grid.from_range(*shrink_ranges(grid, w, importance=importance if clip == "weighted" else None))
     # What is stored decides, not what a format keeps beside it until the codes are chosen.

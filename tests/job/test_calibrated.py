@@ -24,7 +24,8 @@ def test_every_family_is_solved_by_gptq_in_the_walk(name: str, tmp_path: Path) -
     assert report["calibration"]["kind"] == "random inputs"
     solved = [line for line in report["ledger"] if line["state"] != "kept"]
     calibrated = [line for line in solved if line["state"] == "calibrated"]
-    assert all(line["tokens"] >= 64 for line in calibrated)
+    # A pooled vector is one token a document, so a projection behind it sees few.
+    assert all(line["tokens"] >= (64 if line["block"] else 1) for line in calibrated)
     assert all(line["tokens"] == 0 and line["reason"] for line in solved if line["state"] == "data-free")
     assert all(line["checksum"] for line in solved)
     share = sum(line["parameters"] for line in calibrated) / max(1, sum(line["parameters"] for line in solved))
