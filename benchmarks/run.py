@@ -21,6 +21,7 @@ BENCHMARKS = {
     "zoo": "trained models: figure, training time, what rounding costs",
     "solvers": "what every solver loses on the cards' synthetic setups",
     "memory": "13 GB models under 1.5 GB of memory",
+    "gptq": "GPTQ beside llm-compressor's, and as a multiple of its floor",
 }
 
 

@@ -192,7 +192,7 @@ def _memory(source: Checkpoint, structure: Structure, batch: int, vocabulary: in
     build = 14 * 4 * min(largest, TILE_ELEMENTS)
 
     def verifying(tokens: int) -> int:
-        return child + 3 * dense + 4 * tile + 14 * tokens * vocabulary + 64 * tokens * hidden + 30_000_000
+        return child + 3 * dense + 4 * tile + 10 * tokens * vocabulary + 64 * tokens * hidden + 30_000_000
 
     return max(build, verifying(batch)), max(build, verifying(64))
 
