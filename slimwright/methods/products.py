@@ -1,0 +1,27 @@
+"""Dot products of vectors that stream in tiles, exact enough to be independent of the tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slimwright.methods.merging import BLOCK
+
+_RUN = BLOCK // 16
+
+
+def dot_products(vectors: Sequence[Tensor]) -> Tensor:
+    """(n, n) float64: the dot products of flat vectors, in runs of 16,384 elements that are added in float64."""
+    count = len(vectors)
+    total = torch.zeros(count, count, dtype=torch.float64)
+    flat = [vector.reshape(-1) for vector in vectors]
+    whole = len(flat[0]) // _RUN * _RUN if flat else 0
+    for first in range(count):
+        for second in range(first, count):
+            a, b = flat[first], flat[second]
+            runs = torch.bmm(a[:whole].view(-1, 1, _RUN), b[:whole].view(-1, _RUN, 1)) if whole else a.new_zeros(1)
+            dot = runs.double().sum() + torch.dot(a[whole:].double(), b[whole:].double())
+            total[first, second] = total[second, first] = dot
+    return total
