@@ -99,7 +99,7 @@ def fit(
         target=target, adapter=adapter, eval_data=eval_data, loss=loss, ray=ray,
     )  # fmt: skip
     from slimwright.job.fit import fit as run
-    from slimwright.plan import parse_bytes
+    from slimwright.sizes import parse_bytes
 
     report = run(
         model, out, size=size, grid=grid, rules=tuple(rule or ()), plan=plan, job_memory=job_memory, dry_run=dry_run,
@@ -153,7 +153,7 @@ def export(
 ) -> None:
     """Write a result in another form."""
     import slimwright
-    from slimwright.plan import parse_bytes
+    from slimwright.sizes import parse_bytes
 
     if out is None:
         raise InputError("Give --out, the directory to write to.")
@@ -186,7 +186,7 @@ def merge(
 
     limit = None
     if shard_size is not None:
-        from slimwright.plan import parse_bytes
+        from slimwright.sizes import parse_bytes
 
         limit = parse_bytes(shard_size, "--shard-size")
     report = slimwright.merge(

@@ -26,8 +26,8 @@ BLOCK = 1 << 18
 
 State = dict[str, Any]
 """What the surveys found: JSON values, so that a journal can keep it."""
-Sums = dict[str, Tensor]
-"""Tensors that add up over tiles: float64 or int64."""
+Sums = dict[str, Any]
+"""What adds up over tiles with ``+=``: float64 or int64 tensors, or elements picked out."""
 
 
 @dataclass(frozen=True)

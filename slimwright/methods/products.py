@@ -17,11 +17,11 @@ def dot_products(vectors: Sequence[Tensor]) -> Tensor:
     count = len(vectors)
     total = torch.zeros(count, count, dtype=torch.float64)
     flat = [vector.reshape(-1) for vector in vectors]
-    whole = len(flat[0]) // _RUN * _RUN if flat else 0
     for first in range(count):
         for second in range(first, count):
-            a, b = flat[first], flat[second]
-            runs = torch.bmm(a[:whole].view(-1, 1, _RUN), b[:whole].view(-1, _RUN, 1)) if whole else a.new_zeros(1)
-            dot = runs.double().sum() + torch.dot(a[whole:].double(), b[whole:].double())
+            products = flat[first] * flat[second]
+            whole = len(products) // _RUN * _RUN
+            runs = products[:whole].view(-1, _RUN).sum(1)
+            dot = runs.sum(dtype=torch.float64) + products[whole:].sum(dtype=torch.float64)
             total[first, second] = total[second, first] = dot
     return total

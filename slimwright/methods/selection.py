@@ -1,10 +1,12 @@
 """Exactly the k largest magnitudes of a vector that never fits, by histograms of bit patterns, never by a sort.
 
 The bits of a positive float32, read as an integer, are in the order of the floats. A first survey counts the upper 16
-bits (32,768 bins), which finds the bin of the k-th largest; a second counts the lower 16 inside that bin, which finds
-the k-th magnitude itself; where more elements have it than are still wanted, a third counts these per block of 2**18
-elements, so that the first of them in the order of their indices are taken. A vector is a tensor, or all tensors in the
-sorted order of their names.
+bits (32,768 bins), which finds the bin of the k-th largest and how many elements are in it. Where these are few (the
+usual case: a bin spans less than 1 %), a second survey gathers them, and the k-th magnitude and the place of the last
+element that is wanted follow. Where they are many, a second counts the lower 16 bits inside the bin, and where more
+elements have the k-th magnitude than are wanted, a third counts these per block of 2**18 elements. Of equal magnitudes
+the first in the order of their indices are taken. A vector is a tensor, or all tensors in the sorted order of their
+names.
 """
 
 from __future__ import annotations
@@ -20,11 +22,30 @@ from slimwright.methods.merging import BLOCK, Sums, Tile
 
 ROUNDS = 3
 _LOW = 1 << 16
+GATHERED = 1 << 22
+"""Elements of one bin that are gathered at most (12 bytes each)."""
+_RUN = 32
 
 Selection = dict[str, Any]
-"""What is known of one selection, in JSON values: ``keep`` (how many), then ``high`` (bin), ``wanted`` (how many of it),
-``threshold`` (bits of the k-th magnitude), ``ties`` (how many have it), and where they are cut: ``cut`` (name of the
-tensor, block, how many of that block)."""
+"""What is known of one selection, in JSON values: ``keep`` (how many), then ``high`` (bin), ``wanted`` (how many of
+it), ``few`` (whether they are gathered), ``threshold`` (bits of the k-th magnitude), and where those that have it are
+cut: ``cut`` (name of the tensor, an index, how many more of the block of 2**18 elements that begins there: those before
+are taken)."""
+
+
+class Gathered:
+    """Elements that surveys pick out: (indices int64, bits int32) by tile, in order. Adding puts them together."""
+
+    def __init__(self, indices: Tensor, bits: Tensor) -> None:
+        self.parts = [(indices, bits)]
+
+    def __iadd__(self, other: Gathered) -> Gathered:
+        self.parts += other.parts
+        return self
+
+    def together(self) -> tuple[Tensor, Tensor]:
+        """All indices and all bits."""
+        return torch.cat([part[0] for part in self.parts]), torch.cat([part[1] for part in self.parts])
 
 
 def selection(keep: int, numel: int) -> Selection:
@@ -62,21 +83,24 @@ def survey_magnitudes(values: Sequence[Tensor], selections: Sequence[Sequence[Se
         open_ones = [(index, found) for index, found in enumerate(wanted) if not found.get("done")]
         if not open_ones:
             continue
-        bits = magnitude_bits(vector)
+        dense = any("threshold" not in found and not found.get("few") for _, found in open_ones)
+        bits = magnitude_bits(vector) if dense else None
         for index, found in open_ones:
             key = f"{model}.{index}"
-            if "high" not in found:
+            if bits is not None and "high" not in found:
                 first = next((f"high{model}.{i}" for i, _ in open_ones if f"high{model}.{i}" in sums), None)
                 sums["high" + key] = (
                     torch.bincount(bits >> 16, minlength=_LOW // 2) if first is None else sums[first].clone()
                 )
-            elif "threshold" not in found:
+            elif "threshold" not in found and found["few"]:
+                sums["few" + key] = _gathered(vector, found["high"] << 16, tile.start)
+            elif bits is not None and "threshold" not in found:
                 inside = (bits - (found["high"] << 16)).clamp_(-1, _LOW).add_(1)
                 sums["low" + key] = torch.bincount(inside, minlength=_LOW + 2)[1 : _LOW + 1].clone()
             else:
                 counts = torch.zeros(-(-tile.site.numel // BLOCK), dtype=torch.int64)
-                for number, part in enumerate(bits.split(BLOCK), tile.start // BLOCK):
-                    counts[number] = torch.count_nonzero(part == found["threshold"])
+                for number, part in enumerate(vector.split(BLOCK), tile.start // BLOCK):
+                    counts[number] = _count(part, found["threshold"]) - _count(part, found["threshold"] + 1)
                 sums["ties" + key] = counts
     return sums
 
@@ -97,23 +121,55 @@ def _settled(sums: Mapping[str, Sums], key: str, found: Selection) -> Selection:
     if "high" not in found:
         counts = torch.stack([part["high" + key] for part in sums.values()]).sum(0)
         found["high"], found["wanted"] = _bin_of(counts, found["keep"])
+        found["few"] = 0 < found["high"] and int(counts[found["high"]]) <= GATHERED
+    elif found.get("few"):
+        bits = {name: part["few" + key].together() for name, part in sums.items()}
+        counts = torch.bincount(torch.cat([own & 0xFFFF for _, own in bits.values()]), minlength=_LOW)
+        low, wanted = _bin_of(counts, found["wanted"])
+        found["threshold"], found["wanted"] = (found["high"] << 16) + low, wanted
+        if wanted < int(counts[low]):
+            found["cut"] = _cut({n: indices[own == found["threshold"]] for n, (indices, own) in bits.items()}, wanted)
+        found["done"] = True
     elif "threshold" not in found:
         counts = torch.stack([part["low" + key] for part in sums.values()]).sum(0)
         low, wanted = _bin_of(counts, found["wanted"])
-        found["threshold"], found["wanted"], found["ties"] = (found["high"] << 16) + low, wanted, int(counts[low])
+        found["threshold"], found["wanted"] = (found["high"] << 16) + low, wanted
         # Zeros are the same kept or not, and where all of them are wanted there is nothing to cut.
-        found["done"] = found["threshold"] == 0 or wanted == found["ties"]
+        found["done"] = found["threshold"] == 0 or wanted == int(counts[low])
     else:
         wanted = found["wanted"]
         for name, part in sums.items():
             counts = part["ties" + key].cumsum(0)
             if int(counts[-1]) >= wanted:
                 block = int(torch.searchsorted(counts, wanted))
-                found["cut"] = [name, block, wanted - (int(counts[block - 1]) if block else 0)]
+                found["cut"] = [name, block * BLOCK, wanted - (int(counts[block - 1]) if block else 0)]
                 break
             wanted -= int(counts[-1])
         found["done"] = True
     return found
+
+
+def _cut(tied: Mapping[str, Tensor], wanted: int) -> list[Any]:
+    """Where the first ``wanted`` of the tied elements end: the tensor, and the index behind the last."""
+    for name, indices in tied.items():
+        if len(indices) >= wanted:
+            return [name, int(indices[wanted - 1]) + 1, 0]
+        wanted -= len(indices)
+    raise AssertionError("fewer elements are tied than are wanted")
+
+
+def _gathered(values: Tensor, first_bits: int, start: int) -> Gathered:
+    """The elements whose magnitude has these upper 16 bits. Runs of 32 without any are passed over at once."""
+    inside = _at_least(values.float(), first_bits)
+    inside = inside.sub_(_at_least(values.float(), first_bits + _LOW))
+    whole = len(inside) // _RUN * _RUN
+    runs = inside[:whole].view(-1, _RUN)
+    busy = runs.abs().amax(1).nonzero().flatten()
+    some = runs[busy]
+    row, column = some.nonzero(as_tuple=True)
+    rest = inside[whole:].nonzero().flatten()
+    indices = torch.cat([busy[row] * _RUN + column, rest + whole])
+    return Gathered(indices + start, magnitude_bits(inside[indices]))
 
 
 def _bin_of(counts: Tensor, wanted: int) -> tuple[int, int]:
@@ -137,20 +193,14 @@ def keep_largest(values: Tensor, found: Selection, tile: Tile) -> Tensor:
         return values
     if "cut" not in found:
         return _at_least(values, bits)
-    name, block, wanted = found["cut"]
+    name, index, more = found["cut"]
     if tile.site.name != name:
         return _at_least(values, bits + (tile.site.name > name))
-    before = min(max(0, block * BLOCK - tile.start), len(values))
-    after = min(max(0, (block + 1) * BLOCK - tile.start), len(values))
-    middle = values[before:after]
-    tied = magnitude_bits(middle) == bits
-    chosen = tied & (tied.cumsum(0) <= wanted)
-    parts = [
-        _at_least(values[:before], bits),
-        torch.where(chosen, middle, _at_least(middle, bits + 1)),
-        _at_least(values[after:], bits + 1),
-    ]
-    return torch.cat([part for part in parts if len(part)]) if len(values) else values
+    place = min(max(0, index - tile.start), len(values))
+    if more and place < len(values) and index >= tile.start:  # so many of the block that begins there are taken too
+        tied = (magnitude_bits(values[place : place + BLOCK]) == bits).nonzero().flatten()
+        place += int(tied[more - 1]) + 1
+    return torch.cat([_at_least(values[:place], bits), _at_least(values[place:], bits + 1)])
 
 
 def _at_least(values: Tensor, bits: int) -> Tensor:
@@ -159,3 +209,9 @@ def _at_least(values: Tensor, bits: int) -> Tensor:
     if values.dtype == torch.float32:
         return torch.nn.functional.hardshrink(values, below)
     return values * (magnitude_bits(values) >= bits)
+
+
+def _count(values: Tensor, bits: int) -> int:
+    """How many of at most 2**24 values have a magnitude of at least these bits (> 0)."""
+    signs = _at_least(values, bits).sign_()
+    return int(torch.dot(signs, signs))

@@ -235,7 +235,8 @@ def _parameters(
         else:
             shown = dialect.name if dialect else method
             raise InputError(
-                f"{where}: {shown} has no parameter '{name}'{nearest(name, known)} It has: {', '.join(known) or 'none'}."
+                f"{where}: {shown} has no parameter '{name}'{nearest(name, known)} "
+                f"It has: {', '.join(known) or 'none'}."
             )
     return found
 

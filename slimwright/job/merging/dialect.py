@@ -1,8 +1,8 @@
 """mergekit's merge methods in our terms: which method of ours, with which definitions, defaults and parameters.
 
-A configuration in mergekit's form means what mergekit 0.1.5 does, except that all arithmetic is in float32 and cast once
-(mergekit computes some methods in the stored dtype). Our own form means what the papers say; docs/merging.md lists
-every difference.
+A configuration in mergekit's form means what mergekit 0.1.5 does, except that all arithmetic is in float32 and cast
+once (mergekit computes some methods in the stored dtype). Our own form means what the papers say; docs/merging.md
+lists every difference.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def _l1_or_none(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _arithmetic(normalize: bool, rescale: bool, **more: Any) -> dict[str, Any]:
     return {
-        "weight": REQUIRED, "lambda": 1.0, "normalize": normalize, "rescale": rescale, "density": 1.0, "int8_mask": False,
-        **more,
+        "weight": REQUIRED, "lambda": 1.0, "normalize": normalize, "rescale": rescale, "density": 1.0,
+        "int8_mask": False, **more,
     }  # fmt: skip
 
 

@@ -79,8 +79,8 @@ def read_tile(unit: Unit, start: int, stop: int, seed: int) -> Tile:
             private = stored.clone()
         if not math.isfinite(float(private.sum())) and not torch.isfinite(private).all():
             raise InputError(
-                f"The tensor '{shown(unit.names[place])}' of {unit.models[place]} holds NaN or Inf: repair or replace the "
-                "checkpoint."
+                f"The tensor '{shown(unit.names[place])}' of {unit.models[place]} holds NaN or Inf: repair or replace "
+                "the checkpoint."
             )
         tensors.append(method.shaped(private, unit.site) if method.extent != "element" else private)
     count = len(unit.origins)

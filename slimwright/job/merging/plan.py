@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -154,7 +155,7 @@ def _targets(
     if stack is None:
         raise InputError(f"{leader.reference} has no layers that slices could choose from: use 'models'.")
     targets: list[_Target] = []
-    outside = [name for name in names if (at := layer_of(name, [stack])) is None]
+    outside = [name for name in names if layer_of(name, [stack]) is None]
     for name in outside:
         part = config.slices[0] if is_before_layers(name) else config.slices[-1]
         targets.append(
@@ -229,8 +230,8 @@ def _same_names(part: Slice, inputs: Inputs, names: list[str], tied: set[str]) -
             lacks = f"lacks the tensor '{shown(missing[0])}'" if missing else f"has a tensor '{shown(extra[0])}'"
             others = "that the others have" if missing else "that the others lack"
             raise InputError(
-                f"{reference} {lacks} {others} ({len(missing)} missing, {len(extra)} too many): the models must have the "
-                "same architecture and have been saved with the same class."
+                f"{reference} {lacks} {others} ({len(missing)} missing, {len(extra)} too many): the models must have "
+                "the same architecture and have been saved with the same class."
             )
 
 
@@ -253,22 +254,20 @@ def _unit(
     names = tuple(name for _, name in chosen) + ((base[1],) if base else ())
     everything = [*origins, *([base_origin] if base_origin is not None else [])]
     first = base_origin if base_origin is not None else origins[0]
+    leader, leader_name = (models[-1], names[-1]) if base else (models[0], names[0])
     for other, model in zip(everything, models):
         if other.shape != first.shape:
-            hint = ""
-            if other.shape[1:] == first.shape[1:]:
-                hint = ", or set tokenizer_source if their vocabularies differ"
+            vocabulary = other.shape[1:] == first.shape[1:] and len(first.shape) == 2
+            hint = ", or set tokenizer_source if their vocabularies differ" if vocabulary else ""
             raise InputError(
-                f"The tensor '{shown(target.name)}' is {other.shape} in {model} but {first.shape} in {models[-1] if base else models[0]}: "
-                f"merge models of one architecture{hint}."
+                f"The tensor '{shown(target.name)}' is {other.shape} in {model} but {first.shape} in {leader}: merge "
+                f"models of one architecture{hint}."
             )
     site = MergeSite(target.name, first.shape, target.block, target.blocks)
-    floats = all(other.dtype.is_floating_point and other.dtype.itemsize > 1 for other in everything)
-    if not floats or not first.numel:
-        dtype = first.dtype
+    if not first.numel or not all(other.dtype.is_floating_point and other.dtype.itemsize > 1 for other in everything):
         reason = "empty" if not first.numel else "no floats: taken from the base (the first)"
-        single = Unit(TensorEntry(target.name, dtype, first.shape), site, (first,), None, None, (models[-1] if base else models[0],), (names[-1] if base else names[0],), reason)  # fmt: skip
-        return single
+        entry = TensorEntry(target.name, first.dtype, first.shape)
+        return Unit(entry, site, (first,), None, None, (leader,), (leader_name,), reason)
     dtype = getattr(torch, config.dtype) if config.dtype else first.dtype
     made = _method(target, config, chosen, base is not None)
     made.check_inputs(len(origins), base is not None)
@@ -284,9 +283,9 @@ def _roles(
     method_type = config.method_type()
     base = target.base
     if method_type.base_model == "unused" or (config.dialect is not None and config.dialect.base_is_input):
-        if base and config.dialect is not None and config.dialect.base_is_input and config.whole:
-            if all(source.model != base[0] for source, _ in sources) and config.method != "merge/passthrough":
-                sources.append((SliceSource(base[0]), base[1]))
+        adds_base = config.dialect is not None and config.whole and config.method != "merge/passthrough"
+        if base and adds_base and all(source.model != base[0] for source, _ in sources):
+            sources.append((SliceSource(base[0]), base[1]))
         return sources, None
     if base is None:
         return sources, None
@@ -298,11 +297,12 @@ def _method(
 ) -> MergeMethod:
     """The method with its knobs for this tensor."""
     method_type = config.method_type()
+    fields = {knob_name(field): field for field in dataclasses.fields(method_type)}  # type: ignore[arg-type]
     shared: list[Settings] = [target.part.parameters, config.parameters]
     per_model = {name.rstrip("_") for name in method_type.per_model_knobs()}
     dialect = config.dialect
     values: dict[str, Any] = {}
-    names = list(dialect.parameters) if dialect else [knob_name(f) for f in method_type.__dataclass_fields__.values()]  # type: ignore[attr-defined]
+    names = list(dialect.parameters) if dialect else list(fields)
     for name in names:
         each = name in (dialect.per_model if dialect else per_model)
         default = dialect.parameters[name] if dialect else None
@@ -313,11 +313,10 @@ def _method(
         if dialect is None and all(value is None for value in found):
             continue
         if any(value is None for value in found):
-            plain = next(f.default for f in method_type.__dataclass_fields__.values() if knob_name(f) == name)  # type: ignore[attr-defined]
+            plain = fields[name].default
             found = [plain if value is None else value for value in found]
         values[name] = tuple(found) if len(set(map(str, found))) > 1 else found[0]
-    taken = {knob_name(f) for f in method_type.__dataclass_fields__.values()}  # type: ignore[attr-defined]
-    knobs = own_knobs(dialect, values, taken) if dialect else {k: v for k, v in values.items() if v is not None}
+    knobs = own_knobs(dialect, values, set(fields)) if dialect else {k: v for k, v in values.items() if v is not None}
     return _made(config.method, tuple(sorted(knobs.items())))
 
 

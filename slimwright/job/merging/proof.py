@@ -1,4 +1,4 @@
-"""The proof before publishing: what was written is read back and compared with the plain-tensor method on the inputs."""
+"""The proof before publishing: what was written is read back, and compared with the plain-tensor method's result."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def prove(
         found = result.read(unit.entry.name).reshape(-1)[start:stop]
         if found.dtype != expected.dtype or not torch.equal(_bytes(found), _bytes(expected.reshape(-1))):
             raise SlimwrightError(
-                f"'{unit.entry.name}' was not written as it should be (elements {start} to {stop}); nothing was published, "
-                f"and what was written is left in {written}."
+                f"'{unit.entry.name}' was not written as it should be (elements {start} to {stop}); nothing was "
+                f"published, and what was written is left in {written}."
             )
 
     for number, _ in enumerate(in_order(compare, iter(pieces))):

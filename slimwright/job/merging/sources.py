@@ -1,4 +1,4 @@
-"""What a merge reads: checkpoints, our own compressed results, adapters on a base; any range of elements of a tensor."""
+"""What a merge reads: checkpoints, our own compressed results, adapters on a base; any range of a tensor's elements."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ from slimwright.methods.selection import (
 class Ties(MergeMethod):
     """Keep the largest entries of each task vector, and of each parameter only those that agree with the elected sign.
 
-    Trimming keeps exactly ``int(density * n)`` entries (at least one of a density above 0; of equal magnitudes the first), over the whole
-    model or over each tensor. The authors' code keeps one more, and all that tie with it. ``majority`` decides the sign
+    Trimming keeps exactly ``int(density * n)`` entries (at least one of a density above 0; of equal magnitudes the
+    first), over the whole model or over each tensor. The authors' code keeps one more, and all that tie with it. ``majority`` decides the sign
     where the votes cancel: the sign that most parameters elected (the paper's), or plus.
     """
 
