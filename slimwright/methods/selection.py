@@ -30,7 +30,7 @@ Selection = dict[str, Any]
 """What is known of one selection, in JSON values: ``keep`` (how many), then ``high`` (bin), ``wanted`` (how many of
 it), ``few`` (whether they are gathered), ``threshold`` (bits of the k-th magnitude), and where those that have it are
 cut: ``cut`` (name of the tensor, an index, how many more of the block of 2**18 elements that begins there: those before
-are taken)."""
+are taken). With ``value_only`` just the k-th magnitude is looked for."""
 
 
 class Gathered:
@@ -121,13 +121,13 @@ def _settled(sums: Mapping[str, Sums], key: str, found: Selection) -> Selection:
     if "high" not in found:
         counts = torch.stack([part["high" + key] for part in sums.values()]).sum(0)
         found["high"], found["wanted"] = _bin_of(counts, found["keep"])
-        found["few"] = 0 < found["high"] and int(counts[found["high"]]) <= GATHERED
+        found["few"] = found["high"] > 0 and int(counts[found["high"]]) <= GATHERED
     elif found.get("few"):
         bits = {name: part["few" + key].together() for name, part in sums.items()}
         counts = torch.bincount(torch.cat([own & 0xFFFF for _, own in bits.values()]), minlength=_LOW)
         low, wanted = _bin_of(counts, found["wanted"])
         found["threshold"], found["wanted"] = (found["high"] << 16) + low, wanted
-        if wanted < int(counts[low]):
+        if wanted < int(counts[low]) and "value_only" not in found:
             found["cut"] = _cut({n: indices[own == found["threshold"]] for n, (indices, own) in bits.items()}, wanted)
         found["done"] = True
     elif "threshold" not in found:
@@ -135,7 +135,7 @@ def _settled(sums: Mapping[str, Sums], key: str, found: Selection) -> Selection:
         low, wanted = _bin_of(counts, found["wanted"])
         found["threshold"], found["wanted"] = (found["high"] << 16) + low, wanted
         # Zeros are the same kept or not, and where all of them are wanted there is nothing to cut.
-        found["done"] = found["threshold"] == 0 or wanted == int(counts[low])
+        found["done"] = found["threshold"] == 0 or wanted == int(counts[low]) or "value_only" in found
     else:
         wanted = found["wanted"]
         for name, part in sums.items():

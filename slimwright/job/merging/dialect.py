@@ -77,9 +77,14 @@ def _is_true(value: Any) -> bool:
     return bool(value)
 
 
-def _mean_or_sum(values: Mapping[str, Any]) -> dict[str, Any]:
+def _no_rescale(values: Mapping[str, Any]) -> dict[str, Any]:
     if _is_true(values["rescale"]):
-        raise NotBuiltError("'rescale: true' with ties is not built in this version: leave it out (false).")
+        raise NotBuiltError("'rescale: true' with this method is not built in this version: leave it out (false).")
+    return {}
+
+
+def _mean_or_sum(values: Mapping[str, Any]) -> dict[str, Any]:
+    _no_rescale(values)
     return {"agg": "mean" if _is_true(values["normalize"]) else "sum"}
 
 
@@ -119,6 +124,38 @@ _TABLE = (
         "dare_ties", "merge/dare", _arithmetic(False, True), ("weight", "density"), fixed={"consensus": "ties"},
         knobs=_l1_or_none, differs=_L1 + "; what agrees is summed, not averaged",
     ),
+    MergekitMethod(
+        "nuslerp", "merge/nuslerp", {"weight": REQUIRED, "nuslerp_row_wise": False, "nuslerp_flatten": True},
+        ("weight",),
+        knobs=lambda v: {"flatten": _is_true(v["nuslerp_flatten"]), "row_wise": _is_true(v["nuslerp_row_wise"])},
+    ),
+    MergekitMethod(
+        "multislerp", "merge/multislerp", {"weight": REQUIRED, "normalize_weights": True, "eps": 1e-8}, ("weight",),
+    ),
+    MergekitMethod("karcher", "merge/karcher", {"max_iter": 10, "tol": 1e-5}, base_is_input=True),
+    MergekitMethod(
+        "della", "merge/della", _arithmetic(True, True, epsilon=0.15), ("weight", "density", "epsilon"),
+        fixed={"consensus": "ties"}, knobs=_l1_or_none, differs=_L1,
+    ),
+    MergekitMethod(
+        "della_linear", "merge/della", _arithmetic(False, True, epsilon=0.15), ("weight", "density", "epsilon"),
+        fixed={"consensus": "linear"}, knobs=_l1_or_none, differs=_L1,
+    ),
+    MergekitMethod(
+        "breadcrumbs", "merge/breadcrumbs", _arithmetic(False, False, gamma=0.01), ("weight", "density", "gamma"),
+        fixed={"consensus": "linear"}, knobs=_no_rescale, differs="lambda and density are 1 by default",
+    ),
+    MergekitMethod(
+        "breadcrumbs_ties", "merge/breadcrumbs", _arithmetic(False, False, gamma=0.01), ("weight", "density", "gamma"),
+        fixed={"consensus": "ties"}, knobs=_no_rescale, differs="lambda and density are 1 by default",
+    ),
+    MergekitMethod(
+        "model_stock", "merge/model_stock", {"filter_wise": False}, fixed={"clamp": False},
+        differs="the ratio is not clamped, so that opposed task vectors extrapolate beyond the base",
+    ),
+    MergekitMethod("sce", "merge/sce", {"int8_mask": False, "select_topk": 1.0}),
+    MergekitMethod("arcee_fusion", "merge/arcee_fusion"),
+    MergekitMethod("nearswap", "merge/nearswap", {"t": REQUIRED}),
 )  # fmt: skip
 
 MERGEKIT: dict[str, MergekitMethod] = {method.name: method for method in _TABLE}

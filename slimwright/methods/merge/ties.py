@@ -28,8 +28,8 @@ class Ties(MergeMethod):
     """Keep the largest entries of each task vector, and of each parameter only those that agree with the elected sign.
 
     Trimming keeps exactly ``int(density * n)`` entries (at least one of a density above 0; of equal magnitudes the
-    first), over the whole model or over each tensor. The authors' code keeps one more, and all that tie with it. ``majority`` decides the sign
-    where the votes cancel: the sign that most parameters elected (the paper's), or plus.
+    first), over the whole model or over each tensor. The authors' code keeps one more, and all that tie with it.
+    ``majority`` decides the sign where the votes cancel: the sign that most parameters elected (the paper's), or plus.
     """
 
     density: float | tuple[float, ...] = knob(0.2, low=0.0, high=1.0, per_model=True, help="share of entries kept")
