@@ -27,8 +27,8 @@ from slimwright.methods.selection import (
 class Breadcrumbs(MergeMethod):
     """Of each task vector drop the largest ``gamma`` and, of the rest, all but the ``density`` next largest; merge.
 
-    Exact counts, ``int(density * n)`` and ``int(gamma * n)``; fewer outliers are dropped where both do not fit. A density
-    of 1 drops nothing. Merged by sums, or by TIES' elected signs.
+    Exact counts, ``int(density * n)`` and ``int(gamma * n)``; fewer outliers are dropped where both do not fit. A
+    density of 1 drops nothing. Merged by sums, or by TIES' elected signs.
     """
 
     density: float | tuple[float, ...] = knob(0.15, low=0.0, high=1.0, per_model=True, help="share of entries kept")

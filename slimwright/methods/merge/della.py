@@ -13,6 +13,7 @@ from slimwright.errors import InputError
 from slimwright.methods.chance import random_integers
 from slimwright.methods.consensus import add_to_base, disjoint, elected_signs, scaled_sum
 from slimwright.methods.merging import MergeMethod, State, Sums, Tile
+from slimwright.methods.products import exact_sum
 from slimwright.methods.registry import knob, register
 
 
@@ -53,9 +54,9 @@ class Della(MergeMethod):
 
     def survey(self, tile: Tile, state: State) -> Sums:
         deltas = tile.deltas()
-        before = [float(delta.abs().sum()) for delta in deltas]
-        after = [float(delta.abs().sum()) for delta in self._dropped(deltas, tile)]
-        return {"norms": torch.tensor([before, after], dtype=torch.float64)}
+        before = torch.stack([exact_sum(delta.abs()) for delta in deltas])
+        after = torch.stack([exact_sum(delta.abs()) for delta in self._dropped(deltas, tile)])
+        return {"norms": torch.stack([before, after])}
 
     def settle(self, sums: Mapping[str, Sums], state: State) -> State:
         (found,) = sums.values()

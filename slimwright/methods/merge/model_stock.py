@@ -18,7 +18,9 @@ from slimwright.methods.registry import knob, register
 @register("merge/model_stock", paper="Model Stock, arXiv:2403.19522")
 @dataclass(frozen=True)
 class ModelStock(MergeMethod):
-    """``r * mean(models) + (1 - r) * base`` with ``r = N cos / (1 + (N - 1) cos)``, cos the mean cosine of task vectors.
+    """``r * mean(models) + (1 - r) * base``: the nearer to the base, the wider the angle between the task vectors.
+
+    ``r = N cos / (1 + (N - 1) cos)``, cos the mean cosine over pairs of the N task vectors.
 
     By tensor, or by row with ``filter_wise``. ``clamp`` keeps r in 0 .. 1; without it task vectors that oppose each
     other extrapolate beyond the base. Where the denominator vanishes r is 0.

@@ -56,7 +56,7 @@ class MultiSlerp(MergeMethod):
             if models == 2:
                 return {"factors": weights.tolist()}
             raise InputError(
-                f"merge/multislerp: the weighted directions of '{name}' cancel, so they have no mean: change the weights."
+                f"merge/multislerp: the weighted directions of '{name}' cancel and have no mean: change the weights."
             )
         mean = weights / length
         tangent = weights - float(weights @ (cosines @ mean)) * mean

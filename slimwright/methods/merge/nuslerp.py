@@ -21,8 +21,8 @@ class NuSlerp(MergeMethod):
     """Interpolate two models along a great circle by their weights; with a base, their task vectors.
 
     ``t`` is the second weight's share (0.5 where they cancel). ``flatten`` takes each tensor as one vector; without it
-    each row is one (along the last dimension), or with ``row_wise`` each column (along the first; a whole tensor is then
-    in memory). Vectors whose sine is below 1e-8 are interpolated linearly.
+    each row is one (along the last dimension), or with ``row_wise`` each column (along the first; a whole tensor is
+    then in memory). Vectors whose sine is below 1e-8 are interpolated linearly.
     """
 
     base_model = "optional"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slimwright.methods.consensus import elected_signs
 from slimwright.methods.merging import MergeMethod, MergeSite, State, Sums, Tile
+from slimwright.methods.products import exact_sum
 from slimwright.methods.registry import knob, register
 from slimwright.methods.selection import (
     ROUNDS,
@@ -46,8 +47,7 @@ class Sce(MergeMethod):
             variance = _variance(deltas)
             sums = survey_magnitudes([variance], state["top"], tile)
             return {**sums, "varying": torch.count_nonzero(variance).reshape(1)}
-        energies = [float(delta.square().sum(dtype=torch.float64)) for delta in self._selected(deltas, tile, state)]
-        return {"energies": torch.tensor(energies, dtype=torch.float64)}
+        return {"energies": torch.stack([exact_sum(delta.square()) for delta in self._selected(deltas, tile, state)])}
 
     def settle(self, sums: Mapping[str, Sums], state: State) -> State:
         ((name, found),) = sums.items()
