@@ -299,8 +299,17 @@ def _method(
     method_type = config.method_type()
     fields = {knob_name(field): field for field in dataclasses.fields(method_type)}  # type: ignore[arg-type]
     shared: list[Settings] = [target.part.parameters, config.parameters]
+    if config.dialect is None and len(chosen) == 1:
+        shared.insert(0, chosen[0][0].parameters)
     per_model = {name.rstrip("_") for name in method_type.per_model_knobs()}
     dialect = config.dialect
+    if dialect is None and len(chosen) > 1:
+        misplaced = [name for source, _ in chosen for name in source.parameters if name not in per_model]
+        if misplaced:
+            raise InputError(
+                f"{config.method} has one '{misplaced[0]}' for all models: write it under the parameters of the whole "
+                "merge (or of the slice)."
+            )
     values: dict[str, Any] = {}
     names = list(dialect.parameters) if dialect else list(fields)
     for name in names:

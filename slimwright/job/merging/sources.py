@@ -205,12 +205,12 @@ class MergeInput:
 
     def origin(self, name: str) -> Origin:
         """A tensor by its name on disk."""
-        stored = StoredTensor(self.checkpoint, name)
+        found: Origin = StoredTensor(self.checkpoint, name)
         if self.adapter is None:
-            return stored
-        if name in self.adapter.replaced:
-            return HeldTensor(self.adapter.replaced[name], stored.dtype)
-        return AdaptedTensor(stored, self.adapter, name) if name in self.adapter.changes else stored
+            return found
+        if name in self.adapter.replaced:  # an embedding may be saved whole beside its change
+            found = HeldTensor(self.adapter.replaced[name], found.dtype)
+        return AdaptedTensor(found, self.adapter, name) if name in self.adapter.changes else found
 
     def state(self) -> str:
         """What decides its content, for the key of a journal."""
