@@ -31,6 +31,7 @@ from slimwright.checkpoint import (
 from slimwright.errors import InputError
 from slimwright.job.memory import MemoryWatch, memory_cap
 from slimwright.job.merging import papers
+from slimwright.job.merging.chat import chosen_template, write_template
 from slimwright.job.merging.config import MergeConfig, read_config
 from slimwright.job.merging.engine import Done, Engine
 from slimwright.job.merging.forecast import MergeForecast, forecast
@@ -38,6 +39,7 @@ from slimwright.job.merging.layers import resized_config
 from slimwright.job.merging.plan import Inputs, MergePlan, like, plan_units
 from slimwright.job.merging.proof import prove
 from slimwright.job.merging.sources import MergeInput
+from slimwright.job.merging.vocabulary import Alignment, align, resized, write_tokenizer
 from slimwright.job.progress import Reporter
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -102,13 +104,22 @@ class _Job:
         self.started = time.monotonic()
         self.config: MergeConfig = read_config(given)
         self.notes = list(self.config.notes)
+        self.inputs: Inputs = {}
+        self.alignment: Alignment | None = None
+        self.template: str | None = None
+        self.licence_files: list[str] = []
         self.seed = asked.seed if asked.seed is not None else self.config.seed or 0
 
     def run(self) -> MergeReport:
         config = self.config
         inputs: Inputs = {reference: MergeInput(reference) for reference in config.references()}
+        self.inputs = inputs
         self._check_out(inputs)
-        plan = plan_units(config, inputs, {})
+        self.alignment = align(config, inputs)
+        if self.alignment is not None:
+            self.notes += self.alignment.notes
+        self.template = chosen_template(config.chat_template, inputs) if config.chat_template else None
+        plan = plan_units(config, inputs, self.alignment.origins if self.alignment else {})
         layout = plan_layout(
             [unit.entry for unit in plan.units],
             max_shard_bytes=self.asked.max_shard_bytes or config.out_shard_size or MAX_SHARD_BYTES,
@@ -204,11 +215,18 @@ class _Job:
         config = dict(leader.checkpoint.config)
         if plan.layers is not None:
             config = resized_config(config, list(plan.layers.chosen), plan.layers.count)
+        if self.alignment is not None:
+            config = resized(config, self.alignment.rows)
         if self.config.dtype:
             config.pop("torch_dtype", None)
             config["dtype"] = self.config.dtype
         write_config_atomic(inner / "config.json", config)
         copied = copy_side_files(leader.checkpoint, held.partial, trust_remote_code=self.asked.trust_remote_code)
+        target = held.partial / leader.checkpoint.model_path.relative_to(leader.checkpoint.path)
+        if self.alignment is not None:
+            write_tokenizer(self.alignment, self.inputs, target, lambda file: shutil.copyfile(file, target / file.name))
+        if self.template is not None:
+            write_template(self.template, target)
         self.licence_files = [name for name in copied.copied if "licen" in name.lower()]
 
     def _publish(

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,16 +129,17 @@ class GatheredRows(Origin):
     Args:
         origin: the table.
         index: (rows,) int64, which row each is; -1 where the filler has it.
-        filler: rows for -1, by row of the result.
+        filler: gives the rows for -1, by row of the result; None for zeros.
     """
 
-    def __init__(self, origin: Origin, index: Tensor, filler: Mapping[int, Tensor]) -> None:
+    def __init__(self, origin: Origin, index: Tensor, filler: Callable[[int], Tensor | None]) -> None:
         self.shape, self.dtype = (len(index), *origin.shape[1:]), origin.dtype
         self._origin, self._index, self._filler = origin, index, filler
 
     def rows(self, rows: slice) -> Tensor:
         index = self._index[rows]
         known = index >= 0
+        rows = slice(*rows.indices(len(self._index))[:2])
         if bool(known.all()) and len(index) and int(index[-1] - index[0]) == len(index) - 1 and _ascends(index):
             return self._origin.rows(slice(int(index[0]), int(index[-1]) + 1))
         out = torch.zeros((len(index), *self.shape[1:]), dtype=torch.float32)
@@ -151,7 +152,7 @@ class GatheredRows(Origin):
             else:
                 out[known] = torch.cat([self._origin.rows(slice(r, r + 1)).float() for r in found.tolist()])
         for place in (~known).nonzero().flatten().tolist():
-            row = self._filler.get(place + rows.start)
+            row = self._filler(place + rows.start)
             if row is not None:
                 out[place] = row.float()
         return out
