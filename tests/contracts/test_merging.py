@@ -40,7 +40,7 @@ def inputs(
     if merger.base_model == "optional" and merger.most == 2 and merger.fewest == 1:
         models = models[:1]  # slerp: the base is one of its two
         return models, base.to(dtype)
-    return models, base.to(dtype) if merger.base_model == "required" else None
+    return models, base.to(dtype) if merger.base_model != "unused" else None
 
 
 def test_every_method_is_here() -> None:

@@ -11,7 +11,7 @@ from slimwright import method
 from slimwright.errors import InputError
 from slimwright.methods import selection
 from slimwright.methods.chance import random_integers
-from slimwright.methods.merging import BLOCK
+from slimwright.methods.merging import BLOCK, MergeSite
 
 
 def tensors(count: int, shape: tuple[int, ...] = (37, 53), scale: float = 0.05, seed: int = 0) -> list[Tensor]:
@@ -353,3 +353,129 @@ def test_passthrough_scales() -> None:
     (a,) = tensors(0)
     assert torch.equal(method("merge/passthrough").merge([a]), a)
     assert torch.equal(method("merge/passthrough", scale=0.0).merge([a]), torch.zeros_like(a))
+
+
+def test_lines_grows_with_depth() -> None:
+    base, a, b = tensors(2)
+    deltas = (a - base) + (b - base)
+    lines = method("merge/lines", alpha=0.2, beta=0.6)
+    for block, scale in ((0, 0.2), (1, 0.4), (3, 0.8)):
+        merged = lines.merge([a, b], base, site=MergeSite("x", tuple(base.shape), block, 4))
+        assert torch.allclose(merged, base + scale * deltas, atol=1e-6)
+    outside = lines.merge([a, b], base, site=MergeSite("x", tuple(base.shape)))
+    assert torch.allclose(outside, base + 0.2 * deltas, atol=1e-6)
+    single = lines.merge([a, b], base, site=MergeSite("x", tuple(base.shape), 0, 1))
+    assert torch.allclose(single, base + 0.2 * deltas, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "inner", ["task_arithmetic;lambda=1", "ties;density=0.3", "ties;density=0.3;granularity=tensor"]
+)
+def test_lines_alpha_from_the_sizes(inner: str) -> None:
+    """alpha = |sum of task vectors| / |merged vector| / T, over the whole model."""
+    names = ["a", "b"]
+    base = {name: tensors(2, seed=i)[0] for i, name in enumerate(names)}
+    models = [{name: tensors(2, seed=i)[1 + m] for i, name in enumerate(names)} for m in range(2)]
+    lines = method("merge/lines", inner=inner, beta=0.0)
+    knobs = dict(word.split("=") for word in inner.split(";")[1:])
+    plain = method("merge/" + inner.partition(";")[0], **knobs)
+    merged_state = plain.prepare(models, base=base)
+    vectors = {n: plain.merge([m[n] for m in models], base[n], site=n, state=merged_state) - base[n] for n in names}
+    total = sum(float(sum(m[n] - base[n] for m in models).abs().sum()) for n in names)
+    alpha = total / sum(float(vector.abs().sum()) for vector in vectors.values()) / 2
+    state = lines.prepare(models, base=base)
+    for name in names:
+        found = lines.merge([m[name] for m in models], base[name], site=name, state=state)
+        assert torch.allclose(found, base[name] + alpha * vectors[name], atol=1e-5)
+
+
+def test_tall_masks_and_consensus_by_hand() -> None:
+    base = torch.zeros(5)
+    a, b, c = torch.tensor([3.0, 0, 1, 1, 0.1]), torch.tensor([0.0, 2, 1, -1, 5]), torch.tensor([0.0, 0, 1, 0, -5])
+    total = a + b + c
+    for task, own in enumerate((a, b, c)):
+        mask = own.abs() > 0.4 * (total - own).abs()
+        found = method("merge/tall", task=task).merge([a, b, c], base)
+        assert torch.allclose(found, total * mask)
+    # Supports that do not overlap are recovered whole.
+    x, y = torch.tensor([1.0, 2, 0, 0]), torch.tensor([0.0, 0, 3, 4])
+    assert torch.equal(method("merge/tall", task=1).merge([x, y], torch.zeros(4)), y)
+    votes = sum((own.abs() > 0.4 * (total - own).abs()).int() for own in (a, b, c))
+    kept = method("merge/consensus", **{"lambda": 1.0}).merge([a, b, c], base)
+    assert torch.allclose(kept, total * (votes >= 2))
+    assert torch.equal(method("merge/consensus", prun_thre_k=0, **{"lambda": 1.0}).merge([a, b, c], base), total)
+    assert not method("merge/consensus", prun_thre_k=4).merge([a, b, c], base).any()
+
+
+def test_robust_weight_signatures() -> None:
+    base, clean, robust = tensors(2)
+    inside = MergeSite("x", tuple(base.shape), 0, 12)
+    merged = method("merge/rws").merge([clean, robust], base, site=inside)
+    signature = (merged - clean).double()
+    own = (clean - base).double()
+    assert abs(float((signature * own).sum() / own.norm() / signature.norm())) < 1e-4
+    expected = (robust - base) - float(((robust - base) * (clean - base)).sum() / (clean - base).square().sum()) * (
+        clean - base
+    )
+    assert torch.allclose(merged - clean, expected, atol=1e-5)
+    back = method("merge/rws", alpha=-1.0).merge([clean, robust], base, site=inside)
+    assert torch.allclose((merged + back) / 2, clean, atol=1e-6)
+    assert torch.equal(method("merge/rws").merge([clean, robust], base, site=MergeSite("x", (37, 53), 9, 12)), clean)
+    assert torch.equal(method("merge/rws").merge([clean, robust], base), clean)
+    assert torch.allclose(method("merge/rws", keep_num=0).merge([clean, clean], base), clean, atol=1e-6)
+    # A clean model that did not move: the signature is the whole change.
+    assert torch.allclose(method("merge/rws", keep_num=0).merge([base, robust], base), robust, atol=1e-6)
+
+
+def test_checkfree_averages_by_gradient_norms() -> None:
+    before, behind = tensors(1)
+    assert torch.allclose(method("merge/checkfree").merge([before, behind]), (before + behind) / 2, atol=1e-6)
+    merged = method("merge/checkfree", gradient_norm=(3.0, 1.0)).merge([before, behind])
+    assert torch.allclose(merged, (3.0001 * before + 1.0001 * behind) / 4.0002, atol=1e-6)
+    assert torch.allclose(
+        method("merge/checkfree", gradient_norm=(1.0, 0.0)).merge([before, behind]), before, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("variant", ["A", "B"])
+def test_pcb_against_a_plain_computation(variant: str) -> None:
+    base, *models = tensors(3, (20, 25))
+    taus = torch.stack([model - base for model in models]).flatten(1).double()
+    count, size, clamp, density = 3, 500, 0.02, 0.2
+    ordered = taus.abs().sort(1).values
+    low, high = ordered[:, int(size * clamp)], ordered[:, int(size * (1 - clamp)) - 1]
+    clipped = taus.sign() * taus.abs().clamp(low[:, None], high[:, None])
+    norm = (clipped.abs() - low[:, None]) / (high - low)[:, None]
+    intra = (count * norm.square()).exp()
+    if variant == "A":
+        inter = (clipped * clipped.sum(0)).tanh()
+    else:
+        signed = clipped.sign() * norm
+        inter = sum((signed * signed[j]).tanh() for j in range(count))
+    b = intra * inter
+    cut = b.sort(1).values[:, int(size * (1 - density))]
+    scale = (torch.maximum(b, cut[:, None]) - cut[:, None]) / (b.max(1).values - cut)[:, None]
+    merged = (scale * clipped).sum(0) / scale.sum(0).clamp(min=1e-12)
+    found = method("merge/pcb", density=density, clamp=clamp, variant=variant).merge(models, base)
+    assert torch.allclose(found.flatten(), base.flatten() + merged.float(), atol=2e-4)
+
+
+def test_pcb_alone_keeps_the_largest() -> None:
+    base, a = tensors(1, (20, 25))
+    found = method("merge/pcb", density=0.2, clamp=0.0).merge([a], base) - base
+    kept = found.abs() > 1e-7
+    assert abs(int(kept.sum()) - 100) <= 1
+    assert torch.allclose(found[kept], (a - base)[kept], atol=1e-6)
+    assert float((a - base).abs()[kept].min()) >= float((a - base).abs()[~kept].max()) - 1e-6
+    assert torch.isfinite(method("merge/pcb").merge([torch.ones(50)], torch.zeros(50))).all()
+
+
+def test_compeft_is_signs_times_a_deviation() -> None:
+    base, a = tensors(1)
+    found = method("merge/compeft", density=0.1, alpha=2.0).merge([a], base) - base
+    delta = a - base
+    mask = brute_top(delta, int(0.1 * delta.numel()))
+    assert torch.allclose(found, 2.0 * delta.std() * delta.sign() * mask, atol=1e-5)
+    assert torch.equal(method("merge/compeft", alpha=0.0).merge([a], base), base)
+    whole = method("merge/compeft", density=1.0).merge([delta])  # an adapter's own tensor, without a base
+    assert torch.allclose(whole, delta.std() * delta.sign(), atol=1e-5)

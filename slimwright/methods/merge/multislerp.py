@@ -53,7 +53,7 @@ class MultiSlerp(MergeMethod):
         cosines = dots * scale[:, None] * scale[None, :]
         length = float((weights @ cosines @ weights).clamp(min=0).sqrt())
         if length < self.eps:
-            if models == 2:
+            if models == 2 or float(norms.max()) <= self.eps:  # nothing has a direction: all are (nearly) zero
                 return {"factors": weights.tolist()}
             raise InputError(
                 f"merge/multislerp: the weighted directions of '{name}' cancel and have no mean: change the weights."
