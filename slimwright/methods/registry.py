@@ -95,7 +95,7 @@ def _checked(name: str, field: dataclasses.Field[Any], value: Any) -> Any:
     if rule.get("per_model"):
         if isinstance(value, str) and ":" in value:
             value = value.split(":")
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple)) and value:
             single = dataclasses.field(default=default, metadata={**rule, "per_model": False})
             single.name = field.name
             return tuple(_checked(name, single, item) for item in value)
@@ -248,8 +248,9 @@ def method(name: str, **knobs: Any) -> Any:
     cls = method_class(name)
     fields = {knob_name(field): field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     known = list(fields)
+    fields |= {name: name for name in fields.values()}  # lambda_ is how Python can write lambda
     for given in knobs:
-        if given not in known:
+        if given not in fields:
             near = difflib.get_close_matches(given, known, n=1, cutoff=0.3)
             hint = f"; did you mean '{near[0]}'?" if near else "."
             raise InputError(f"{name} has no knob '{given}'{hint} It has: {', '.join(known)}.")

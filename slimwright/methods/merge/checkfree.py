@@ -22,7 +22,7 @@ class CheckFree(MergeMethod):
 
     base_model = "unused"
     fewest = most = 2
-    gradient_norm: float | tuple[float, ...] = knob(1.0, low=0.0, high=1e30, per_model=True, help="of each neighbour")
+    gradient_norm: float | tuple[float, ...] = knob(1.0, low=0.0, high=1e9, per_model=True, help="of each neighbour")
 
     def combine(self, tile: Tile, state: State) -> Tensor:
         weights = [norm + 1e-4 for norm in self.each("gradient_norm", 2)]
