@@ -34,10 +34,12 @@ from slimwright.job.merging import papers
 from slimwright.job.merging.chat import chosen_template, write_template
 from slimwright.job.merging.config import MergeConfig, read_config
 from slimwright.job.merging.engine import Done, Engine
+from slimwright.job.merging.extract import extract_adapter
 from slimwright.job.merging.forecast import MergeForecast, forecast
 from slimwright.job.merging.layers import resized_config
 from slimwright.job.merging.plan import Inputs, MergePlan, like, plan_units
 from slimwright.job.merging.proof import prove
+from slimwright.job.merging.soup import Soup, greedy_soup
 from slimwright.job.merging.sources import MergeInput
 from slimwright.job.merging.vocabulary import Alignment, align, resized, write_tokenizer
 from slimwright.job.progress import Reporter
@@ -107,10 +109,13 @@ class _Job:
         self.inputs: Inputs = {}
         self.alignment: Alignment | None = None
         self.template: str | None = None
+        self.soup: Soup | None = None
         self.licence_files: list[str] = []
         self.seed = asked.seed if asked.seed is not None else self.config.seed or 0
 
     def run(self) -> MergeReport:
+        if self.config.metric is not None and not self.asked.dry_run:
+            self._choose_soup()
         config = self.config
         inputs: Inputs = {reference: MergeInput(reference) for reference in config.references()}
         self.inputs = inputs
@@ -137,17 +142,36 @@ class _Job:
         assert self.out is not None
         self._check_disk(self.out, layout.total_bytes)
         states = {str(reference): given.state() for reference, given in inputs.items()}
-        recipe = {"config": config.source, "seed": self.seed, "shard": [s.nbytes for s in layout.shards]}
+        recipe = {
+            "config": config.source,
+            "models": list(states),
+            "seed": self.seed,
+            "shard": [s.nbytes for s in layout.shards],
+        }
         with claim(self.out, job_key(inputs=states, recipe=repr(recipe), verb="merge")) as held:
             if held.status == "finished":
                 self.notes.append(f"{held.out} is the finished result of this same job.")
                 return MergeReport(self._report(plan, inputs, layout, predicted), held.out)
             try:
+                if config.method == "merge/lora_extract":
+                    return self._extract(held, plan, inputs, layout, predicted)
                 return self._work(held, plan, inputs, layout, predicted, states)
             except InputError:  # what was given cannot work, so nothing of it is worth keeping for another try
                 if held.status == "new" and not self.watch.exceeded:
                     shutil.rmtree(held.partial)
                 raise
+
+    def _choose_soup(self) -> None:
+        """Leave of the models those that a greedy soup keeps."""
+        assert self.out is not None
+        folder = self.out.absolute().with_name(f".{self.out.name}.soup")
+
+        def average(config: dict[str, Any], out: Path) -> object:
+            return merge(config, out, verify=False, quiet=True, job_memory=self.asked.job_memory)
+
+        self.config, self.soup = greedy_soup(self.config, folder, average)
+        chosen = ", ".join(map(str, self.soup.models))
+        self.notes.append(f"The greedy soup kept {len(self.soup.models)} of the models: {chosen}.")
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
@@ -201,6 +225,25 @@ class _Job:
                 proof = prove(plan, held.partial, done, self.seed, self._step(reporter)).to_json()
             data = self._publish(held, inner, plan, inputs, layout, predicted, done, proof)
             reporter.step(1, 1)
+        return MergeReport(data, held.out)
+
+    def _extract(
+        self, held: Claim, plan: MergePlan, inputs: Inputs, layout: Layout, predicted: MergeForecast
+    ) -> MergeReport:
+        """Write an adapter instead of a model."""
+        base = self.config.base
+        assert base is not None
+        found = extract_adapter(plan, held.partial, base.path)
+        data = self._report(plan, inputs, layout, predicted)
+        data |= {
+            "adapter": found,
+            "versions": papers.versions(),
+            "how_to_load": f"from peft import PeftModel\nmodel = PeftModel.from_pretrained(base, {str(held.out)!r})",
+            "job": {"seconds": time.monotonic() - self.started, "peak_memory_bytes": self.watch.peak},
+        }
+        data["size"]["after"] = found["bytes"]
+        write_json_atomic(held.partial / "report.json", data)
+        held.publish()
         return MergeReport(data, held.out)
 
     def _step(self, reporter: Reporter) -> Callable[[int, int], None]:
@@ -289,6 +332,7 @@ class _Job:
             },
             "forecast": predicted.to_json(),
             "seed": self.seed,
+            **({"soup": self.soup.to_json()} if self.soup else {}),
             "reproduce": shlex.join(["slimwright", "merge", given, "--out", str(self.out)]),
             "notes": self.notes,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -450,3 +451,76 @@ def test_bad_inputs_are_refused_in_one_sentence(models: dict[str, str], tmp_path
         slimwright.merge(tmp_path / "bad.yaml", tmp_path / "x")
     with pytest.raises(InputError, match="cannot be read"):
         slimwright.merge(tmp_path / "missing.yaml", tmp_path / "x")
+
+
+# -- greedy soup -------------------------------------------------------------------------------------------------------
+
+METRIC = """
+import sys
+from safetensors.torch import load_file
+value = load_file(sys.argv[1] + "/model.safetensors")["w"].mean()
+print("distance to 1")
+print(-abs(float(value) - 1))
+"""
+
+
+def test_a_greedy_soup_keeps_what_does_not_hurt(tmp_path: Path) -> None:
+    """The metric is nearness to 1: 0.8 is best; with 1.3 the average is 1.05, better; with 0.1 it would be worse."""
+    values = {"low": 0.1, "good": 0.8, "high": 1.3}
+    for name, value in values.items():
+        save_checkpoint(tmp_path / name, {"w": torch.full((4, 4), value)})
+    (tmp_path / "metric.py").write_text(METRIC)
+    config = {
+        "method": "greedy_soup", "metric": f"{sys.executable} {tmp_path / 'metric.py'}",
+        "models": [str(tmp_path / name) for name in values],
+    }  # fmt: skip
+    report = slimwright.merge(config, tmp_path / "out", quiet=True)
+    found = load_file(tmp_path / "out" / "model.safetensors")["w"]
+    assert torch.allclose(found, torch.full((4, 4), 1.05), atol=1e-6)
+    assert [Path(name).name for name in report["soup"]["chosen"]] == ["good", "high"]
+    assert len(report["soup"]["tried"]) == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["good", "high", "low", "metric.py", "out"]
+    with pytest.raises(SlimwrightError, match="gave no number"):
+        slimwright.merge({**config, "metric": "false"}, tmp_path / "other", quiet=True)
+    with pytest.raises(InputError, match="needs 'models' and a 'metric'"):
+        slimwright.merge(
+            {"method": "linear", "metric": "x", "models": config["models"]}, tmp_path / "other", quiet=True
+        )
+
+
+# -- LoRA extraction ---------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_extracted_and_merges_back(tmp_path: Path) -> None:
+    """A random change of rank 3 and a changed norm come back; PEFT loads the adapter, and the logits are the same."""
+    peft = pytest.importorskip("peft")
+    source = cached("llama", torch.float32)
+    content = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    tuned = {name: tensor.clone() for name, tensor in content.items()}
+    for name, tensor in tuned.items():
+        if "proj" in name:
+            out, into = tensor.shape
+            tensor += 0.02 * torch.randn(out, 3, generator=generator) @ torch.randn(3, into, generator=generator)
+    tuned["model.norm.weight"] += 0.1
+    save_checkpoint(tmp_path / "tuned", tuned, config=json.loads((source / "config.json").read_text()))
+    config = {"method": "lora_extract,max_rank=3", "base": str(source), "models": [str(tmp_path / "tuned")]}
+    report = slimwright.merge(config, tmp_path / "adapter", quiet=True)
+    assert report["adapter"]["relative_error"] < 1e-8 and report["adapter"]["whole"] == ["model.norm"]
+    back = merged({"method": "passthrough", "models": [f"{source}+{tmp_path / 'adapter'}"]}, tmp_path / "back")
+    for name, tensor in back.items():
+        assert torch.allclose(tensor, tuned[name], atol=1e-5), name
+    tokens = torch.arange(3, 19).reshape(1, -1)
+    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), str(tmp_path / "adapter"))
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    with torch.no_grad():
+        assert torch.allclose(adapted(tokens).logits, expected(tokens).logits, atol=1e-3)
+    smaller = method("merge/lora_extract", max_rank=2).merge(
+        [tuned["model.layers.0.mlp.up_proj.weight"]], content["model.layers.0.mlp.up_proj.weight"]
+    )
+    change = tuned["model.layers.0.mlp.up_proj.weight"] - content["model.layers.0.mlp.up_proj.weight"]
+    values = torch.linalg.svdvals(change)
+    missed = (smaller - tuned["model.layers.0.mlp.up_proj.weight"]).norm() / change.norm()
+    assert abs(float(missed) - float(values[2] / values.square().sum().sqrt())) < 1e-3
+    with pytest.raises(InputError, match="nothing to extract"):
+        slimwright.merge({**config, "models": [str(source)], "base": str(source) + "/"}, tmp_path / "none", quiet=True)

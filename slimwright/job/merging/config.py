@@ -22,7 +22,11 @@ _SHARED = (
     "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer", "tokenizer_source", "chat_template",
     "out_shard_size",
 )  # fmt: skip
-_KEYS = {"mergekit": ("merge_method", "base_model", *_SHARED), "slimwright": ("method", "base", "seed", *_SHARED)}
+_KEYS = {
+    "mergekit": ("merge_method", "base_model", *_SHARED),
+    "slimwright": ("method", "base", "seed", "metric", *_SHARED),
+}
+GREEDY_SOUP = "greedy_soup"
 _SLICE_KEYS = ("sources", "parameters", "base_model")
 _TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")
 
@@ -78,6 +82,7 @@ class MergeConfig:
         chat_template: a name, a template, ``auto`` or None.
         out_shard_size: largest weight file in bytes, or None.
         seed: or None.
+        metric: of a greedy soup: a command that gets a model's directory and prints a number last; else None.
         notes: what the user should know.
         source: the configuration as given, in JSON values.
     """
@@ -94,6 +99,7 @@ class MergeConfig:
     chat_template: str | None
     out_shard_size: int | None
     seed: int | None
+    metric: str | None
     notes: tuple[str, ...]
     source: dict[str, Any]
 
@@ -161,7 +167,14 @@ def _config(value: dict[str, Any], where: str) -> MergeConfig:
     if not isinstance(asked, str):
         raise InputError(f"{where}: give 'method' (ours: {', '.join(_own_names())}) or mergekit's 'merge_method'.")
     dialect = mergekit_method(asked, where) if form == "mergekit" else None
-    method, knobs = (dialect.method, {}) if dialect else _own_method(asked, where)
+    metric = _text(value.get("metric"), "metric", where)
+    soup = form == "slimwright" and asked.removeprefix("merge/") == GREEDY_SOUP
+    if soup != (metric is not None) or (soup and "models" not in value):
+        raise InputError(
+            f"{where}: method {GREEDY_SOUP} needs 'models' and a 'metric', a command that gets a directory and prints "
+            "a number; no other method takes one."
+        )
+    method, knobs = (dialect.method, {}) if dialect else _own_method("linear" if soup else asked, where)
     base = _reference(value.get("base_model" if form == "mergekit" else "base"), "the base model", where)
     parameters = _parameters(value.get("parameters"), method, dialect, f"{where}: parameters", notes)
     if ("models" in value) == ("slices" in value):
@@ -184,13 +197,14 @@ def _config(value: dict[str, Any], where: str) -> MergeConfig:
         form=form, method=method, dialect=dialect, base=base, slices=slices, whole="models" in value,
         parameters={**parameters, **knobs}, dtype=_dtype(value, where), tokenizer=_tokenizer(value, where),
         chat_template=_text(value.get("chat_template"), "chat_template", where),
-        out_shard_size=None if shard is None else _size(shard, where), seed=seed, notes=tuple(dict.fromkeys(notes)),
-        source=value,
+        out_shard_size=None if shard is None else _size(shard, where), seed=seed, metric=metric,
+        notes=tuple(dict.fromkeys(notes)), source=value,
     )  # fmt: skip
 
 
 def _own_names() -> list[str]:
-    return [name.removeprefix("merge/") for name, cls in methods().items() if issubclass(cls, MergeMethod)]
+    own = [name.removeprefix("merge/") for name, cls in methods().items() if issubclass(cls, MergeMethod)]
+    return [*own, GREEDY_SOUP]
 
 
 def _own_method(asked: str, where: str) -> tuple[str, dict[str, Any]]:
@@ -198,8 +212,8 @@ def _own_method(asked: str, where: str) -> tuple[str, dict[str, Any]]:
     name, *words = asked.split(",")
     known = _own_names()
     name = name.strip().removeprefix("merge/")
-    if name not in known:
-        raise InputError(f"{where}: unknown method '{name}'{nearest(name, known)} Known: {', '.join(known)}.")
+    if name not in known or name == GREEDY_SOUP:
+        raise InputError(f"{where}: unknown method '{asked}'{nearest(name, known)} Known: {', '.join(known)}.")
     knobs: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
