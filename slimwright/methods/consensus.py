@@ -31,11 +31,7 @@ def elected_signs(vectors: Sequence[Tensor], by: str = "mass", majority: int = 1
     total = vectors[0].clone() if by == "mass" else vectors[0].sign()
     for vector in vectors[1:]:
         total.add_(vector if by == "mass" else vector.sign())
-    if majority == 0:
-        return total.sign_()
-    if majority < 0:
-        total.sub_(_TINY)
-    return torch.copysign(torch.ones((), dtype=total.dtype), total)
+    return (total.add_(majority * _TINY) if majority else total).sign_()
 
 
 def disjoint(vectors: Sequence[Tensor], weights: Sequence[float], signs: Tensor, how: str = "mean") -> Tensor:
