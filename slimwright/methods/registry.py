@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import math
 import pkgutil
@@ -212,6 +213,7 @@ def register(name: str, *, paper: str) -> Callable[[M], M]:
     return decorate
 
 
+@functools.cache
 def _load_all() -> None:
     import slimwright.methods as package
 
