@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from slimwright.job.export import export
     from slimwright.job.fit import fit
     from slimwright.job.inspect import inspect
+    from slimwright.job.measure import measure
     from slimwright.job.merge import merge
     from slimwright.methods import SiteStatistics, method
     from slimwright.runtime.loading import load
@@ -28,6 +29,7 @@ _LAZY = {
     "fit": "slimwright.job.fit",
     "export": "slimwright.job.export",
     "inspect": "slimwright.job.inspect",
+    "measure": "slimwright.job.measure",
     "merge": "slimwright.job.merge",
     "load": "slimwright.runtime.loading",
     "method": "slimwright.methods",
@@ -55,4 +57,16 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY, "methods"])
 
 
-__all__ = ["Int", "SiteStatistics", "__version__", "export", "fit", "inspect", "load", "merge", "method", "methods"]
+__all__ = [
+    "Int",
+    "SiteStatistics",
+    "__version__",
+    "export",
+    "fit",
+    "inspect",
+    "load",
+    "measure",
+    "merge",
+    "method",
+    "methods",
+]

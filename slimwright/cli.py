@@ -72,8 +72,18 @@ def fit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Forecast only.")] = False,
     as_json: Json = False,
     help_all: HelpAll = False,
-    data: Annotated[str, typer.Option(hidden=True, help="Calibration data; only 'none' in this version.")] = "none",
-    method: Annotated[str, typer.Option(hidden=True, help="Solver: NAME[,knob=value...].")] = "quantize/rtn",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Data to calibrate on: a file, folder, dataset, or none."),
+    ] = None,
+    eval_data: Annotated[str | None, typer.Option(hidden=True, help="Data to measure the result's quality on.")] = None,
+    method: Annotated[
+        str | None, typer.Option(hidden=True, help="Solver: NAME[,knob=value...] (default: GPTQ, without data RTN).")
+    ] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(hidden=True, help="Tokens to calibrate on.")] = None,
+    calibration_length: Annotated[
+        int | None, typer.Option(hidden=True, help="Tokens of a sequence (default 512 or the model's positions).")
+    ] = None,
     search: Annotated[str, typer.Option(hidden=True, help="Budget solver: dp or milp.")] = "dp",
     job_time: Annotated[str | None, typer.Option(hidden=True, help="Stop after this long: 600, 10m, 2h.")] = None,
     device: Annotated[str, typer.Option(hidden=True, help="auto or cpu.")] = "auto",
@@ -89,21 +99,21 @@ def fit(
     effort: Annotated[str | None, _later("--effort")] = None,
     target: Annotated[str | None, _later("--target")] = None,
     adapter: Annotated[list[str] | None, _later("--adapter")] = None,
-    eval_data: Annotated[str | None, _later("--eval-data")] = None,
     loss: Annotated[str | None, _later("--loss")] = None,
     ray: Annotated[str | None, _later("--ray")] = None,
 ) -> None:
     """Fit MODEL to a size: quantize it, prove the result, publish it with a report."""
     _refuse(
         memory=memory, context=context, batch=batch, keep=keep, latency=latency, allow=allow, effort=effort,
-        target=target, adapter=adapter, eval_data=eval_data, loss=loss, ray=ray,
+        target=target, adapter=adapter, loss=loss, ray=ray,
     )  # fmt: skip
     from slimwright.job.fit import fit as run
     from slimwright.sizes import parse_bytes
 
     report = run(
         model, out, size=size, grid=grid, rules=tuple(rule or ()), plan=plan, job_memory=job_memory, dry_run=dry_run,
-        data=data, method=method, search=search, job_time=None if job_time is None else _seconds(job_time),
+        data=data, eval_data=eval_data, calibration_tokens=calibration_tokens, calibration_length=calibration_length,
+        method=method, search=search, job_time=None if job_time is None else _seconds(job_time),
         device=device, seed=seed, max_shard_bytes=parse_bytes(shard_size, "--shard-size"),
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
@@ -169,6 +179,48 @@ def export(
 
 
 @app.command()
+def measure(
+    models: Annotated[list[str], typer.Argument(help="Model directories or hub ids, all of one kind.")],
+    reference: Annotated[
+        str | None, typer.Option(help="What the others are compared with (default: the first model).")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=SRC; repeatable. SRC: file, folder, .jsonl, .parquet, stdlib (default)."),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas between.")] = None,
+    text: Annotated[str, typer.Option(help="Text of each source, at most.")] = "64kB",
+    repeats: Annotated[int, typer.Option(help="Processes per model for speed and memory; 0: none.")] = 3,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = "float32",
+    out: Annotated[str | None, typer.Option(help="Directory for measure.json and measure.html.")] = None,
+    as_json: Json = False,
+    help_all: HelpAll = False,
+    task_limit: Annotated[int | None, typer.Option(hidden=True, help="Documents of each task.")] = None,
+    seed: Annotated[int, typer.Option(hidden=True, help="Seed of everything random.")] = 0,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Measure models side by side: quality with paired intervals, speed, load time, memory."""
+    from slimwright.job.measure import measure as run
+    from slimwright.report.measure import measure_tables
+
+    report = run(
+        *models, reference=reference, data=data or (), tasks=[name for name in (tasks or "").split(",") if name],
+        task_limit=task_limit, text=text, repeats=repeats, dtype=dtype, out=out, seed=seed,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(report.data))
+        return
+    console = Console()
+    for table in measure_tables(report.data):
+        console.print(table)
+    for note in report.data["notes"]:
+        console.print(f"Note: {note}", highlight=False, markup=False)
+    if report.out is not None:
+        console.print(f"Report: {report.out / 'measure.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def merge(
     config: Annotated[str, typer.Argument(help="YAML file: our form, or mergekit's.")],
     out: Annotated[str | None, typer.Option(help="Directory for the result.")] = None,
@@ -226,7 +278,8 @@ def doctor(as_json: Json = False, help_all: HelpAll = False) -> None:
 @cache_app.command("ls")
 def cache_ls(as_json: Json = False) -> None:
     """List what is cached."""
-    from slimwright.job.cache import cache_directory, entries
+    from slimwright.directories import cache_directory
+    from slimwright.job.cache import entries
 
     found = entries()
     if as_json:
@@ -257,7 +310,7 @@ def _not_built(verb: str) -> Callable[..., None]:
     return command
 
 
-for _verb in ("tune", "measure", "serve", "run"):
+for _verb in ("tune", "serve", "run"):
     app.command(
         _verb, hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
     )(_not_built(_verb))  # fmt: skip

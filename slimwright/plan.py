@@ -21,6 +21,8 @@ from slimwright.weights import Float, Grid, parse_grid
 PLAN_VERSION = 1
 KEEP = "keep"
 DEFAULT_METHOD = "quantize/rtn"
+CALIBRATED_METHOD = "quantize/gptq"
+"""What solves where there is no data, and where there is, unless the user says."""
 CAST = "cast"
 CAST_GRIDS = ("fp16", "bf16")
 """What a tensor that is no site may be stored as, beside ``keep``."""
@@ -154,6 +156,14 @@ class Plan(BaseModel):
         """16-bit dtype of every tensor that is no site and does not stay as it is, by disk name."""
         found = {name: self.assignments[name] for name in structure.castable if name in self.assignments}
         return {name: cast_dtype(assignment.grid) for name, assignment in found.items() if not assignment.kept}
+
+
+def method_on(grid: str, method: str) -> str | None:
+    """The method for a weight on ``grid`` where ``method`` was asked for: a plain float is only rounded to, and what is
+    kept has none."""
+    if grid == KEEP:
+        return None
+    return DEFAULT_METHOD if parse_grid(grid).plain else method
 
 
 def cast_dtype(grid: str) -> torch.dtype:

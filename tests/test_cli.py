@@ -23,7 +23,7 @@ from tests.job.conftest import PLAIN, files, fitted, in_this_process, tiny
 
 __all__ = ["in_this_process"]
 
-VERBS = ("fit", "inspect", "export", "merge", "methods", "doctor", "cache")
+VERBS = ("fit", "inspect", "export", "measure", "merge", "methods", "doctor", "cache")
 
 
 class Ran:
@@ -88,7 +88,7 @@ def test_options_that_are_not_built(run, option: str, value: str, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", ["tune", "measure", "serve", "run"])
+@pytest.mark.parametrize("verb", ["tune", "serve", "run"])
 def test_verbs_that_are_not_built(run, verb: str) -> None:  # type: ignore[no-untyped-def]
     for arguments in ((), ("x", "--method", "paca", "--out", "y")):
         ran = run(verb, *arguments)
@@ -98,7 +98,10 @@ def test_verbs_that_are_not_built(run, verb: str) -> None:  # type: ignore[no-un
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fit", "{tiny}", "--size", "40%", "--data", "chat.jsonl", "--out", "{out}"), "--data chat.jsonl"),
+        (
+            ("fit", "{tiny}", "--size", "40%", "--data", "chat.jsonl", "--out", "{out}"),
+            "--data chat.jsonl cannot be used",
+        ),
         (("fit", "{tiny}", "--size", "40%", "--device", "cuda", "--out", "{out}"), "--device cuda"),
         (("fit", "{tiny}", "--size", "40%"), "--out"),
         (("fit", "{tiny}", "--out", "{out}"), "--size"),
@@ -115,6 +118,11 @@ def test_verbs_that_are_not_built(run, verb: str) -> None:  # type: ignore[no-un
         (("export", "{tiny}"), "--out"),
         (("export", "{tiny}", "--out", "{out}"), "plain weights already"),
         (("export", "{tiny}", "--to", "gguf", "--out", "{out}"), "gguf"),
+        (("measure",), "argument 'models"),
+        (("measure", "/absent"), "/absent"),
+        (("measure", "{tiny}", "--data", "own=/absent/text"), "/absent/text"),
+        (("measure", "{tiny}", "--repeats", "-1"), "--repeats -1"),
+        (("measure", "{tiny}", "--out", "{tiny}"), "not empty"),
         (("methods", "quantize/rtm"), "quantize/rtn"),
         (("cache", "rm", "nothing-of-this-name"), "nothing-of-this-name"),
         (("cache", "mv"), "mv"),
@@ -203,10 +211,11 @@ def test_an_interrupted_command_names_the_command_that_continues(
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         honest = building.build
 
-        def build(source, structure, units, writer, journal, step):  # type: ignore[no-untyped-def]
+        def build(source, structure, units, writer, journal, step, *data):  # type: ignore[no-untyped-def]
             return honest(
                 source, structure, units, writer, journal,
                 lambda done, total: os.kill(os.getpid(), number) if 2 * done > total else step(done, total),
+                *data,
             )  # fmt: skip
 
         code = 99

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import slimwright
+from slimwright import kernels
 from slimwright.checkpoint import faults
 from slimwright.checkpoint.files import shown, write_bytes_atomic
 from slimwright.errors import InputError, SlimwrightError
@@ -127,6 +128,7 @@ def environment_key() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
+        "kernels": not kernels.why_not(),
         "slimwright": slimwright.__version__,
         "code": code_version(),
     }
@@ -134,10 +136,10 @@ def environment_key() -> dict[str, Any]:
 
 @functools.cache
 def code_version() -> str:
-    """SHA-256 (hex, 16 digits) over the package's Python files as they are installed."""
+    """SHA-256 (hex, 16 digits) over the package's Python and C++ files as they are installed."""
     root = Path(slimwright.__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted([*root.rglob("*.py"), *root.rglob("*.cpp")]):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(root).as_posix()}\0{len(content)}\0".encode())
         digest.update(content)

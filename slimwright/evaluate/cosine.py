@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
+from slimwright.evaluate.table import Metric
+
+COSINE_MEAN = Metric("cosine_mean", "cosine")
 
 
 def mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
+from slimwright.evaluate.table import Metric
+
+KL = Metric("kl", "kl", "tokens")
+TOP1_AGREEMENT = Metric("top1_agreement", "top1_agreement", "tokens")
 
 _CELLS = 1 << 20  # logits converted to float64 at a time: 8 MB each of a handful of buffers
 

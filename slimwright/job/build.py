@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from slimwright.calibrate.tokens import Samples
 from slimwright.checkpoint import Checkpoint, CheckpointWriter, Journal
 from slimwright.checkpoint.layout import Layout, TensorEntry, plan_layout
 from slimwright.errors import InputError
@@ -28,6 +31,9 @@ COMMIT_BYTES = 256_000_000
 COPY_BYTES = 16 << 20
 """Bytes of a tile that is copied as it is."""
 
+MEASURED_ROWS = 32
+"""Rows of a tile whose outputs' error is measured where the solver had data: all would take as long as solving."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -43,6 +49,11 @@ class Unit:
     def solved(self) -> bool:
         """Whether it is a site on a grid."""
         return self.site is not None and self.assignment is not None and not self.assignment.kept
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether its solver needs statistics of its inputs."""
+        return self.solved and self.assignment is not None and bool(self.assignment.solver().needs)
 
     @property
     def cast(self) -> bool:
@@ -82,6 +93,25 @@ def layout_of(units: list[Unit], structure: Structure, max_shard_bytes: int) -> 
     return plan_layout(entries, max_shard_bytes=max_shard_bytes, total_parameters=structure.parameters)
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What the build needs to solve with data.
+
+    Attributes:
+        samples: the data as batches.
+        hidden_cap: bytes of hidden states kept in memory; more go to files in ``scratch``.
+        scratch: directory for them.
+        trust_remote_code: load the model with its own code.
+        log: told what a user may want to read later.
+    """
+
+    samples: Samples
+    hidden_cap: int
+    scratch: Path
+    trust_remote_code: bool
+    log: Callable[[str], None]
+
+
 def build(
     source: Checkpoint,
     structure: Structure,
@@ -89,13 +119,16 @@ def build(
     writer: CheckpointWriter,
     journal: Journal,
     step: Callable[[int, int], None],
+    calibration: Calibration | None = None,
 ) -> list[Entry]:
     """Execute the plan. Finished units of an earlier run are taken from the journal.
 
-    Tiles of all units stream through the worker threads; a unit is journaled when its last tile is written.
+    Tiles of all units that need no data stream through the worker threads; a unit is journaled when its last tile is
+    written. Then the walk solves those that do.
 
     Args:
         step: called with weights done and weights in all.
+        calibration: needed if a unit's solver needs data.
 
     Returns:
         The ledger, one line per tensor of the source.
@@ -104,36 +137,47 @@ def build(
         InputError: NaN or Inf in the source, named with the tensor.
     """
     total = sum(source.tensors[unit.name].numel for unit in units)
-    done = uncommitted = 0
+    uncommitted = 0
     lines = {unit.name: Entry(**journal.done[_key(unit)]) for unit in units if _key(unit) in journal.done}
     done = sum(source.tensors[name].numel for name in lines)
-    work = (tile for unit in units if unit.name not in lines for tile in _tiles(source, unit))
-    sums = (ErrorSum(), ErrorSum())
-    for tile, errors in in_order(lambda tile: tile.run(source, writer), work):
-        for total_error, error in zip(sums, errors, strict=True):
-            total_error.error += error.error
-            total_error.norm += error.norm
-        if not tile.last:
-            continue
-        unit = tile.unit
-        if unit.solved:
-            line = _solved_line(unit, tile, sums, source.tensors[unit.name].nbytes)
-        elif unit.cast:
-            line = _cast_line(source, structure, unit, sums[1])
-        else:
-            line = _kept_line(source, structure, unit)
-        sums = (ErrorSum(), ErrorSum())
+
+    def finish(unit: Unit, line: Entry) -> None:
+        nonlocal done, uncommitted
         lines[unit.name] = line
         journal.append(_key(unit), line.to_json())
         uncommitted += line.bytes
         done += source.tensors[unit.name].numel
-        if uncommitted >= COMMIT_BYTES:
-            writer.sync()
-            journal.commit()
-            uncommitted = 0
         step(done, total)
-    writer.sync()
-    journal.commit()
+
+    def commit() -> None:
+        nonlocal uncommitted
+        writer.sync()
+        journal.commit()
+        uncommitted = 0
+
+    work = (tile for unit in units if unit.name not in lines and not unit.needs_data for tile in tiles_of(source, unit))
+    result = TileResult()
+    for tile, found in in_order(lambda tile: tile.run(source, writer), work):
+        result.merge(found)
+        if not tile.last:
+            continue
+        unit = tile.unit
+        if unit.solved:
+            line = solved_line(unit, tile, result, source.tensors[unit.name].nbytes)
+        elif unit.cast:
+            line = _cast_line(source, structure, unit, result.after)
+        else:
+            line = _kept_line(source, structure, unit)
+        result = TileResult()
+        finish(unit, line)
+        if uncommitted >= COMMIT_BYTES:
+            commit()
+    commit()
+    if any(unit.needs_data and unit.name not in lines for unit in units):
+        from slimwright.job.walked import WalkedBuild
+
+        assert calibration is not None
+        WalkedBuild(source, structure, units, writer, calibration, lines).run(finish, commit)
     return [lines[unit.name] for unit in units]
 
 
@@ -141,68 +185,111 @@ def _key(unit: Unit) -> str:
     return f"build:{unit.name}"
 
 
+@dataclass
+class TileResult:
+    """What writing some rows told: the errors of plain rounding and of what was written, digests of solved values."""
+
+    before: ErrorSum = field(default_factory=ErrorSum)
+    after: ErrorSum = field(default_factory=ErrorSum)
+    digests: list[bytes] = field(default_factory=list)
+
+    def merge(self, other: TileResult) -> None:
+        """Add the rows that follow."""
+        self.before.merge(other.before)
+        self.after.merge(other.after)
+        self.digests += other.digests
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 (hex) over the digests in order; empty where there are none."""
+        return hashlib.sha256(b"".join(self.digests)).hexdigest() if self.digests else ""
+
+
 @dataclass(frozen=True)
-class _Tile:
-    """Some rows of a unit; ``solver`` is None where they are copied or cast."""
+class Tile:
+    """Some rows of a unit; ``solver`` is None where they are copied or cast, ``plain`` where it is plain rounding;
+    ``digest``: take a digest of the solved values before they are packed."""
 
     unit: Unit
     rows: slice
     last: bool
     solver: WeightSolver | None = None
     plain: WeightSolver | None = None
-    state: Any = None
+    stats: SiteStatistics = field(default_factory=SiteStatistics.none)
+    digest: bool = False
 
-    def run(self, source: Checkpoint, writer: CheckpointWriter) -> tuple[ErrorSum, ErrorSum]:
-        """Read, solve, write; returns the errors of plain rounding and of what was written."""
+    def run(self, source: Checkpoint, writer: CheckpointWriter) -> TileResult:
+        """Read, solve, write."""
         if self.unit.cast:
-            return ErrorSum(), _cast_rows(source, self.unit, self.rows, writer)
+            return TileResult(after=_cast_rows(source, self.unit, self.rows, writer))
         if self.solver is None:
             _copy_rows(source, self.unit, self.rows, writer)
-            return ErrorSum(), ErrorSum()
-        site = self.unit.site
+            return TileResult()
+        site, grid = self.unit.site, self.solver.grid
         assert site is not None
-        tile, value = solve_rows(source, site, self.solver, self.rows, self.state)
+        tile, value = solve_rows(source, site, self.solver, self.rows, self.stats)
         if not site.transposed and len(site.shape) == 2 and site.name in source.tensors:
             source.advise_done(site.name, self.rows)  # unmapped pages cost a tight memory cgroup less to take back
         if isinstance(value, Dense):
             _write_rows(writer, site, self.rows, value.weight)
         else:
-            parts = disk_shapes(self.solver.grid, site.weight_shape)
+            parts = disk_shapes(grid, site.weight_shape)
             for suffix, tensor in value.save().items():
-                cut = self.solver.grid.part_slice(suffix, self.rows, site.columns)
+                cut = grid.part_slice(suffix, self.rows, site.columns)
                 part = parts[suffix]
                 per_row = part.nbytes // (site.rows if suffix == "" else max(1, part.shape[0]))
                 writer.write(site.name + suffix, tensor, cut.start * per_row)
-        before, after = ErrorSum(), ErrorSum()
-        after.add(tile, value.dense())
-        if self.plain is not None:
-            before.add(tile, self.plain.solve(tile, SiteStatistics(survey=self.state)).dense())
-        if not math.isfinite(after.error):
-            raise InputError(
-                f"'{site.name}' on {self.solver.grid} gives values that are not finite: use another grid for it."
-            )
-        return before, after
+        dense = value.dense()
+        result = TileResult(digests=[digest_of(dense)] if self.digest else [])
+        without = SiteStatistics.none().with_survey(self.stats.survey)
+        if self.stats.gram is None:
+            if self.plain is not None:
+                result.before.add(tile, self.plain.solve(tile, without).dense())
+            result.after.add(tile, dense)
+        else:
+            some = slice(0, min(tile.shape[0], max(MEASURED_ROWS, grid.row_multiple(site.columns))))
+            if self.plain is not None:
+                plain = self.plain.solve(tile[some], without).dense()
+                result.before.add_outputs(tile[some], plain, self.stats.gram)
+            result.after.add_outputs(tile[some], dense[some], self.stats.gram)
+        if not math.isfinite(result.after.error):
+            raise InputError(f"'{site.name}' on {grid} gives values that are not finite: use another grid for it.")
+        return result
 
 
-def _tiles(source: Checkpoint, unit: Unit) -> Iterator[_Tile]:
-    """The tiles of a unit in order; one empty tile for a tied duplicate."""
+def digest_of(values: Tensor) -> bytes:
+    """SHA-256 of a tile's values as float32."""
+    return hashlib.sha256(values.contiguous().view(torch.uint8).numpy().data).digest()
+
+
+def tiles_of(source: Checkpoint, unit: Unit) -> Iterator[Tile]:
+    """The tiles of a unit that needs no data, in order; one empty tile for a tied duplicate."""
     site, assignment = unit.site, unit.assignment
     if site is None or assignment is None or not unit.solved:
         size = CAST_BYTES if unit.cast else COPY_BYTES
         ranges = list(source.tiles(unit.name, size)) if unit.entries else []
         ranges = ranges or [slice(0, 0)]
-        yield from (_Tile(unit, rows, rows is ranges[-1]) for rows in ranges)
+        yield from (Tile(unit, rows, rows is ranges[-1]) for rows in ranges)
         return
     solver = assignment.solver()
-    state = survey(source, site, solver.grid)
+    stats = SiteStatistics(survey=survey(source, site, solver.grid))
     ranges = list(site_tiles(site, solver.grid)) if solver.row_independent else [slice(0, site.rows)]
     plain = plain_rounding(solver)
     for rows in ranges:
-        yield _Tile(unit, rows, rows is ranges[-1], solver, plain, state)
+        yield Tile(unit, rows, rows is ranges[-1], solver, plain, stats)
 
 
-def _solved_line(unit: Unit, tile: _Tile, sums: tuple[ErrorSum, ErrorSum], bytes_before: int) -> Entry:
-    before, after = sums
+def solved_line(
+    unit: Unit, tile: Tile, result: TileResult, bytes_before: int, reason: str = "no calibration data", tokens: int = 0
+) -> Entry:
+    """The ledger's line of a solved site.
+
+    Args:
+        tile: any of its tiles, for the solver.
+        result: of all its tiles.
+        reason: why it is in its state, unless the plan says.
+        tokens: tokens that its solver saw; 0: it is data-free.
+    """
     site, assignment, solver = unit.site, unit.assignment, tile.solver
     assert site is not None and assignment is not None and solver is not None
     nbytes = sum(entry.nbytes for entry in unit.entries)
@@ -210,18 +297,19 @@ def _solved_line(unit: Unit, tile: _Tile, sums: tuple[ErrorSum, ErrorSum], bytes
         site=site.name,
         group=site.choice_group,
         role=site.role,
-        state="data-free",
-        reason=assignment.reason or "no calibration data",
+        state="calibrated" if tokens else "data-free",
+        reason=assignment.reason or reason,
         method=solver.spec,
         grid=solver.grid.spec,
         bits=8 * nbytes / site.numel,
         bytes=nbytes,
-        error_before=(after if tile.plain is None else before).relative,
-        error_after=after.relative,
-        tokens=0,
+        error_before=(result.after if tile.plain is None else result.before).relative,
+        error_after=result.after.relative,
+        tokens=tokens,
         parameters=site.numel,
         block=site.block,
         bytes_before=bytes_before,
+        checksum=result.checksum,
     )
 
 

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from slimwright.directories import cache_directory
 from slimwright.errors import InputError
-
-
-def cache_directory() -> Path:
-    """``$SLIMWRIGHT_CACHE``, else ``$XDG_CACHE_HOME/slimwright``, else ``~/.cache/slimwright``; may not exist."""
-    own = os.environ.get("SLIMWRIGHT_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimwright"
 
 
 def _bytes(path: Path) -> int:

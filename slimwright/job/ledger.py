@@ -26,12 +26,14 @@ class Entry:
         grid: the grid's spec; None where kept.
         bits: bits per weight on disk, scales and padding included.
         bytes: bytes on disk of all its tensors.
-        error_before: ||W - Q||² / ||W||² of plain rounding on that grid.
+        error_before: ||W - Q||² / ||W||² of plain rounding on that grid; where calibrated, of the site's outputs on the
+            calibration data, (W - Q) H (W - Q)ᵀ / W H Wᵀ.
         error_after: the same of what was written.
         tokens: tokens that the solver saw.
         parameters: elements of the source tensor.
         block: module path of the block it lies in; None outside blocks.
         bytes_before: bytes in the source.
+        checksum: SHA-256 (hex) of the values that a solver with data returned, before they were packed; else empty.
     """
 
     site: str
@@ -49,6 +51,7 @@ class Entry:
     parameters: int
     block: str | None
     bytes_before: int
+    checksum: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -16,7 +16,7 @@ from slimwright.job.parallel import in_order
 from slimwright.job.weights import ErrorSum, site_rows, survey
 from slimwright.methods import SiteStatistics
 from slimwright.model.structure import Site, Structure
-from slimwright.plan import CAST, CAST_GRIDS, KEEP, Assignment, cast_dtype
+from slimwright.plan import CAST, CAST_GRIDS, KEEP, Assignment, cast_dtype, method_on
 from slimwright.search.options import Option
 from slimwright.weights import Grid, Int, disk_shapes, parse_grid
 
@@ -192,7 +192,7 @@ def option_costs(
     groups = structure.choice_groups()
     ladder = FINE_LADDER if len(groups) <= FEW_GROUPS else LADDER
     choices = {
-        group: [Assignment(grid=bound[group], method=None if bound[group] == KEEP else solver, reason="rule")]
+        group: [Assignment(grid=bound[group], method=method_on(bound[group], solver), reason="rule")]
         if group in bound
         else ladder_for(checkpoint, sites, solver, ladder)
         for group, sites in groups.items()
@@ -250,6 +250,13 @@ def score_options(
     for group, found in in_order(score, [group for group in table if group not in losses]):
         losses[group] = found
         record(group, found)
+    return with_losses(table, losses)
+
+
+def with_losses(
+    table: Mapping[str, list[Option]], losses: Mapping[str, Sequence[float | None]]
+) -> dict[str, list[Option]]:
+    """The options with their losses; those that cannot hold the values are left out."""
     return {
         group: [replace(o, loss=loss) for o, loss in zip(options, losses[group], strict=True) if loss is not None]
         for group, options in table.items()

@@ -26,8 +26,11 @@ class FitOptions:
     grid: str | None = None
     plan: str | None = None
     rules: tuple[str, ...] = ()
-    method: str = DEFAULT_METHOD
-    data: str = "none"
+    method: str | None = None
+    data: str | None = None
+    eval_data: str | None = None
+    calibration_tokens: int | None = None
+    calibration_length: int | None = None
     search: str = "dp"
     job_memory: str | None = None
     job_time: float | None = None
@@ -37,26 +40,35 @@ class FitOptions:
     trust_remote_code: bool = False
     quiet: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
+    data_digest: str = ""
+
+    @property
+    def solver(self) -> str:
+        """Spec of the method: what was asked, else the default."""
+        return self.method or DEFAULT_METHOD
 
     def recipe(self) -> dict[str, Any]:
         """What decides the result's bytes beside the source and the machine."""
         plan = Path(self.plan).read_text(encoding="utf-8") if self.plan else None
         return {
             "size": self.size, "grid": self.grid, "plan": plan, "rules": list(self.rules), "method": self.method,
-            "data": self.data, "search": self.search, "seed": self.seed, "shard": self.max_shard_bytes,
+            "data_digest": self.data_digest,
+            "data": self.data, "eval_data": self.eval_data, "tokens": self.calibration_tokens,
+            "length": self.calibration_length,
+            "search": self.search, "seed": self.seed, "shard": self.max_shard_bytes,
         }  # fmt: skip
 
     def command(self) -> str:
         """The command line that does this job again."""
         words = ["slimwright", "fit", self.model]
-        for name in ("size", "grid", "plan", "out"):
+        for name in ("size", "grid", "plan", "data", "eval_data", "out"):
             if getattr(self, name) is not None:
-                words += [f"--{name}", str(getattr(self, name))]
+                words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         for rule in self.rules:
             words += ["--rule", rule]
-        for name in ("method", "search", "seed"):
+        for name in ("method", "search", "seed", "calibration_tokens", "calibration_length"):
             if getattr(self, name) != FitOptions.__dataclass_fields__[name].default:
-                words += [f"--{name}", str(getattr(self, name))]
+                words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         return shlex.join(words)
 
     def limit(self) -> str:
@@ -81,10 +93,6 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
     Raises:
         InputError: a wrong value; NotBuiltError: designed but not built.
     """
-    if asked.data != "none":
-        raise NotBuiltError(
-            f"--data {asked.data}: calibration on data is not built in this version; only --data none (the default) is."
-        )
     if asked.device not in ("auto", "cpu"):
         raise NotBuiltError(f"--device {asked.device}: this version computes on the CPU; use auto or cpu.")
     given = [name for name in ("size", "grid", "plan") if getattr(asked, name) is not None]
@@ -98,9 +106,15 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
         raise InputError("Give --out, the directory to write the result to.")
     if asked.job_time is not None and not asked.job_time > 0:
         raise InputError("--job-time must be more than 0 seconds.")
-    solver = parse_method(asked.method)
+    solver = parse_method(asked.solver)
     if not isinstance(solver, WeightSolver):
-        raise InputError(f"'{asked.method}' does not put weights on a grid.")
+        raise InputError(f"'{asked.solver}' does not put weights on a grid.")
+    if solver.needs and asked.data == "none":
+        raise InputError(f"{solver.name} needs data: give --data, or leave it out for generic text.")
+    if asked.calibration_tokens is not None and asked.calibration_tokens < 64:
+        raise InputError(f"--calibration-tokens must be at least 64, not {asked.calibration_tokens}.")
+    if asked.calibration_length is not None and asked.calibration_length < 8:
+        raise InputError(f"--calibration-length must be at least 8, not {asked.calibration_length}.")
     check_solver(asked.search)
     if asked.grid is not None:
         parse_grid(asked.grid)

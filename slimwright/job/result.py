@@ -86,6 +86,13 @@ def model_facts(path: str, structure: Structure) -> dict[str, Any]:
     }
 
 
+def _in_words(quality: dict[str, Any]) -> str:
+    """A quality with its interval; of one with a before and an after, both."""
+    if "after" in quality:
+        return f"{quality['before']['value']:.4g} → {_in_words(quality['after'])}"
+    return f"{quality['value']:.4g} ({quality['low']:.4g} to {quality['high']:.4g})"
+
+
 def write_papers(held: Claim, data: dict[str, Any], source: Checkpoint, side_files: tuple[str, ...]) -> None:
     """Write README.md, report.json and report.html into the partial directory."""
     path = str(data["model"]["path"])
@@ -93,7 +100,7 @@ def write_papers(held: Claim, data: dict[str, Any], source: Checkpoint, side_fil
         ("Base model", path),
         ("Size", f"{data['size']['before'] / 1e6:.1f} MB → {data['size']['after'] / 1e6:.1f} MB"),
         ("Bits per weight", f"{data['size']['bits_per_weight']:.2f}"),
-        *((name, f"{q['value']:.4g} ({q['low']:.4g} to {q['high']:.4g})") for name, q in data["quality"].items()),
+        *((name, _in_words(quality)) for name, quality in data["quality"].items()),
         ("Weights hash", data["hash"]),
     ]
     card = model_card(

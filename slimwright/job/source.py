@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from slimwright.checkpoint import Checkpoint
+from slimwright.job.open import DequantizedCheckpoint
 from slimwright.job.parallel import in_order
 from slimwright.job.weights import TILE_ELEMENTS, site_rows, survey
 from slimwright.methods import SiteStatistics, WeightSolver
@@ -23,6 +24,12 @@ class PlainSource(WeightSource):
 
     def rows(self, rows: slice) -> Tensor:
         return site_rows(self._checkpoint, self.site, rows).to(torch.float32)
+
+    def stored(self) -> Tensor | None:
+        """(rows, columns) in the stored dtype, a view of the mapped file; None where the layout does not allow one."""
+        if self.site.transposed or isinstance(self._checkpoint, DequantizedCheckpoint):
+            return None
+        return site_rows(self._checkpoint, self.site, slice(0, self.site.rows))
 
 
 class PlannedSource(WeightSource):
@@ -63,7 +70,8 @@ class ParallelSource(WeightSource):
         if rows.stop - rows.start <= step:
             return self._source.rows(rows)
         step = -(-step // 512) * 512 if step > 512 else step
-        out = torch.empty(rows.stop - rows.start, columns)
+        with torch.inference_mode(False):  # workers, which are in no such mode, may not write into a tensor made in one
+            out = torch.empty(rows.stop - rows.start, columns)
         tiles = (slice(first, min(first + step, rows.stop)) for first in range(rows.start, rows.stop, step))
 
         def fill(tile: slice) -> None:
@@ -74,7 +82,8 @@ class ParallelSource(WeightSource):
         return out
 
     def gather(self, index: Tensor) -> Tensor:
-        out = torch.empty(len(index), self.site.columns)
+        with torch.inference_mode(False):
+            out = torch.empty(len(index), self.site.columns)
 
         def fill(part: Tensor) -> None:
             first = int(part[0])

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ from slimwright.checkpoint import Checkpoint, TensorEntry
 from slimwright.errors import SlimwrightError
 from slimwright.evaluate.quality import EncoderQuality, LanguageQuality
 from slimwright.job.build import Unit, plan_units
+from slimwright.job.held_out import HeldOut, held_out, load_tokenizer, retrieval_quality
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of, open_source
 from slimwright.job.parallel import in_order
-from slimwright.job.source import plain_sources, planned_source, planned_sources, planned_tensors
+from slimwright.job.source import ParallelSource, plain_sources, planned_source, planned_sources, planned_tensors
+from slimwright.job.walked import WrittenSource, written_checksum
 from slimwright.job.weights import site_rows, site_tiles
 from slimwright.model.discover import discover
-from slimwright.model.inputs import dummy_inputs
 from slimwright.model.structure import Structure
 from slimwright.plan import Plan
 from slimwright.runtime.streamed import WeightSource, load_streamed
@@ -59,6 +60,9 @@ class Spec:
         sample: whether to generate a line of text.
         trust_remote_code: run the source's own model code.
         progress: whether to print one JSON object a step on stdout.
+        checksums: of what solvers with data returned, by disk name.
+        data: the user's data, a tenth of which is for evaluation; empty: held-out generic text.
+        eval_data: data for evaluation only, taken instead.
     """
 
     source: str
@@ -71,6 +75,9 @@ class Spec:
     sample: bool = True
     trust_remote_code: bool = False
     progress: bool = False
+    checksums: dict[str, str] = field(default_factory=dict)
+    data: str = ""
+    eval_data: str = ""
 
 
 @dataclass
@@ -108,7 +115,7 @@ def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
     plan = Plan.load(Path(spec.written) / "plan.yaml")
     units = plan_units(source, structure, plan)
     started = time.monotonic()
-    _compare_files(source, written, units, outcome, step)
+    _compare_files(spec, source, written, units, outcome, step)
     outcome.seconds["tensors"] = time.monotonic() - started
     trim()
     if outcome.ok:
@@ -123,13 +130,15 @@ def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
 
 
 def _compare_files(
+    spec: Spec,
     source: Checkpoint,
     written: Checkpoint,
     units: list[Unit],
     outcome: Outcome,
     step: Callable[[int, int], None],
 ) -> None:
-    """The files hold exactly the planned tensors; sampled tiles equal what plain-tensor code makes of the source."""
+    """The files hold exactly the planned tensors; sampled tiles equal what plain-tensor code makes of the source, and
+    every value of what was solved with data is what the solver returned."""
     planned = {entry.name: entry for unit in units for entry in unit.entries}
     found = {name: TensorEntry(name, info.dtype, info.shape) for name, info in written.tensors.items()}
     for name in sorted(planned.keys() | found.keys()):
@@ -140,6 +149,8 @@ def _compare_files(
     def compare(unit: Unit) -> str | None:
         if unit.solved:
             assert unit.site is not None and unit.assignment is not None
+            if unit.name in spec.checksums:
+                return _compare_checksum(written, unit, spec.checksums[unit.name])
             return _compare_site(written, unit, planned_source(source, unit.site, unit.assignment))
         return _compare_cast(source, written, unit) if unit.cast else _compare_kept(source, written, unit)
 
@@ -177,6 +188,15 @@ def _compare_site(written: Checkpoint, unit: Unit, expected: WeightSource) -> st
     return None
 
 
+def _compare_checksum(written: Checkpoint, unit: Unit, checksum: str) -> str | None:
+    """Every value, as the grid's reference code reads it, against the digest that was taken before packing."""
+    assert unit.site is not None and unit.assignment is not None
+    solver = unit.assignment.solver()
+    if written_checksum(written, unit.site, solver) != checksum:
+        return f"'{unit.name}' in the files differs from what its solver returned"
+    return None
+
+
 def _compare_kept(source: Checkpoint, written: Checkpoint, unit: Unit) -> str | None:
     for entry in unit.entries:
         for rows in _sampled(list(source.tiles(entry.name))):
@@ -209,32 +229,41 @@ def _compare_outputs(
     cls, config = model_of(source, spec.trust_remote_code)
     packed = cls.from_pretrained(_model_directory(spec.written), dtype=torch.float32).eval()
     tensors = planned_tensors(source, structure, plan) if plan.casts(structure) else None
-    reference = load_streamed(cls, source.model_path, config, planned_sources(source, structure, plan), tensors)
+    planned = planned_sources(source, structure, plan)
+    files = Checkpoint.open(spec.written)
+    for name in spec.checksums:  # compared value by value before; there is no other way to make them again
+        site = structure.sites[name]
+        planned[name] = ParallelSource(WrittenSource(files, site, plan.by_site(structure)[name].parsed_grid()))
+    reference = load_streamed(cls, source.model_path, config, planned, tensors)
     del tensors
     original = load_streamed(cls, source.model_path, config, plain_sources(source, structure))
-    batches = list(_batches(spec, source, packed, outcome))
+    outcome.inputs, batches = held_out(
+        source, packed, data=spec.data, eval_data=spec.eval_data, tokens=spec.tokens, batch_tokens=spec.batch_tokens,
+        seed=spec.seed,
+    )  # fmt: skip
     quality: LanguageQuality | EncoderQuality | None = None
-    for index, (names, inputs) in enumerate(batches):
-        got = _outputs(packed, inputs)
+    for index, batch in enumerate(batches):
+        got = _outputs(packed, batch.inputs)
         if index == 0:
-            expected = _outputs(reference, inputs)
+            expected = _outputs(reference, batch.inputs)
             _judge(got, expected, outcome)
             outcome.evaluations += 1
             del expected, reference
             trim()
         if not outcome.ok:
             return
-        before = _outputs(original, inputs)
+        before = _outputs(original, batch.inputs)
         quality = quality or (
             LanguageQuality() if "logits" in got and _is_distribution(got["logits"]) else EncoderQuality()
         )
-        _add(quality, names, before, got, inputs)
+        _add(quality, batch, before, got)
         step(len(batches) + 1 + index, 2 * len(batches))
     outcome.evaluations += 1
     assert quality is not None
     found = quality.result(spec.seed)
     outcome.quality = {name: value for name, value in found.items() if isinstance(value, dict)}
     outcome.measured_on = {name: value for name, value in found.items() if not isinstance(value, dict)}
+    outcome.quality |= retrieval_quality(Path(spec.written), original, structure.parameters, spec.seed)
     if spec.sample and hasattr(packed, "generate") and packed.can_generate():
         outcome.samples = _samples(source, original, packed)
 
@@ -278,93 +307,32 @@ def _is_distribution(logits: Tensor) -> bool:
 
 
 def _add(
-    quality: LanguageQuality | EncoderQuality,
-    names: list[str],
-    before: dict[str, Tensor],
-    after: dict[str, Tensor],
-    inputs: dict[str, Tensor],
+    quality: LanguageQuality | EncoderQuality, batch: HeldOut, before: dict[str, Tensor], after: dict[str, Tensor]
 ) -> None:
     """Add one batch, one document a row."""
+
+    def counted(row: int, length: int) -> Tensor:
+        if batch.mask is None or batch.mask.shape[1] < length:
+            return torch.ones(length, dtype=torch.bool)
+        return batch.mask[row, :length]
+
     if isinstance(quality, LanguageQuality):
-        for row, name in enumerate(names):
+        for row, name in enumerate(batch.names):
             old, new = (found["logits"][row].reshape(-1, found["logits"].shape[-1]) for found in (before, after))
-            quality.add(name, old, new, torch.ones(old.shape[0], dtype=torch.bool))
+            mask = counted(row, old.shape[0])
+            if batch.target_bytes is None:
+                quality.add(name, old, new, mask)
+                continue
+            following = batch.inputs["input_ids"][row, 1:]  # the last token has none that came after it
+            quality.add(name, old[:-1], new[:-1], mask[1:], following, batch.target_bytes[row, 1:])
         return
     key = next(
         (k for k in ("last_hidden_state", "image_embeds", "text_embeds", "pooler_output") if k in before),
         next(iter(before)),
     )
-    for row, name in enumerate(names):
+    for row, name in enumerate(batch.names):
         old, new = (found[key][row].reshape(-1, found[key].shape[-1]) for found in (before, after))
-        quality.add(name, old, new, torch.ones(old.shape[0], dtype=torch.bool))
-
-
-def _batches(
-    spec: Spec, source: Checkpoint, model: Any, outcome: Outcome
-) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
-    """Inputs with the names of their documents: held-out text where the model reads text, else random."""
-    length = _length(model, spec)
-    rows = max(1, min(spec.batch_tokens // length, 64))
-    count = max(2, min(512, spec.tokens // length))
-    texts = _held_out(source, model, length, count)
-    outcome.inputs = "held-out text of the Python standard library" if texts else "random inputs"
-    made = 0
-    while made < count:
-        batch = min(rows, count - made)
-        inputs = dummy_inputs(model, batch=batch, length=length, seed=spec.seed + made)
-        names = [f"random-{made + i}" for i in range(batch)]
-        if texts:
-            chosen = texts[made : made + batch]
-            if len(chosen) < batch:
-                return
-            names = [name for name, _ in chosen]
-            ids = torch.stack([tokens for _, tokens in chosen])
-            for key in ("input_ids", "decoder_input_ids"):
-                if key in inputs:
-                    inputs[key] = ids[:, : inputs[key].shape[1]]
-        yield names, inputs
-        made += batch
-
-
-def _length(model: Any, spec: Spec) -> int:
-    """Tokens of one sequence; few where the config does not say how many positions there are."""
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 68
-    return max(8, min(256, int(longest) - 4, spec.batch_tokens, spec.tokens // 2))
-
-
-def _held_out(source: Checkpoint, model: Any, length: int, count: int) -> list[tuple[str, Tensor]]:
-    """(document, token ids (length,)) from held-out modules; empty if the model does not read text by a tokenizer."""
-    probe = dummy_inputs(model, batch=1, length=length)
-    if "input_ids" not in probe or any(key.startswith(("pixel", "input_features")) for key in probe):
-        return []
-    tokenizer = load_tokenizer(source)
-    if tokenizer is None:
-        return []
-    from slimwright.zoo.text import standard_library
-
-    vocabulary = model.config.get_text_config().vocab_size
-    found: list[tuple[str, Tensor]] = []
-    for document in standard_library("heldout"):
-        ids = tokenizer(document.text[: 16 * length], add_special_tokens=True, truncation=True, max_length=length)[
-            "input_ids"
-        ]
-        if len(ids) == length and max(ids) < vocabulary:
-            found.append((document.path, torch.tensor(ids)))
-        if len(found) == count:
-            break
-    return found
-
-
-def load_tokenizer(source: Checkpoint) -> Any | None:
-    """The source's tokenizer, or None if it has none that loads."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
-    if not any((source.model_path / name).exists() for name in names):
-        return None
-    try:
-        return transformers.AutoTokenizer.from_pretrained(source.model_path)
-    except Exception:  # any tokenizer library may fail in its own way; the report then says: random inputs
-        return None
+        quality.add(name, old, new, counted(row, old.shape[0]))
 
 
 SAMPLE_TOKENS = 24

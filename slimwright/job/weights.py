@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimwright import kernels
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.job.open import DequantizedCheckpoint
+from slimwright.kernels import solve
 from slimwright.methods import SiteStatistics, WeightSolver, method
 from slimwright.model.structure import Site
 from slimwright.weights import Compressed, Grid
@@ -71,8 +73,23 @@ class ErrorSum:
 
     def add(self, source: Tensor, written: Tensor) -> None:
         """Both (rows, columns) float32; ``written`` is used up as workspace."""
+        if kernels.available(source, written) and source.dtype == written.dtype == torch.float32:
+            error, norm = solve.squared_error(source, written)
+            self.error, self.norm = self.error + error, self.norm + norm
+            return
         self.error += float(written.sub_(source).square_().sum(dtype=torch.float64))
         self.norm += float(torch.linalg.vector_norm(source, dtype=torch.float64)) ** 2
+
+    def add_outputs(self, source: Tensor, written: Tensor, gram: Tensor) -> None:
+        """The same of the outputs on the data that the Gram (columns, columns) was made of."""
+        difference = written - source
+        self.error += float(((difference @ gram) * difference).sum(dtype=torch.float64))
+        self.norm += float(((source @ gram) * source).sum(dtype=torch.float64))
+
+    def merge(self, other: ErrorSum) -> None:
+        """Add another sum to this one."""
+        self.error += other.error
+        self.norm += other.norm
 
     @property
     def relative(self) -> float:
@@ -81,7 +98,7 @@ class ErrorSum:
 
 
 def solve_rows(
-    checkpoint: Checkpoint, site: Site, solver: WeightSolver, rows: slice, state: Any = None
+    checkpoint: Checkpoint, site: Site, solver: WeightSolver, rows: slice, stats: SiteStatistics
 ) -> tuple[Tensor, Compressed]:
     """Solve some rows of a site: (source in float32, value). A solver that is not row-independent needs all rows.
 
@@ -90,7 +107,7 @@ def solve_rows(
     """
     source = site_rows(checkpoint, site, rows).to(torch.float32).contiguous()
     try:
-        return source, solver.solve(source, SiteStatistics(survey=state))
+        return source, solver.solve(source, stats)
     except InputError as error:
         if not torch.isfinite(source).all():
             raise InputError(
@@ -98,6 +115,14 @@ def solve_rows(
                 f"{rows.stop - 1}): repair or replace the checkpoint."
             ) from None
         raise InputError(f"'{site.name}': {error}") from None
+
+
+def without_data(solver: WeightSolver) -> WeightSolver:
+    """What stands for a solver that needs data where there is none: rounding on its grid."""
+    if not solver.needs:
+        return solver
+    rounding: WeightSolver = method("quantize/rtn", grid=solver.grid)
+    return rounding
 
 
 def plain_rounding(solver: WeightSolver) -> WeightSolver | None:

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from slimwright.calibrate.data import GENERIC, Document
+from slimwright.calibrate.tokens import RANDOM
 from slimwright.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -32,13 +34,15 @@ from slimwright.checkpoint import (
 )
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import verify as verification
-from slimwright.job.build import Unit, build, grids_written, layout_of, plan_units
+from slimwright.job.build import Calibration, Unit, build, grids_written, layout_of, plan_units
+from slimwright.job.calibration import calibrate, notes_on
 from slimwright.job.forecast import Forecast
 from slimwright.job.ledger import Entry, check_complete
 from slimwright.job.memory import MemoryWatch, trim
 from slimwright.job.open import model_of
-from slimwright.job.options import score_options
+from slimwright.job.options import score_options, with_losses
 from slimwright.job.passes import Pass, run_passes
+from slimwright.job.probe import Probe
 from slimwright.job.progress import Reporter
 from slimwright.job.request import FitOptions, FitReport
 from slimwright.job.result import (
@@ -63,7 +67,7 @@ COMMIT_SECONDS = 2.0
 @dataclass(frozen=True)
 class Target:
     """What the job works towards: bytes, the plan where it is fixed, else the options and the bytes of all that is no
-    site, the forecast, the state of the source."""
+    site, the forecast, the state of the source, the documents to calibrate on."""
 
     budget: int
     fixed: Plan | None
@@ -71,6 +75,7 @@ class Target:
     rest: int
     predicted: Forecast
     state: str
+    documents: Sequence[Document] = ()
 
 
 @dataclass
@@ -90,6 +95,8 @@ class _State:
     side_files: tuple[str, ...] = ()
     outcome: verification.Outcome | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    calibrated_on: dict[str, Any] = field(default_factory=dict)
 
     def planned(self) -> Plan:
         """The plan, which the passes' order guarantees."""
@@ -220,7 +227,13 @@ class Work:
             step(len(found), groups)
 
         target = state.target
-        table = score_options(state.source, state.structure, target.options, dict(found), record)
+        if self.asked.data == "none":
+            table = score_options(state.source, state.structure, target.options, dict(found), record)
+        else:
+            losses = Probe(
+                state.source, state.structure, self._calibration(state), target.options, dict(found), record
+            ).run()
+            table = with_losses(target.options, losses)
         journal.commit()
         allocation = search(table, target.budget - target.rest, solver=self.asked.search)
         castable = set(state.structure.castable)
@@ -247,15 +260,29 @@ class Work:
             if writer.fresh:  # shards made anew hold nothing yet
                 for unit in [unit for unit in state.journal.done if unit.startswith("build:")]:
                     del state.journal.done[unit]
-            state.entries = build(source, state.structure, state.units, writer, state.journal, self._step(state))
+            self._write_config(state.directory, source, state.units, plan)
+            calibration = self._calibration(state) if any(unit.needs_data for unit in state.units) else None
+            state.entries = build(
+                source, state.structure, state.units, writer, state.journal, self._step(state), calibration
+            )  # fmt: skip
         write_bytes_atomic(held.partial / "plan.yaml", plan.to_yaml().encode())
-        self._write_config(state.directory, source, state.units, plan)
         copied = copy_side_files(source, held.partial, trust_remote_code=self.asked.trust_remote_code)
         state.side_files = copied.copied
         for name, reason in copied.skipped:
             if reason.startswith("python"):
                 self.notes.append(f"Not copied: {name} ({reason}).")
         trim()
+
+    def _calibration(self, state: _State) -> Calibration:
+        """The data as batches, made once."""
+        if state.calibration is None:
+            state.calibration, facts = calibrate(
+                self.asked, state.source, state.structure, state.target.documents, self.watch.cap or (1 << 30),
+                state.held.scratch, state.reporter.log,
+            )  # fmt: skip
+            state.calibrated_on = facts
+            self.notes += notes_on(facts)
+        return state.calibration
 
     def _write_config(self, directory: Path, source: Checkpoint, units: list[Unit], plan: Plan) -> None:
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
@@ -285,6 +312,9 @@ class Work:
             tokens=tokens, batch_tokens=batch, threads=torch.get_num_threads(), seed=self.asked.seed,
             sample=structure.parameters < verification.SAMPLED_BELOW,
             trust_remote_code=self.asked.trust_remote_code, progress=True,
+            data="" if self.asked.data in (None, "none", GENERIC, RANDOM) else str(self.asked.data),
+            eval_data=self.asked.eval_data or "",
+            checksums={entry.site: entry.checksum for entry in state.entries if entry.checksum},
         )  # fmt: skip
         own = model_of(state.source, self.asked.trust_remote_code)[0].__module__
         step = self._step(state)
@@ -348,7 +378,7 @@ class Work:
             "budget": {"asked": self.asked.limit(), "bytes": state.target.budget},
             **size_parts(source, written, state.structure, state.entries),
             **quality_parts(outcome),
-            "calibration": "none (data-free)",
+            "calibration": state.calibrated_on or "none (data-free)",
             "lineage": lineage.to_json(),
             "hash": weights_hash(held.partial),
             "versions": versions(),

@@ -34,11 +34,16 @@ class SiteStatistics:
         tokens: how many tokens were seen (masked and padded ones never count).
         gram: (in, in) float32, the sum over tokens of ``x xᵀ`` divided by ``tokens``; None without data.
         survey: what the grid's ``survey`` found over the whole matrix when ``solve`` sees only a tile of it.
+        absmax: (in,) float32, the largest magnitude of each input; None without data.
+        absmean: (in,) float32, the mean magnitude of each input; None without data.
     """
 
     tokens: int = 0
     gram: Tensor | None = None
     survey: Any = None
+    absmax: Tensor | None = None
+    absmean: Tensor | None = None
+    _factors: dict[Any, tuple[Tensor, float]] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
     def none(cls) -> SiteStatistics:
@@ -57,12 +62,62 @@ class SiteStatistics:
         x = x.float()
         if not torch.isfinite(x).all():
             raise InputError("Inputs hold NaN or Inf.")
-        return cls(tokens=x.shape[0], gram=x.T @ x / x.shape[0])
+        size = x.abs()
+        return cls(tokens=x.shape[0], gram=x.T @ x / x.shape[0], absmax=size.amax(0), absmean=size.mean(0))
 
     @property
     def importance(self) -> Tensor | None:
         """(in,) mean squared input, the diagonal of the Gram; None without data."""
         return None if self.gram is None else self.gram.diagonal()
+
+    def with_survey(self, survey: Any) -> SiteStatistics:
+        """The same with another survey; factors found by one are known to both."""
+        return dataclasses.replace(self, survey=survey)
+
+    def factor(self, damp: float, order: Tensor | None = None) -> tuple[Tensor, float]:
+        """Upper-triangular ``R`` with ``R Rᵀ = H + damping * I``, H the Gram in the given order of inputs. With
+        ``U = R⁻¹``, ``(H + damping * I)⁻¹ = Uᵀ U``: the factor that GPTQ works with, at a third of the cost.
+
+        Inputs that were never seen (a zero on the diagonal) get the diagonal's mean, and so nothing to do with others.
+        Where the factorization fails, the damping is doubled until it does not.
+
+        Args:
+            damp: first damping, as a fraction of the diagonal's mean.
+            order: (in,) permutation of the inputs; None is their own order.
+
+        Returns:
+            ((in, in) float32, damping). Kept, so that sites which share these statistics factorize once.
+
+        Raises:
+            InputError: there is no Gram, or it holds NaN or Inf.
+        """
+        if self.gram is None:
+            raise InputError("There is no Gram to factorize: give data.")
+        key = (damp, None if order is None else hash(order.numpy().tobytes()))
+        if key not in self._factors:
+            self._factors[key] = _factor(self.gram, damp, order)
+        return self._factors[key]
+
+
+def _factor(gram: Tensor, damp: float, order: Tensor | None) -> tuple[Tensor, float]:
+    diagonal = gram.diagonal()
+    mean = float(diagonal.mean())
+    if not math.isfinite(mean):
+        raise InputError("The Gram holds NaN or Inf.")
+    mean = mean if mean > 0 else 1.0
+    backwards = torch.arange(gram.shape[0]) if order is None else order
+    backwards = backwards.flip(0)  # a lower factor of the reversed matrix is an upper one of the matrix itself
+    reversed_gram = gram.index_select(0, backwards).index_select(1, backwards)
+    kept = reversed_gram.diagonal().clone()
+    kept[kept <= 0] = mean
+    damping = damp * mean
+    for _ in range(60):
+        reversed_gram.diagonal().copy_(kept + damping)
+        lower, failed = torch.linalg.cholesky_ex(reversed_gram)
+        if not failed and torch.isfinite(lower.diagonal()).all():
+            return lower.flip(0, 1), damping
+        damping = max(2 * damping, 1e-6 * mean)
+    raise InputError("The Gram cannot be factorized: it holds NaN or Inf.")
 
 
 def knob(
@@ -181,6 +236,14 @@ class WeightSolver(Method):
         Raises:
             InputError: the grid cannot hold this shape, a statistic in ``needs`` is missing, or NaN or Inf.
         """
+
+    def expected_gain(self, stats: SiteStatistics) -> float:
+        """The output error expected of this solver, relative to plain rounding's on the same grid and data."""
+        return 1.0
+
+    def prepare(self, stats: SiteStatistics) -> None:
+        """Compute what solving any rows with these statistics needs, so that it is done once, on all threads."""
+        return
 
     def checked(self, weight: Tensor, stats: SiteStatistics) -> tuple[Tensor, Any]:
         """The weight in float32 and the grid's survey, after the checks that every solver makes."""

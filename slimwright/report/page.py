@@ -61,9 +61,14 @@ def before_after(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
     perfect = {"kl": "0", "top1_agreement": "100 %", "cosine_mean": "1", "cosine_min": "1"}
     for name, leaf in mapping(report.get("quality")).items():
-        if isinstance(leaf, Mapping) and "value" in leaf:
-            label = words.QUALITY_NAMES.get(name, str(name).replace("_", " "))
+        if not isinstance(leaf, Mapping):
+            continue
+        label = words.QUALITY_NAMES.get(name, str(name).replace("_", " "))
+        if "value" in leaf:
             rows.append((label, perfect.get(name, DASH), words.estimate(str(name), leaf)))
+        elif "after" in leaf:
+            was, now = (words.estimate(str(name), leaf.get(when)) for when in ("before", "after"))
+            rows.append((label, was, now))
     return rows
 
 

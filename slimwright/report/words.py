@@ -13,7 +13,17 @@ QUALITY_NAMES = {
     "cosine_mean": "Cosine to the source, mean",
     "cosine_min": "Cosine to the source, least",
     "bits_per_byte": "Bits per byte of text",
+    "perplexity": "Perplexity",
+    "accuracy": "Accuracy",
+    "ndcg_at_10": "nDCG@10",
+    "recall_at_100": "Recall@100",
+    "mrr": "Mean reciprocal rank",
+    "map": "Mean average precision",
+    "mixed_ndcg_at_10": "nDCG@10, its queries on the reference's documents",
+    "mixed_recall_at_100": "Recall@100, its queries on the reference's documents",
 }
+PERCENT = frozenset({"top1_agreement", "accuracy", "recall_at_100", "mixed_recall_at_100"})
+"""Qualities that are shares."""
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -71,10 +81,12 @@ def estimate(name: str, leaf: Any) -> str:
     """A quality with its interval: ``0.0123 nats per token (0.0117 to 0.0131)``"""
     if not isinstance(leaf, Mapping) or not is_number(leaf.get("value")):
         return DASH
-    if name == "top1_agreement":
+    if name in PERCENT:
         write, unit = (lambda value: decimal(100 * value, 1) if is_number(value) else DASH), " %"
     elif name.startswith("cosine"):
         write, unit = (lambda value: decimal(value, 4)), ""
+    elif name in ("perplexity", "bits_per_byte"):
+        write, unit = (lambda value: f"{value:.4g}" if is_number(value) else DASH), ""
     else:
         write, unit = significant, " nats per token" if name == "kl" else ""
     value, low, high = (leaf.get(key) for key in ("value", "low", "high"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,19 @@ TILE_BYTES = 64 << 20
 
 
 class WeightSource(ABC):
-    """Hands out rows of one site's logical matrix (experts stacked along the rows)."""
+    """Hands out rows of one site's logical matrix (experts stacked along the rows).
+
+    Attributes:
+        held: (rows, columns) of any float dtype: the whole matrix, used instead of :meth:`rows` while it is there.
+        watch: called with every input (..., in) that a forward multiplies the weight with, and the number of the expert
+            (0 where the site is one matrix).
+        watch_output: called with every product that is part of a graph of gradients, the number of the expert (of an
+            embedding's lookup the ids instead), and the columns of the product that are this weight's.
+    """
+
+    held: Tensor | None = None
+    watch: Callable[[Tensor, int], None] | None = None
+    watch_output: Callable[[Tensor, Any, slice], None] | None = None
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -43,14 +55,15 @@ class WeightSource(ABC):
         return torch.cat([self.rows(slice(i, i + 1)) for i in index.tolist()])
 
     def expert(self, index: int) -> Tensor:
-        """(out, in) float32 of one of the stacked experts; of all, where the site is one expert."""
+        """(out, in) of one of the stacked experts; of all, where the site is one expert."""
         out = self.site.weight_shape[-2]
-        return self.rows(slice(index * out, (index + 1) * out))
+        part = slice(index * out, (index + 1) * out)
+        return self.rows(part) if self.held is None else self.held[part]
 
 
 def _no_weight(self: Any) -> Tensor:
     site = self.source.site
-    weight = torch.zeros(()).expand(site.rows, site.columns)
+    weight = torch.zeros((), dtype=getattr(self, "dtype", torch.float32)).expand(site.rows, site.columns)
     weight._is_hf_initialized = True  # type: ignore[attr-defined]
     return weight
 
@@ -73,13 +86,22 @@ class _StreamedLinear(nn.Module):
         self.nf = self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        step = max(1, TILE_BYTES // 4 // self.in_features)
-        pieces = []
-        for start in range(0, self.out_features, step):
-            tile = self.source.rows(slice(start, min(start + step, self.out_features)))
-            pieces.append(nn.functional.linear(x, tile.to(x.dtype)))
-        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-        return out if self.bias is None else out + self.bias
+        source = self.source
+        if source.watch is not None:
+            source.watch(x, 0)
+        if source.held is not None:
+            out = nn.functional.linear(x, source.held.to(x.dtype), self.bias)
+        else:
+            step = max(1, TILE_BYTES // 4 // self.in_features)
+            pieces = []
+            for start in range(0, self.out_features, step):
+                tile = source.rows(slice(start, min(start + step, self.out_features)))
+                pieces.append(nn.functional.linear(x, tile.to(x.dtype)))
+            out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+            out = out if self.bias is None else out + self.bias
+        if source.watch_output is not None and out.requires_grad:
+            source.watch_output(out, 0, slice(None))
+        return out
 
 
 class _StreamedEmbedding(nn.Embedding):
@@ -87,30 +109,87 @@ class _StreamedEmbedding(nn.Embedding):
     that scales and offsets of its forward stay."""
 
     source: WeightSource
+    dtype: torch.dtype
     weight = _WEIGHT  # type: ignore[assignment]
 
     def forward(self, ids: Tensor) -> Tensor:
         index, inverse = torch.unique(ids, return_inverse=True)
-        return self.source.gather(index)[inverse]
+        held = self.source.held
+        rows = self.source.gather(index) if held is None else held[index]
+        out = rows.to(self.dtype)[inverse]
+        if self.source.watch_output is not None:
+            self.source.watch_output(out.requires_grad_(torch.is_grad_enabled()), ids, slice(None))
+        return out
 
 
 class _Expert:
     """Stands for a fused parameter: ``[expert]`` is that expert's dense matrix as the module holds it."""
 
-    def __init__(self, sources: list[WeightSource], transposed: bool) -> None:
+    def __init__(self, sources: list[WeightSource], transposed: bool, dtype: torch.dtype) -> None:
         self.sources = sources
         self.transposed = transposed
+        self.dtype = dtype
 
     def __getitem__(self, index: Any) -> Tensor:
         number = int(index)
-        fused = [source for source in self.sources if source.site.expert is None]
-        if fused:
-            matrix = fused[0].expert(number)
+        own = [source for source in self.sources if source.site.expert is None]
+        if own:
+            matrix = own[0].expert(number)
         else:
             own = [s for s in self.sources if s.site.expert is not None and s.site.expert[0] == number]
             own.sort(key=lambda source: (source.site.expert or (0, 0, 0))[1])
             matrix = torch.cat([source.expert(0) for source in own])
-        return matrix.t() if self.transposed else matrix
+            number = 0
+        matrix = (matrix.t() if self.transposed else matrix).to(self.dtype)
+        watches = [source.watch for source in own if source.watch is not None]
+        outputs = [(source.watch_output, source.site) for source in own if source.watch_output is not None]
+        if not watches and not outputs:
+            return matrix
+
+        def show(out: Tensor) -> None:
+            first = 0
+            for watch, site in outputs:  # matrices that the module concatenates lie side by side in its output
+                width = site.weight_shape[-2]
+                watch(out, number, slice(first, first + width))
+                first += width
+
+        return _Watched.of(matrix, lambda x: [watch(x, number) for watch in watches], show)
+
+
+class _Watched(torch.Tensor):
+    """A matrix that says what it is multiplied with, and the product: an expert's exist only inside its module."""
+
+    report: Callable[[Tensor], Any]
+    report_output: Callable[[Tensor], Any]
+
+    @staticmethod
+    def of(matrix: Tensor, report: Callable[[Tensor], Any], report_output: Callable[[Tensor], Any]) -> Tensor:
+        watched = matrix.as_subclass(_Watched)
+        watched.report, watched.report_output = report, report_output
+        return watched
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _PRODUCTS:
+            given = [*args, *(kwargs[key] for key in ("weight", "other", "mat2") if key in kwargs)]
+            x, weight = given[0], given[1]
+            if isinstance(weight, _Watched) and not isinstance(x, _Watched):
+                weight.report(x)
+                with torch._C.DisableTorchFunctionSubclass():
+                    out = func(*args, **kwargs)
+                    if out.requires_grad:
+                        weight.report_output(out)
+                    return out
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+_PRODUCTS = {
+    nn.functional.linear, torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__,
+    torch.Tensor.mm, torch.Tensor.bmm,
+}  # fmt: skip
+"""What a module may multiply its input with an expert's matrix by: the input comes first."""
 
 
 def replace_sites(model: PreTrainedModel, sources: Mapping[str, WeightSource]) -> None:
@@ -150,17 +229,20 @@ def _stream_module(model: PreTrainedModel, path: str, source: WeightSource) -> N
         bases = (_StreamedEmbedding,) if own is nn.Embedding else (own, _StreamedEmbedding)
         module.__class__ = type(f"Streamed{own.__name__}", bases, {})
         module.__dict__["source"] = source  # buffers that are not saved (Gemma's scale) are still to be initialised
+        module.__dict__["dtype"] = module.weight.dtype
         del module._parameters["weight"]
     else:
         streamed = _StreamedLinear(source, getattr(module, "bias", None))
+        streamed.__dict__["dtype"] = module.weight.dtype
         streamed._is_hf_initialized = True  # type: ignore[assignment]
         model.set_submodule(path, streamed)
 
 
 def _stream_experts(module: nn.Module, parameter: str, sources: list[WeightSource]) -> None:
     """Let the module's own eager forward read its fused parameter expert by expert."""
-    proxy = _Expert(sources, transposed=sources[0].site.transposed)
-    del module._parameters[parameter]
+    held = module._parameters.pop(parameter)
+    assert held is not None
+    proxy = _Expert(sources, sources[0].site.transposed, held.dtype)
     cls = type(module)
     module.__class__ = type(cls.__name__, (cls,), {parameter: property(lambda self: proxy)})
     module._is_hf_initialized = True  # type: ignore[assignment]
@@ -210,24 +292,29 @@ def load_streamed(
     config: PretrainedConfig,
     sources: Mapping[str, WeightSource],
     tensors: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The model of ``directory`` in float32 with the given sites streamed.
+    """The model of ``directory`` with the given sites streamed.
 
     Args:
         cls: the transformers class.
         config: its config, without a quantization_config.
         tensors: everything that is no site by disk name, taken instead of the files' contents.
+        dtype: what it computes in.
     """
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # the sites' tensors are unexpected keys here, by design
+    logging.disable_progress_bar()
     try:
         model = cls.from_pretrained(
             None if tensors is not None else directory,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             quantization_config=StreamedConfig(sources),
             state_dict=tensors,
         )
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
     return model.eval()

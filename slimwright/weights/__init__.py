@@ -3,7 +3,7 @@
 from slimwright.weights.cast import Float
 from slimwright.weights.float8 import FP8
 from slimwright.weights.gguf import Q4_0, Q8_0
-from slimwright.weights.grid import Grid, Part, grid_kinds, parse_grid, register_grid
+from slimwright.weights.grid import Grid, Levels, Part, grid_kinds, parse_grid, register_grid
 from slimwright.weights.integer import Int
 from slimwright.weights.kquants import Q4_K, Q6_K
 from slimwright.weights.mxfp4 import MXFP4
@@ -33,6 +33,7 @@ __all__ = [
     "Float",
     "Grid",
     "Int",
+    "Levels",
     "Part",
     "Quantized",
     "Shared",

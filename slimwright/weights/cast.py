@@ -53,6 +53,9 @@ class Float(Grid):
     def fit(self, w: Tensor, importance: Tensor | None = None, survey: Any = None) -> Params:
         return {}
 
+    def levels(self, params: Params, columns: int) -> None:
+        return None
+
     def encode(self, w: Tensor, params: Params) -> Tensor:
         largest = torch.finfo(self.dtype).max
         return w.clamp(-largest, largest).to(self.dtype)

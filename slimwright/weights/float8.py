@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
-from slimwright.weights.grid import Grid, Params, Part, register_grid, row_blocks
+from slimwright.weights.grid import Grid, Levels, Params, Part, register_grid, row_blocks
 from slimwright.weights.packing import pack_codes, packed_row_bytes, unpack_codes
 
 LARGEST = 448.0
 # Below, dividing by the scale would lose its meaning (subnormal scales); above, 448 times the scale would be infinite.
 _SCALE_MIN = torch.finfo(torch.float32).tiny
 _SCALE_MAX = 7.5e35
+# Every finite value once, ascending: codes 0..126 are the positive ones, 127 is NaN.
+_POSITIVE = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+_LEVELS = torch.cat([-_POSITIVE[1:].flip(0), _POSITIVE])
 
 
 @register_grid
@@ -68,6 +71,9 @@ class FP8(Grid):
         else:
             absmax = torch.maximum(w.amax(1, keepdim=True), -w.amin(1, keepdim=True)).float()
         return {"scale": torch.where(absmax > 0, absmax / LARGEST, 1.0).clamp_(_SCALE_MIN, _SCALE_MAX)}
+
+    def levels(self, params: Params, columns: int) -> Levels:
+        return Levels(columns, params["scale"], table=_LEVELS)
 
     def encode(self, w: Tensor, params: Params) -> Tensor:
         codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from slimwright.weights.grid import Grid, Params, Part, register_grid
+from slimwright.weights.grid import Grid, Levels, Params, Part, register_grid
 
 _FLOAT16_MAX = 65504.0
 
@@ -53,6 +53,9 @@ class GGUFBlocks(Grid):
     def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
         return (Part("", torch.uint8, (rows, -(-columns // self.block) * self.block_bytes, 1)),)
 
+    def fit_block(self, columns: int) -> int:
+        return self.block
+
     def blocked(self, values: Tensor) -> Tensor:
         """(rows, columns) → (rows, blocks, block)."""
         return values.unflatten(1, (-1, self.block))
@@ -90,6 +93,10 @@ class _Legacy(GGUFBlocks):
         inverse = 1 / scale
         inverse = torch.where(torch.isfinite(inverse), inverse, 0.0)
         return self.blocked(w) * inverse.unsqueeze(2)
+
+    def levels(self, params: Params, columns: int) -> Levels:
+        scale = params["scale"]
+        return Levels(self.block, scale, scale * -(self.top // 2 + 1), top=self.top)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         values = self.blocked(codes).to(torch.float32).sub_(self.top // 2 + 1)

@@ -29,6 +29,29 @@ Formats that round their scales after the codes are chosen (NF4's second quantiz
 unrounded scale under ``exact``, which ``encode`` then uses; it is not stored, so ``unpack`` does not return it.
 """
 
+
+@dataclass(frozen=True)
+class Levels:
+    """The values that elements may take once the parameters are fixed, for solvers that round column by column.
+
+    Column ``j`` belongs to block ``j // block``; its values are ``step * level + offset`` with the levels of ``table``,
+    or 0, 1, ..., ``top`` where that is None. A step of 0 leaves the offset as the only value.
+
+    Attributes:
+        block: columns that share a step.
+        step: (rows, blocks) float32.
+        offset: (rows, blocks) float32; None is 0.
+        table: (levels,) float32, ascending; None for the integers 0..``top``.
+        top: the largest integer level; 0 with a table.
+    """
+
+    block: int
+    step: Tensor
+    offset: Tensor | None = None
+    table: Tensor | None = None
+    top: int = 0
+
+
 _BLOCK_ELEMENTS = 1 << 19
 """Elements worked on at a time, so that temporaries stay in the processor's cache."""
 
@@ -100,7 +123,20 @@ class Grid(ABC):
     def unpack(self, parts: Mapping[str, Tensor], columns: int) -> tuple[Tensor, Params]:
         """Inverse of :meth:`pack`, for any range of rows cut by :meth:`part_slice`."""
 
+    @abstractmethod
+    def levels(self, params: Params, columns: int) -> Levels | None:
+        """The values of a matrix with these parameters, as they are read back from the file.
+
+        None for a plain grid, which has no parameters to round with.
+        """
+
     # -- with defaults -------------------------------------------------------------------------------------------
+
+    def fit_block(self, columns: int) -> int:
+        """Columns that :meth:`fit` treats together: fitting ranges that start at multiples of it, one by one, and
+        joining their parameters along the second dimension is fitting the whole. All of them, unless a grid says less.
+        """
+        return columns
 
     def illegal(self, rows: int, columns: int) -> str | None:
         """Why this grid cannot hold a (rows, columns) matrix, or None if it can."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slimwright.weights.gguf import GGUFBlocks, bytes_half, half_bytes, stored_half
-from slimwright.weights.grid import Params, register_grid, row_blocks
+from slimwright.weights.grid import Levels, Params, register_grid, row_blocks
 
 
 def _unit(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,6 +77,10 @@ class Q4_K(GGUFBlocks):  # noqa: N801 - the format's name
         step = params["d"].unsqueeze(2) * params["scale"]
         offset = params["dmin"].unsqueeze(2) * params["min"]
         return step.unsqueeze(3), offset.unsqueeze(3)
+
+    def levels(self, params: Params, columns: int) -> Levels:
+        step, offset = self._steps(params)
+        return Levels(32, step.flatten(1), -offset.flatten(1), top=15)
 
     def encode(self, w: Tensor, params: Params) -> Tensor:
         step, offset = self._steps(params)
@@ -197,6 +201,10 @@ class Q6_K(GGUFBlocks):  # noqa: N801 - the format's name
     @staticmethod
     def _steps(params: Params) -> Tensor:
         return (params["d"].unsqueeze(2) * params["scale"]).unsqueeze(3)
+
+    def levels(self, params: Params, columns: int) -> Levels:
+        step = self._steps(params).flatten(1)
+        return Levels(16, step, step * -32, top=63)
 
     def encode(self, w: Tensor, params: Params) -> Tensor:
         step = self._steps(params)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from slimwright.weights.grid import Grid, Params, Part, register_grid, row_blocks
+from slimwright.weights.grid import Grid, Levels, Params, Part, register_grid, row_blocks
 from slimwright.weights.packing import pack_codes, packed_row_bytes, unpack_codes
 
 BLOCK = 32
@@ -66,6 +66,13 @@ class MXFP4(Grid):
     def _power(exponent: Tensor) -> Tensor:
         """2**exponent, exact (the smallest are subnormal): (rows, blocks) → (rows, blocks, 1) float32."""
         return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent).float().unsqueeze(2)
+
+    def fit_block(self, columns: int) -> int:
+        return min(BLOCK, columns)
+
+    def levels(self, params: Params, columns: int) -> Levels:
+        table = torch.tensor([*(-magnitude for magnitude in reversed(MAGNITUDES[1:])), *MAGNITUDES])
+        return Levels(BLOCK, self._power(params["scale"].int() - _BIAS).squeeze(2), table=table)
 
     def encode(self, w: Tensor, params: Params) -> Tensor:
         inverse = self._power(_BIAS - params["scale"].int())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
-from slimwright.weights.grid import Grid, Params, Part, register_grid, row_blocks
+from slimwright.weights.grid import Grid, Levels, Params, Part, register_grid, row_blocks
 from slimwright.weights.packing import pack_codes, packed_row_bytes, unpack_codes
 
 BLOCK = 64
@@ -190,6 +190,12 @@ class NF4(Grid):
         offset = _DYNAMIC.to(params["absmax"].device)[params["absmax"].int()] * params["absmax_scale"]
         largest = torch.finfo(torch.float32).max
         return (offset + params["absmax_mean"]).clamp_(-largest, largest)
+
+    def fit_block(self, columns: int) -> int:
+        return columns if self.double else min(BLOCK, columns)
+
+    def levels(self, params: Params, columns: int) -> Levels:
+        return Levels(BLOCK, self._stored_absmax(params), table=_LEVELS)
 
     def encode(self, w: Tensor, params: Params) -> Tensor:
         absmax = params["exact"] if "exact" in params else self._stored_absmax(params)

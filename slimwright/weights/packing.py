@@ -23,6 +23,9 @@ Why it is as it is, since every later version reads it:
 import torch
 from torch import Tensor
 
+from slimwright import kernels
+from slimwright.kernels import solve
+
 CHUNK = 64
 
 
@@ -85,6 +88,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         (rows, :func:`packed_row_bytes`) uint8.
     """
     rows, columns = codes.shape
+    if kernels.available(codes):
+        return solve.pack(codes, bits)
     whole = columns // CHUNK * CHUNK
     parts = []
     if whole:
@@ -99,6 +104,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Inverse of :func:`pack_codes`: (rows, bytes) uint8 → (rows, columns) uint8."""
+    if kernels.available(packed):
+        return solve.unpack(packed, bits, columns)
     whole = columns // CHUNK * CHUNK
     cut = whole // 8 * bits
     parts = []

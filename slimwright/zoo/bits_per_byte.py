@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from slimwright.evaluate.language import windows
 from slimwright.zoo.text import Document, standard_library
 
 WINDOWS_AT_ONCE = 4
@@ -49,18 +50,10 @@ def _windows(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Inputs and targets of every window, each up to `length` tokens; targets seen before are marked unscored."""
     end = tokenizer.eos_token_id
-    step = length // 2
     for document in documents:
         tokens = [end, *tokenizer.encode(document.text, add_special_tokens=False, verbose=False), end]
-        scored = 0  # targets up to here are counted; target i is tokens[i + 1]
-        for start in range(0, len(tokens) - 1, step):
-            targets = tokens[start + 1 : start + 1 + length]
-            if start + len(targets) <= scored:
-                break
-            again = scored - start
-            inputs = tokens[start : start + len(targets)]
-            yield inputs, [UNSCORED] * again + targets[again:]
-            scored = start + len(targets)
+        for first, last, new in windows(len(tokens), length):
+            yield tokens[first:last], [UNSCORED] * (new - first) + tokens[new + 1 : last + 1]
 
 
 def _stack(windows: Sequence[tuple[list[int], list[int]]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -116,7 +116,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, out: Path, error: BaseException, 
 
     honest, seen = building.build, 0
 
-    def build(source: Any, structure: Any, units: Any, writer: Any, journal: Any, step: Any) -> Any:
+    def build(source: Any, structure: Any, units: Any, writer: Any, journal: Any, step: Any, *data: Any) -> Any:
         def failing(done: int, total: int) -> None:
             nonlocal seen
             seen += 1
@@ -124,7 +124,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, out: Path, error: BaseException, 
                 raise error
             step(done, total)
 
-        return honest(source, structure, units, writer, journal, failing)
+        return honest(source, structure, units, writer, journal, failing, *data)
 
     with monkeypatch.context() as patch:
         patch.setattr("slimwright.job.work.build", build)

@@ -280,6 +280,23 @@ def test_encoders():
     assert "0.9981 (0.9978 to 0.9984)" in cells and "0.9712" in cells
 
 
+def test_qualities_before_and_after():
+    report = sample_report()
+    leaves = [{"value": value, "low": value - 1, "high": value + 2} for value in (12.3456, 14.0)]
+    report["quality"]["perplexity"] = dict(zip(("before", "after"), leaves))
+    report["quality"]["broken"] = {"after": 3}
+    output = io.StringIO()
+    Console(file=output, width=200).print(terminal_table(report))
+    (row,) = [line for line in output.getvalue().splitlines() if "Perplexity" in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [
+        "Perplexity",
+        "12.35 (11.35 to 14.35)",
+        "14 (13 to 16)",
+    ]
+    page = Page(render_report(report))
+    assert "14 (13 to 16)" in page.text("strong") and "12.35 (11.35 to 14.35)" in page.text("td")
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

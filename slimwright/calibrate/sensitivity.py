@@ -1,0 +1,295 @@
+"""The reverse walk: how much the model's output changes with each output of each site (DESIGN §1.2).
+
+For a language model the labels are drawn from its own prediction, so that the mean squared gradient of their summed
+log-likelihood is the diagonal of the Fisher matrix, and half the mean of ``gradient² * change²`` the second-order KL
+divergence per token. Where the model gives no distribution, its output vectors stand for one of unit variance around
+their own directions: half the squared change of the normalised vector, which is one minus the cosine.
+
+The walk is reversed as checkpointed training does: forwards run unit by unit and keep only what enters and leaves a
+unit; then the units run again from last to first, each once, with gradients, so that the model never has to fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimwright.calibrate.walk import Batch, Call, Unit, Walk
+from slimwright.errors import SlimwrightError
+from slimwright.model.structure import Site, Structure
+from slimwright.runtime.streamed import WeightSource
+
+Hold = Callable[[Unit], None]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Mean squared gradients at the outputs of one matrix.
+
+    Attributes:
+        outputs: (out,) float32, the mean over the tokens that it saw; nats² per squared output.
+        share: tokens that it saw for each token of the output: below 1 for experts, above where a block runs often.
+        inputs: (rows,) float32, of an embedding the share of tokens that look each row up (then ``outputs`` belongs to
+            its columns); None where the matrix is multiplied.
+    """
+
+    outputs: Tensor
+    share: float = 1.0
+    inputs: Tensor | None = None
+
+
+class _Squares:
+    """Sums of squared gradients of one matrix."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.tokens = 0
+
+    def add(self, gradient: Tensor) -> None:
+        square = gradient.detach().float().square().sum(0, dtype=torch.float64)
+        self.total = square if self.total is None else self.total + square
+        self.tokens += gradient.shape[0]
+
+
+@dataclass
+class _Record:
+    """One unit's run on one batch: what entered it, what left it."""
+
+    index: int
+    call: Call
+    leaves: list[Tensor]
+
+
+class ReverseWalk:
+    """Sensitivities of every site, by one pass forwards and one backwards.
+
+    Args:
+        model: loaded with streamed sites.
+        sources: its sites' sources by disk name.
+        batches: fewer tokens than for Grams do; every unit's inputs of all batches are kept.
+        hold, release: called around a unit's runs, to have its weights in memory.
+        seed: of the drawn labels.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        structure: Structure,
+        sources: Mapping[str, WeightSource],
+        batches: Sequence[Batch],
+        hold: Hold,
+        release: Hold,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.structure = structure
+        self.sources = sources
+        self.batches = list(batches)
+        self.hold = hold
+        self.release = release
+        self._generator = torch.Generator().manual_seed(seed)
+        self._squares: dict[tuple[str, int], _Squares] = {}
+        self._lookups: dict[str, tuple[Tensor, _Squares]] = {}
+        self._batch = Batch({})
+        self.tokens = 0
+
+    def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, list[Sensitivity]]:
+        """One for each matrix of each site, by disk name; sites that no gradient reached are left out.
+
+        Raises:
+            SlimwrightError: the model's output has nothing to differentiate.
+        """
+        self._watch(True)
+        self.model.requires_grad_(False)
+        try:
+            records = self._forwards(progress)
+            with torch.enable_grad():
+                for done, (unit, members) in enumerate(reversed(records)):
+                    self.hold(unit)
+                    for record in members:
+                        self._batch = self.batches[record.index]
+                        _back_through(record)
+                        record.leaves.clear()
+                    members.clear()
+                    self.release(unit)
+                    progress(len(records) + done + 1, 2 * len(records))
+        finally:
+            self._watch(False)
+        return self._found()
+
+    def _forwards(self, progress: Callable[[int, int], None]) -> list[tuple[Unit, list[_Record]]]:
+        """Run forwards, keeping what enters and leaves every unit; each ends with the gradient of its output's loss."""
+        records: list[tuple[Unit, list[_Record]]] = []
+        walk = Walk(self.model, self.structure, self.batches, finish=self._finish)
+        walk.gradients = True
+        total = 2 * len(walk.units)
+        for step in walk:
+            self.hold(step.unit)
+            members = []
+            for index in step.indices:
+                self._batch = self.batches[index]
+                call = walk.calls[index]
+                assert call is not None
+                if not step.unit.block:  # part of what lies between blocks: its graph is kept
+                    with torch.enable_grad():
+                        step.advance(index, call.output())
+                    continue
+                with torch.no_grad():
+                    output, leaves = _as_leaves(call.output())
+                members.append(_Record(index, call, leaves))
+                with torch.enable_grad():
+                    step.advance(index, output)
+            if step.unit.block:
+                self.release(step.unit)
+                records.append((step.unit, members))
+            progress(min(len(records), total), total)
+        return records
+
+    def _finish(self, index: int, output: Any) -> None:
+        """The loss of one forward's output, and its gradient."""
+        self._batch = self.batches[index]
+        logits = output.get("logits") if hasattr(output, "get") else None
+        if logits is None or logits.ndim < 2 or logits.shape[-1] < 2:
+            logits = None
+            found = [v for v in output.values() if isinstance(v, Tensor) and v.requires_grad and v.ndim >= 2]
+            if not found:
+                raise SlimwrightError("The model's output has no gradient: calibrate with --data none.")
+            vectors = self._batch.counted(found[0]).float()
+            direction = torch.nn.functional.normalize(vectors, dim=-1)
+            noise = torch.randn(direction.shape, generator=self._generator)
+            loss, tokens = (direction * noise).sum(), direction.shape[0]
+        else:
+            rows = self._batch.counted(logits).float()
+            chance = torch.softmax(rows.detach(), dim=-1)
+            labels = torch.multinomial(chance, 1, generator=self._generator)[:, 0]
+            loss, tokens = torch.nn.functional.cross_entropy(rows, labels, reduction="sum"), rows.shape[0]
+        self.tokens += tokens
+        loss.backward(retain_graph=True)
+
+    # -- watching --------------------------------------------------------------------------------------------------
+
+    def _watch(self, on: bool) -> None:
+        for name, source in self.sources.items():
+            if not on:
+                source.watch_output = None
+            elif source.site.kind == "embedding":
+                source.watch_output = lambda out, ids, part, name=name: self._watch_lookup(name, out, ids, part)
+            else:
+                source.watch_output = lambda out, expert, part, name=name: self._watch_product(name, out, expert, part)
+
+    def _watch_product(self, name: str, out: Tensor, expert: int, part: slice) -> None:
+        batch = self._batch
+        squares = self._squares.setdefault((name, expert), _Squares())
+        out.register_hook(lambda gradient: squares.add(batch.counted(gradient[..., part])))
+
+    def _watch_lookup(self, name: str, out: Tensor, ids: Any, part: slice) -> None:
+        """Of an embedding: its rows looked up (ids a tensor), or the product of a head tied to it (ids a number)."""
+        if not isinstance(ids, Tensor):
+            self._watch_product(name, out, ids, part)
+            return
+        if not out.requires_grad:
+            return
+        rows = self.sources[name].site.rows
+        counts, squares = self._lookups.setdefault(name, (torch.zeros(rows, dtype=torch.int64), _Squares()))
+        batch = self._batch
+        counted = batch.counted(ids.unsqueeze(-1)) if ids.ndim >= 2 else ids
+        counts += torch.bincount(counted.reshape(-1), minlength=rows)
+        out.register_hook(lambda gradient: squares.add(batch.counted(gradient)))
+
+    def _found(self) -> dict[str, list[Sensitivity]]:
+        found: dict[str, list[Sensitivity]] = {}
+        for name, source in self.sources.items():
+            site = source.site
+            matrices = site.shape[0] if site.kind == "experts" and len(site.shape) == 3 else 1
+            if any((name, matrix) in self._squares for matrix in range(matrices)):
+                found[name] = [self._of(site, matrix) for matrix in range(matrices)]
+            lookup = self._lookups.get(name)
+            if lookup is not None and lookup[1].total is not None:
+                counts, squares = lookup
+                # A row that was never looked up here may be elsewhere: every row is seen once more than it was.
+                share = (counts + 1).float() / float(counts.sum() + counts.numel())
+                assert squares.total is not None
+                mean = (squares.total / max(1, squares.tokens)).float()
+                found.setdefault(name, []).append(Sensitivity(mean, squares.tokens / max(1, self.tokens), share))
+        return found
+
+    def _of(self, site: Site, matrix: int) -> Sensitivity:
+        squares = self._squares.get((site.name, matrix))
+        if squares is None or squares.total is None:
+            return Sensitivity(torch.zeros(site.weight_shape[-2]), 0.0)
+        return Sensitivity((squares.total / max(1, squares.tokens)).float(), squares.tokens / max(1, self.tokens))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Float tensors in nested tuples, lists and mappings, in order."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nest with every float tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value) if value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(item, change) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_mapped(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    return value
+
+
+def _as_leaves(output: Any) -> tuple[Any, list[Tensor]]:
+    """The output with its tensors as leaves of a new graph, and those leaves."""
+    leaves: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        leaves.append(tensor.detach().requires_grad_(True))
+        return leaves[-1]
+
+    return _mapped(output, leaf), leaves
+
+
+def _back_through(record: _Record) -> None:
+    """Run one unit again with gradients: from its outputs' gradients to those of what entered it."""
+    if all(leaf.grad is None for leaf in record.leaves):
+        return
+    call = record.call
+    entered: list[tuple[Tensor, Tensor]] = []
+    copies: dict[int, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().requires_grad_(True)
+            entered.append((tensor, copies[id(tensor)]))
+        return copies[id(tensor)]
+
+    args, kwargs = _mapped(call.args, copy), _mapped(call.kwargs, copy)
+    if not entered:  # the first of a stack without an embedding: let gradients reach its sites all the same
+        first = next(_tensors([args, kwargs]))
+        held = first.detach().requires_grad_(True)
+        args, kwargs = (_mapped(given, lambda tensor: held if tensor is first else tensor) for given in (args, kwargs))
+    output = call.again(args, kwargs)
+    pairs = zip(_tensors(output), record.leaves, strict=True)
+    left = [(out, leaf.grad) for out, leaf in pairs if leaf.grad is not None and out.requires_grad]
+    if not left:
+        return
+    torch.autograd.backward([out for out, _ in left], [grad for _, grad in left])
+    reached = [(original, held.grad) for original, held in entered if held.grad is not None]
+    if reached:
+        # What lies between units may be shared by several of them (an encoder's last norm): keep its graph.
+        torch.autograd.backward([original for original, _ in reached], [g for _, g in reached], retain_graph=True)

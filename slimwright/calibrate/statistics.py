@@ -1,0 +1,187 @@
+"""Statistics of sites' inputs, accumulated over a walk's batches (DESIGN §5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from slimwright.calibrate.walk import Batch
+from slimwright.methods.registry import SiteStatistics
+from slimwright.model.structure import Site
+from slimwright.runtime.streamed import WeightSource
+
+STRIPS = 4
+"""Column strips in which a Gram's lower triangle is computed: 5/8 of the products of the whole."""
+
+EXPERT_TOKENS = 64
+"""Tokens below which an expert is solved without data."""
+
+
+def bf16_is_fast() -> bool:
+    """Whether this CPU multiplies bfloat16 natively."""
+    found = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(found is not None and found())
+
+
+@contextmanager
+def _products_in_bf16(wanted: bool) -> Iterator[None]:
+    """Let float32 products multiply in bfloat16 and add in float32: exact where the factors are bfloat16 values."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if wanted:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Add ``xᵀ x`` to the lower triangle of ``total``, by strips (what else they touch is overwritten when it is read).
+
+    Args:
+        total: (in, in) float32.
+        x: (tokens, in) of any float dtype. The sums are float32 whatever that is; bfloat16 factors are exact.
+    """
+    exact = x.dtype == torch.bfloat16 and bf16_is_fast()
+    x = x.float()
+    columns = x.shape[1]
+    step = columns if columns < 512 else -(-columns // STRIPS)
+    with _products_in_bf16(exact):
+        for start in range(0, columns, step):
+            stop = min(start + step, columns)
+            total[start:stop, :stop].addmm_(x[:, start:stop].t(), x[:, :stop])
+
+
+class InputSums:
+    """Sums over the inputs of a site: tokens, Gram, magnitudes. Sites that are fed the same tensor share one.
+
+    Args:
+        columns: inputs of the site.
+        keep: keep the inputs and make the Gram when it is asked for: of experts, each of which sees few tokens.
+    """
+
+    def __init__(self, columns: int, keep: bool = False) -> None:
+        self.tokens = 0
+        self._sum: Tensor | None = None if keep else torch.zeros(columns, columns)
+        self._kept: list[Tensor] = []
+        self._absmax = torch.zeros(columns)
+        self._abssum = torch.zeros(columns)
+        self._columns = columns
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs (tokens, in)."""
+        if not x.shape[0]:
+            return
+        self.tokens += x.shape[0]
+        size = x.abs()
+        torch.maximum(self._absmax, size.amax(0).float(), out=self._absmax)
+        self._abssum += size.sum(0, dtype=torch.float32)
+        if self._sum is None:
+            self._kept.append(x.detach().clone())
+        else:
+            add_gram(self._sum, x.detach())
+
+    def gram_sum(self) -> Tensor:
+        """(in, in) float32, the sum of ``x xᵀ``."""
+        total = self._sum
+        if total is None:
+            total = torch.zeros(self._columns, self._columns)
+            if self._kept:
+                add_gram(total, torch.cat(self._kept))
+        lower = total.tril()
+        return lower.add_(lower.tril(-1).t())
+
+    def statistics(self) -> SiteStatistics:
+        """What solvers are given; without data where no token was seen."""
+        if not self.tokens:
+            return SiteStatistics.none()
+        gram = self.gram_sum().div_(self.tokens)
+        return SiteStatistics(self.tokens, gram, absmax=self._absmax, absmean=self._abssum / self.tokens)
+
+
+class Collector:
+    """Watches the inputs of sites while units run.
+
+    Args:
+        sources: of the model, by disk name.
+        sites: those to watch; of a Gram group one is watched for all.
+    """
+
+    def __init__(self, sources: Mapping[str, WeightSource], sites: Sequence[Site]) -> None:
+        self._sources = sources
+        self._leaders: dict[str, Site] = {}
+        for site in sites:
+            self._leaders.setdefault(_key(site), site)
+        self._sums: dict[tuple[str, int], InputSums] = {}
+        self._layers: dict[tuple[str, int, str], Tensor] = {}
+        self._batch = Batch({})
+
+    @contextmanager
+    def watching(self, batch: Batch) -> Iterator[None]:
+        """Count what the sites are fed within, as part of this batch."""
+        self._batch = batch
+        self._layers.clear()
+        for key, site in self._leaders.items():
+            self._sources[site.name].watch = lambda x, expert, key=key, site=site: self._add(key, site, x, expert)
+        try:
+            yield
+        finally:
+            for site in self._leaders.values():
+                self._sources[site.name].watch = None
+
+    def _add(self, key: str, site: Site, x: Tensor, expert: int) -> None:
+        sums = self._sums.get((key, expert))
+        if sums is None:
+            sums = self._sums[key, expert] = InputSums(site.columns, keep=site.kind == "experts")
+        sums.add(self._batch.counted(x))
+
+    def statistics(self, site: Site) -> list[SiteStatistics]:
+        """One for each of the site's matrices: several where it is a tensor of fused experts.
+
+        Experts that saw fewer tokens than twice their inputs have their Gram filled up to that many with the layer's;
+        those under :data:`EXPERT_TOKENS` are without data.
+        """
+        key = _key(site)
+        if site.kind != "experts":
+            sums = self._sums.get((key, 0))
+            return [SiteStatistics.none() if sums is None else sums.statistics()]
+        layer = self._layer(site)
+        count = site.shape[0] if len(site.shape) == 3 else 1
+        found = []
+        for expert in range(count):
+            sums = self._sums.get((key, expert))
+            if sums is None or sums.tokens < EXPERT_TOKENS:
+                found.append(SiteStatistics.none())
+                continue
+            own = sums.statistics()
+            lacking = 2 * site.columns - own.tokens
+            if lacking > 0:
+                assert own.gram is not None
+                gram = (own.gram * own.tokens + layer * lacking) / (own.tokens + lacking)
+                own = SiteStatistics(own.tokens, gram, absmax=own.absmax, absmean=own.absmean)
+            found.append(own)
+        return found
+
+    def _layer(self, site: Site) -> Tensor:
+        """The mean Gram over the inputs of all experts of the site's layer and kind."""
+        kind = _kind(self._leaders[_key(site)])
+        if kind not in self._layers:
+            alike = [sums for (key, _), sums in self._sums.items() if _kind(self._leaders[key]) == kind]
+            total = torch.zeros(site.columns, site.columns)
+            for sums in alike:
+                total += sums.gram_sum()
+            self._layers[kind] = total / max(1, sum(sums.tokens for sums in alike))
+        return self._layers[kind]
+
+
+def _kind(site: Site) -> tuple[str, int, str]:
+    """What the experts of a layer that are fed alike have in common."""
+    return site.module, site.columns, site.role
+
+
+def _key(site: Site) -> str:
+    return site.gram_group or site.name

@@ -1,0 +1,306 @@
+"""The probe: what every option of every group would cost the model's output, from one reverse and one forward walk over
+the original model.
+
+An option's loss is half the mean of ``gradient² * change²`` over a site's outputs, summed over its rows: ``sum_r g_r
+(Δ_r H Δ_rᵀ) / 2`` nats of KL per token, with g the sensitivity of each output and H the Gram of the inputs. Rounding
+on the option's grid gives Δ; what the solver is expected to gain over rounding is a factor from the same statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from slimwright.calibrate.sensitivity import ReverseWalk, Sensitivity
+from slimwright.calibrate.statistics import EXPERT_TOKENS, Collector
+from slimwright.calibrate.walk import Batch, Unit, Walk, walk_units
+from slimwright.checkpoint import Checkpoint
+from slimwright.errors import InputError
+from slimwright.job.build import Calibration
+from slimwright.job.open import model_of
+from slimwright.job.options import score_casts
+from slimwright.job.parallel import in_order
+from slimwright.job.source import PlainSource
+from slimwright.job.walked import WalkSource, walk_dtype
+from slimwright.job.weights import site_rows, survey, without_data
+from slimwright.methods import SiteStatistics
+from slimwright.model.structure import Site, Structure
+from slimwright.plan import Assignment
+from slimwright.runtime.streamed import load_streamed
+from slimwright.search.options import Option
+
+SCORED_PRODUCTS = 5e10
+"""Multiply-adds of one option over the whole model: larger models are scored on a share of every matrix's rows."""
+
+LEAST_ROWS = 16
+"""Rows of a matrix that are scored at least."""
+
+REVERSE_TOKENS = 8192
+"""Tokens of the reverse walk at most."""
+
+REVERSE_LOGITS = 1 << 23
+"""Logits of one of its batches at most."""
+
+Losses = list[float | None]
+
+
+class Probe:
+    """Scores options with data.
+
+    Args:
+        table: options by group, with their costs.
+        done: losses by group that an earlier run found.
+        record: called with each group's losses.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        structure: Structure,
+        calibration: Calibration,
+        table: Mapping[str, list[Option]],
+        done: Mapping[str, Losses],
+        record: Callable[[str, Losses], None],
+    ) -> None:
+        self.source = source
+        self.structure = structure
+        self.calibration = calibration
+        self.table = table
+        self.losses: dict[str, Losses] = dict(done)
+        self.record = record
+        self.groups = structure.choice_groups()
+        self.sources = {name: WalkSource(PlainSource(source, site)) for name, site in structure.sites.items()}
+        self.dtype = walk_dtype(source, structure)
+        products = sum(site.numel * site.columns for site in structure.sites.values())
+        self.share = min(1.0, SCORED_PRODUCTS / max(1, products))
+        self._parts: dict[str, dict[str, list[float]]] = {}
+
+    def run(self) -> dict[str, Losses]:
+        """Losses of every option by group; None for one that cannot hold the values.
+
+        Raises:
+            InputError: NaN or Inf in the source, named with the tensor.
+        """
+        open_groups = [group for group in self.table if group not in self.losses]
+        for group in [group for group in open_groups if len(self.table[group]) == 1]:
+            self._settle(group, [0.0])
+        if not any(group in self.groups for group in open_groups if group not in self.losses):
+            self._casts({})
+            return self.losses
+        cls, config = model_of(self.source, self.calibration.trust_remote_code)
+        model = load_streamed(cls, self.source.model_path, config, self.sources, dtype=self.dtype)
+        reverse = ReverseWalk(
+            model, self.structure, self.sources, self._few(), self._hold, self._release
+        )  # fmt: skip
+        sensitivities = reverse.run()
+        for name, source in self.sources.items():
+            if source.site.kind == "embedding":
+                self._score([source.site], {name: [SiteStatistics.none()]}, sensitivities, lookup=True)
+        units = walk_units(self.structure)
+        left = {unit.module: unit.runs for unit in units.values() if unit.sites}
+        collectors: dict[str, Collector] = {}
+        for step in Walk(
+            model,
+            self.structure,
+            self.calibration.samples.batches,
+            self.calibration.hidden_cap,
+            self.calibration.scratch,
+        ):
+            unit = step.unit
+            self._hold(unit)
+            sites = [site for site in unit.sites if site.choice_group not in self.losses]
+            collector = collectors.setdefault(unit.module, Collector(self.sources, sites))
+            left[unit.module] = left.get(unit.module, 1) - 1
+            over = not any(left.values())
+            for index in step.indices:
+                with collector.watching(step.batch(index)):
+                    if over and not unit.block:
+                        step.show(index)
+                    else:
+                        step.advance(index, step.output(index))
+            if left[unit.module] == 0 and sites:
+                found = {site.name: collector.statistics(site) for site in sites}
+                self._score(sites, found, sensitivities)
+                del collectors[unit.module], found
+            self._release(unit)
+            if over:
+                break
+        self._settle_rest(sensitivities)
+        return self.losses
+
+    # -- walks -----------------------------------------------------------------------------------------------------
+
+    def _hold(self, unit: Unit) -> None:
+        for site in unit.sites:
+            self.sources[site.name].hold(self.dtype)
+
+    def _release(self, unit: Unit) -> None:
+        for site in unit.sites:
+            self.sources[site.name].release()
+
+    def _few(self) -> list[Batch]:
+        """Batches for the reverse walk: of fewer rows and fewer tokens."""
+        vocabulary = max([site.rows for site in self.structure.sites.values() if site.role in ("head", "embed")] or [1])
+        found: list[Batch] = []
+        tokens = 0
+        for batch in self.calibration.samples.batches:
+            first = next(iter(batch.inputs.values()))
+            length = first.shape[1] if first.ndim == 2 else 1
+            step = max(1, min(first.shape[0], REVERSE_LOGITS // max(1, vocabulary * length)))
+            for start in range(0, first.shape[0], step):
+                if tokens >= REVERSE_TOKENS:
+                    return found
+                rows = slice(start, min(start + step, first.shape[0]))
+                inputs = {name: tensor[rows] for name, tensor in batch.inputs.items()}
+                masks = {(rows.stop - rows.start, *shape[1:]): mask[rows] for shape, mask in batch.masks.items()}
+                found.append(Batch(inputs, masks, batch.documents[rows]))
+                tokens += (rows.stop - rows.start) * length
+        return found
+
+    # -- losses ----------------------------------------------------------------------------------------------------
+
+    def _score(
+        self,
+        sites: Sequence[Site],
+        found: Mapping[str, list[SiteStatistics]],
+        sensitivities: Mapping[str, list[Sensitivity]],
+        lookup: bool = False,
+    ) -> None:
+        """Add these sites' losses to their groups'; a group with all its parts is settled.
+
+        Args:
+            lookup: of embeddings, the rows looked up; else the products.
+        """
+        work = [
+            (site, statistics, own)
+            for site in sites
+            if site.choice_group not in self.losses
+            for own in [[s for s in sensitivities.get(site.name, ()) if (s.inputs is not None) == lookup]]
+            for statistics in [found[site.name]]
+            if own
+        ]
+        prepared = []
+        for site, statistics, own in work:
+            solver = next((o.choice.solver() for o in self.table[site.choice_group] if not o.choice.kept), None)
+            gain = 1.0
+            if solver is not None and not lookup and any(stats.gram is not None for stats in statistics):
+                gains = [solver.expected_gain(stats) for stats in statistics if stats.gram is not None]
+                gain = sum(gains) / len(gains)
+            prepared.append((site, statistics, own, gain))
+
+        def losses(item: tuple[Site, list[SiteStatistics], list[Sensitivity], float]) -> list[float]:
+            return self._site_losses(*item)
+
+        for item, values in in_order(losses, prepared):
+            site = item[0]
+            parts = self._parts.setdefault(site.choice_group, {})
+            parts[site.name + (" (looked up)" if lookup else "")] = values
+        for group in {site.choice_group for site in sites if site.choice_group not in self.losses}:
+            members = self.groups[group]
+            wanted = sum(
+                sum((s.inputs is not None) == kind for s in sensitivities.get(site.name, ())) > 0
+                for site in members
+                for kind in (True, False)
+            )
+            if wanted and len(self._parts.get(group, {})) >= wanted:
+                self._settle(group, self._sum(group))
+
+    def _sum(self, group: str) -> Losses:
+        totals = [math.fsum(values) for values in zip(*self._parts.pop(group).values(), strict=True)]
+        return [total if math.isfinite(total) else None for total in totals]
+
+    def _site_losses(
+        self, site: Site, statistics: list[SiteStatistics], own: list[Sensitivity], gain: float
+    ) -> list[float]:
+        """Loss of every choice for one site, in nats per token."""
+        choices = [option.choice for option in self.table[site.choice_group]]
+        losses = [0.0] * len(choices)
+        matrices = len(statistics)
+        out = site.rows // matrices
+        layer = _mean_gram(statistics)
+        known = [s for s in own if s.share > 0]
+        for matrix, stats in enumerate(statistics):
+            sensitivity = own[matrix] if matrix < len(own) else own[0]
+            gram, outputs, share = stats.gram, sensitivity.outputs, sensitivity.share
+            if sensitivity.inputs is None and gram is None:
+                # Too few tokens reached this expert here; more may elsewhere, so it is taken for a rare average one.
+                if layer is None or not known:
+                    continue
+                gram = layer
+                outputs = torch.stack([s.outputs for s in known]).mean(0)
+                share = max(share, EXPERT_TOKENS / max(1, self.calibration.samples.tokens))
+            rows = self._rows(out)
+            weight = torch.cat([site_rows(self.source, site, slice(r, r + 1)) for r in (matrix * out + rows).tolist()])
+            weight = weight.float()
+            if not torch.isfinite(weight).all():
+                raise InputError(
+                    f"The tensor '{site.name}' of {self.source.path} holds NaN or Inf: repair or replace it."
+                )
+            for index, choice in enumerate(choices):
+                if choice.kept:
+                    continue
+                change = self._change(site, weight, choice)
+                if sensitivity.inputs is not None:
+                    often = sensitivity.inputs[rows]
+                    error = ((change.square() @ outputs) * often).sum() / often.sum()
+                    losses[index] += float(error) * share / 2
+                else:
+                    assert gram is not None
+                    error = ((change @ gram) * change).sum(1).clamp_(min=0)
+                    losses[index] += float((error * outputs[rows]).sum()) * share * gain * out / len(rows) / 2
+        return losses
+
+    def _rows(self, out: int) -> Tensor:
+        """Evenly spaced rows of a matrix that are scored."""
+        count = min(out, max(LEAST_ROWS, int(out * self.share)))
+        return torch.linspace(0, out - 1, count).round().long()
+
+    def _change(self, site: Site, weight: Tensor, choice: Assignment) -> Tensor:
+        """What rounding on the choice's grid does to some rows."""
+        solver = without_data(choice.solver())
+        stats = SiteStatistics(survey=survey(self.source, site, solver.grid))
+        return solver.solve(weight, stats).dense() - weight
+
+    # -- groups ----------------------------------------------------------------------------------------------------
+
+    def _settle(self, group: str, losses: Losses) -> None:
+        self.losses[group] = losses
+        self.record(group, losses)
+
+    def _settle_rest(self, sensitivities: Mapping[str, list[Sensitivity]]) -> None:
+        """Groups that the walks did not reach whole get what they have; then tensors that are only cast."""
+        for group, options in self.table.items():
+            if group in self.losses or group not in self.groups:
+                continue
+            self._settle(group, self._sum(group) if group in self._parts else [0.0] * len(options))
+        self._casts(sensitivities)
+
+    def _casts(self, sensitivities: Mapping[str, list[Sensitivity]]) -> None:
+        """16-bit casts of other tensors, whose loss is their relative error, brought to nats by what the same relative
+        error costs the median group."""
+        rates = []
+        for group, sites in self.groups.items():
+            for option, loss in zip(self.table[group], self.losses.get(group, []), strict=False):
+                if not option.choice.kept and loss and "int8" in option.choice.grid:
+                    numel = sum(site.numel for site in sites)
+                    rates.append(loss / (numel * 1e-5))
+                    break
+        rate = sorted(rates)[len(rates) // 2] if rates else 1.0
+        for name in self.structure.castable:
+            if name in self.table and name not in self.losses:
+                found = score_casts(self.source, name, [option.choice for option in self.table[name]])
+                self._settle(name, [None if loss is None else loss * rate for loss in found])
+
+
+def _mean_gram(statistics: Sequence[SiteStatistics]) -> Tensor | None:
+    known = [stats for stats in statistics if stats.gram is not None]
+    if not known:
+        return None
+    total = sum(stats.tokens for stats in known)
+    mean = torch.zeros_like(known[0].gram)  # type: ignore[arg-type]
+    for stats in known:
+        mean += stats.gram * (stats.tokens / total)  # type: ignore[operator]
+    return mean

@@ -1,0 +1,141 @@
+"""The data of ``measure``: texts, labelled texts, retrieval tasks, labelled images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from slimwright.calibrate.data import Document, fingerprint
+from slimwright.errors import InputError, NotBuiltError
+from slimwright.evaluate.documents import STANDARD_LIBRARY, read_texts, sample
+from slimwright.evaluate.retrieval import RetrievalTask, is_task, read_task, standard_library_task, task_of_pairs
+from slimwright.evaluate.subject import Kind
+from slimwright.job.measuring import Data
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of data.
+
+    Attributes:
+        name: as in the report; ``source``: as the user gave it.
+        texts: what is read; for a retrieval task its documents.
+        task: the retrieval task, or None.
+        labels: (samples,) int64 indices of classes, or None.
+        images: the file of an image source.
+    """
+
+    name: str
+    source: str
+    texts: tuple[Document, ...] = ()
+    task: RetrievalTask | None = None
+    labels: Tensor | None = None
+    images: Path | None = None
+
+    def data(self) -> Data:
+        """What a measuring process gets."""
+        texts = tuple((document.name, document.text) for document in self.texts)
+        queries = tuple(self.task.queries.values()) if self.task else ()
+        return Data(self.name, texts, queries, str(self.images.resolve()) if self.images else None)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the rows: documents, or images by number."""
+        if self.images is None:
+            return [document.name for document in self.texts]
+        assert self.labels is not None
+        return [str(index) for index in range(len(self.labels))]
+
+    def facts(self) -> dict[str, Any]:
+        """For the report."""
+        found: dict[str, Any] = {"name": self.name, "source": self.source, "documents": len(self.names)}
+        if self.images is not None:
+            return {**found, "hash": hashlib.sha256(self.images.read_bytes()).hexdigest()}
+        size = sum(len(document.text.encode(errors="replace")) for document in self.texts)
+        queries = {"queries": len(self.task.queries)} if self.task else {}
+        return {**found, **queries, "bytes": size, "hash": fingerprint(self.texts)}
+
+
+def read_source(
+    name: str, source: str, kind: Kind, nbytes: int, classes: tuple[str, ...], tokenizer: Callable[[], Any]
+) -> Source:
+    """Read a source for models of a kind.
+
+    Args:
+        name: as in the report.
+        source: ``stdlib`` or see :func:`slimwright.calibrate.data.documents`; for encoders also a folder in BEIR's
+            layout, and ``stdlib`` and pairs are retrieval tasks; for classifiers of images a safetensors file with
+            ``pixel_values`` (images, channels, height, width) as the model takes them, and ``labels`` (images,).
+        kind: of the models.
+        nbytes: of text that are taken, about; of retrieval tasks all is.
+        classes: names of the classifiers' labels.
+        tokenizer: gives the reference's.
+
+    Raises:
+        InputError: what is there does not serve.
+    """
+    if kind == "vision":
+        return _images(name, source, len(classes))
+    if kind == "encoder" and (source == STANDARD_LIBRARY or is_task(source)):
+        return _retrieval(name, source, standard_library_task() if source == STANDARD_LIBRARY else read_task(source))
+    found = read_texts(source, tokenizer)
+    pairs = [document for document in found if document.pair is not None]
+    if kind == "encoder" and len(pairs) == len(found):
+        return _retrieval(name, source, task_of_pairs(found))
+    if kind == "classifier" and pairs:
+        raise NotBuiltError(f"The data '{source}' holds pairs: classifiers of pairs are not measured in this version.")
+    texts = tuple(sample(found, nbytes))
+    if len(texts) < 2 and kind in ("encoder", "classifier"):
+        raise InputError(f"The data '{source}' holds one text, but intervals need at least two.")
+    return Source(name, source, texts, labels=_labels(source, texts, classes) if kind == "classifier" else None)
+
+
+def _retrieval(name: str, source: str, task: RetrievalTask) -> Source:
+    if len(task.queries) < 2:
+        raise InputError(f"The data '{source}' holds one query, but intervals need at least two.")
+    return Source(name, source, tuple(Document(identifier, text) for identifier, text in task.documents.items()), task)
+
+
+def _labels(source: str, texts: tuple[Document, ...], classes: tuple[str, ...]) -> Tensor | None:
+    """Indices of the classes, given as such or by name; None if no text has one."""
+    given = [document for document in texts if document.label is not None]
+    if not given:
+        return None
+    if len(given) < len(texts):
+        raise InputError(f"Only {len(given)} of the {len(texts)} texts of '{source}' that are measured have a label.")
+    indices = []
+    for document in texts:
+        index = classes.index(document.label) if document.label in classes else document.label
+        if not isinstance(index, int) or not 0 <= index < len(classes):
+            raise InputError(
+                f"The label '{str(document.label)[:60]}' of {document.name} in '{source}' is no class of the model "
+                f"({', '.join(classes)[:200]})."
+            )
+        indices.append(index)
+    return torch.tensor(indices)
+
+
+def _images(name: str, source: str, classes: int) -> Source:
+    path = Path(source).expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise InputError(
+            f"Images are read from a .safetensors file with `pixel_values` and `labels`, which '{source}' is not."
+        )
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read as safetensors: {error}.") from None
+    pixels, labels = found.get("pixel_values"), found.get("labels")
+    if pixels is None or labels is None or pixels.ndim != 4 or labels.shape != pixels.shape[:1] or len(labels) < 2:
+        raise InputError(f"{path} must hold `pixel_values` (images, channels, height, width) and `labels` (images,).")
+    if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise InputError(f"The `labels` of {path} are no indices of the model's {classes} classes.")
+    return Source(name, source, labels=labels.long(), images=path)

@@ -1,0 +1,333 @@
+"""The build walk: solves the sites that need data, block by block, on the outputs of what is solved already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from slimwright.calibrate.statistics import Collector, bf16_is_fast
+from slimwright.calibrate.walk import Step, Walk, walk_units
+from slimwright.calibrate.walk import Unit as WalkUnit
+from slimwright.checkpoint import Checkpoint, CheckpointWriter
+from slimwright.job.build import Calibration, Tile, TileResult, Unit, digest_of, solved_line
+from slimwright.job.ledger import Entry
+from slimwright.job.memory import trim
+from slimwright.job.open import model_of
+from slimwright.job.parallel import in_order
+from slimwright.job.source import PlainSource
+from slimwright.job.weights import TILE_ELEMENTS, plain_rounding, site_rows, site_tiles, survey, without_data
+from slimwright.methods import SiteStatistics, WeightSolver
+from slimwright.model.structure import Site, Structure
+from slimwright.runtime.modules import decode_tile
+from slimwright.runtime.streamed import WeightSource, load_streamed
+from slimwright.weights import Grid, disk_shapes
+
+SOLVED_ELEMENTS = 1 << 21
+"""Weights of a tile that is solved with data: more than without, since every tile reads its Gram's whole factor."""
+
+GRAM_BYTES = 256 << 20
+"""Grams of a block that are factorized side by side."""
+
+SMALL_MODEL = 32_000_000
+"""Parameters up to which walks compute in float32 whatever the model is stored in."""
+
+
+def walk_dtype(source: Checkpoint, structure: Structure) -> torch.dtype:
+    """bfloat16 for models of some size stored in it where the CPU multiplies it natively, else float32."""
+    stored = {source.tensors[name].dtype for name in structure.sites}
+    wide = structure.parameters > SMALL_MODEL
+    return torch.bfloat16 if wide and stored == {torch.bfloat16} and bf16_is_fast() else torch.float32
+
+
+class WrittenSource(WeightSource):
+    """A site as it lies in the files written so far, decoded by the grid's reference code."""
+
+    def __init__(self, written: Checkpoint, site: Site, grid: Grid) -> None:
+        super().__init__(site)
+        self._written = written
+        self._grid = grid
+
+    def rows(self, rows: slice) -> Tensor:
+        if self._grid.plain:
+            return site_rows(self._written, self.site, rows).float()
+        shape = self.site.weight_shape
+        parts = {suffix: self._written.read(self.site.name + suffix) for suffix in disk_shapes(self._grid, shape)}
+        return decode_tile(self._grid, parts, shape, rows)
+
+
+class WalkSource(WeightSource):
+    """A site as it stands: the source's weight until it is solved, then what was written."""
+
+    def __init__(self, current: WeightSource) -> None:
+        super().__init__(current.site)
+        self.current = current
+
+    def rows(self, rows: slice) -> Tensor:
+        return self.current.rows(rows)
+
+    def gather(self, index: Tensor) -> Tensor:
+        return self.current.gather(index)
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Keep the whole matrix in memory, made in tiles by the worker threads; a plain weight of that dtype is the
+        mapped file itself."""
+        if isinstance(self.current, PlainSource):
+            mapped = self.current.stored()
+            if mapped is not None and mapped.dtype == dtype:
+                self.held = mapped
+                return
+        site = self.site
+        held = torch.empty(site.rows, site.columns, dtype=dtype)
+        grid = self.current._grid if isinstance(self.current, WrittenSource) else None
+
+        def fill(rows: slice) -> None:
+            held[rows] = self.current.rows(rows).to(dtype)
+
+        for _ in in_order(fill, site_tiles(site, grid, TILE_ELEMENTS)):
+            pass
+        self.held = held
+
+    def release(self) -> None:
+        """Let go of it."""
+        self.held = None
+
+
+class WalkedBuild:
+    """Solves what needs data. Each unit of the walk: collect its inputs' statistics on the compressed prefix, solve its
+    sites, write them, run it again as written, and go on with its outputs.
+
+    Args:
+        lines: of everything that is built already; those sites stand as written.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        structure: Structure,
+        units: Sequence[Unit],
+        writer: CheckpointWriter,
+        calibration: Calibration,
+        lines: dict[str, Entry],
+    ) -> None:
+        self.source = source
+        self.structure = structure
+        self.units = {unit.name: unit for unit in units}
+        self.writer = writer
+        self.calibration = calibration
+        self.lines = lines
+        self.written = Checkpoint.open(writer.directory)
+        self.dtype = walk_dtype(source, structure)
+        self.sources = {name: WalkSource(PlainSource(source, site)) for name, site in structure.sites.items()}
+        for name in lines:
+            self._stands_as_written(name)
+
+    def run(self, finish: Callable[[Unit, Entry], None], commit: Callable[[], None]) -> None:
+        """Solve and write.
+
+        Args:
+            finish: called with each unit and its line once it is written.
+            commit: called when what was finished is to be safe from a crash.
+        """
+        cls, config = model_of(self.source, self.calibration.trust_remote_code)
+        model = load_streamed(cls, self.source.model_path, config, self.sources, dtype=self.dtype)
+        looked_up = self._looked_up()
+        if looked_up:
+            self._solve_without_data(looked_up, finish, "looked up, not multiplied")
+            commit()
+        early = self._solved_early()
+        if early:
+            statistics = self._collect_early(model, early)
+            self._solve([site for unit in early for site in self._open(unit)], statistics, finish)
+            commit()
+        walk = self._walk(model)
+        for step in walk:
+            self._hold(step.unit, self.dtype)
+            sites = self._open(step.unit)
+            if sites:
+                collector = Collector(self.sources, sites)
+                self._collect(step, collector)
+                self._solve(sites, collector.statistics, finish)
+                commit()
+                if not self._left():
+                    break
+                self._hold(step.unit, self.dtype)
+            for index in step.indices:
+                step.advance(index, step.output(index))
+            self._release(step.unit)
+        for held in self.sources.values():
+            held.release()
+        self._solve_without_data(self._left(), finish, "no forward on the calibration data reached it")
+        commit()
+        trim()
+
+    # -- what is where ---------------------------------------------------------------------------------------------
+
+    def _walk(self, model: torch.nn.Module) -> Walk:
+        how = self.calibration
+        return Walk(model, self.structure, how.samples.batches, how.hidden_cap, how.scratch)  # type: ignore[arg-type]
+
+    def _stands_as_written(self, name: str) -> None:
+        unit = self.units[name]
+        if unit.solved and unit.site is not None and unit.assignment is not None:
+            self.sources[name].current = WrittenSource(self.written, unit.site, unit.assignment.parsed_grid())
+
+    def _open(self, unit: WalkUnit) -> list[Site]:
+        """Sites of a walk's unit that are still to be solved."""
+        names = (site.name for site in unit.sites)
+        return [self.structure.sites[n] for n in names if n not in self.lines and self.units[n].needs_data]
+
+    def _hold(self, unit: WalkUnit, dtype: torch.dtype) -> None:
+        for site in unit.sites:
+            if site.kind != "embedding":
+                self.sources[site.name].hold(dtype)
+
+    def _release(self, unit: WalkUnit) -> None:
+        for site in unit.sites:
+            self.sources[site.name].release()
+
+    def _left(self) -> list[Unit]:
+        """What needs data and is not built yet."""
+        return [unit for unit in self.units.values() if unit.needs_data and unit.name not in self.lines]
+
+    def _looked_up(self) -> list[Unit]:
+        """Those of them that no unit of the walk multiplies with: embeddings."""
+        multiplied = {site.name for unit in walk_units(self.structure).values() for site in unit.sites}
+        return [unit for unit in self._left() if unit.name not in multiplied]
+
+    # -- statistics ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _collect(step: Step, collector: Collector) -> None:
+        for index in step.indices:
+            with collector.watching(step.batch(index)):
+                step.show(index)
+
+    def _solved_early(self) -> list[WalkUnit]:
+        """Units whose weights are used before their inputs are known: blocks that run again, heads tied to an
+        embedding. Their statistics come from a walk of their own, over the model as it stands before."""
+        found = walk_units(self.structure).values()
+        tied = {owner for owner in self.structure.ties.values()}
+        return [
+            unit
+            for unit in found
+            if self._open(unit)
+            and (unit.runs > 1 or any(site.kind == "embedding" and site.name in tied for site in unit.sites))
+        ]
+
+    def _collect_early(
+        self, model: torch.nn.Module, early: Sequence[WalkUnit]
+    ) -> Callable[[Site], list[SiteStatistics]]:
+        collectors = {unit.module: Collector(self.sources, self._open(unit)) for unit in early}
+        left = {unit.module: unit.runs for unit in early}
+        for step in self._walk(model):
+            self._hold(step.unit, self.dtype)
+            collector = collectors.get(step.unit.module)
+            if collector is not None:
+                left[step.unit.module] -= 1
+            last = not any(left.values())
+            for index in step.indices:
+                if collector is None:
+                    step.advance(index, step.output(index))
+                    continue
+                with collector.watching(step.batch(index)):
+                    if last:
+                        step.show(index)
+                    else:
+                        step.advance(index, step.output(index))
+            self._release(step.unit)
+            if last:
+                break
+        owners = {site.name: unit.module for unit in early for site in unit.sites}
+        return lambda site: collectors[owners[site.name]].statistics(site)
+
+    # -- solving ---------------------------------------------------------------------------------------------------
+
+    def _solve(
+        self,
+        sites: Sequence[Site],
+        statistics: Callable[[Site], list[SiteStatistics]],
+        finish: Callable[[Unit, Entry], None],
+    ) -> None:
+        """Solve and write sites; those that share a Gram share its factor."""
+        groups: dict[str, list[Site]] = {}
+        for site in sites:
+            groups.setdefault(site.gram_group or site.name, []).append(site)
+        batch: list[Tile] = []
+        size = 0
+        for members in groups.values():
+            found = statistics(members[0])
+            for site in members:
+                batch += self._tiles(self.units[site.name], found)
+            size += sum(2 * 4 * stats.gram.numel() for stats in found if stats.gram is not None)
+            if size > GRAM_BYTES:
+                self._write(batch, finish)
+                batch, size = [], 0
+        self._write(batch, finish)
+
+    def _tiles(self, unit: Unit, found: list[SiteStatistics]) -> list[Tile]:
+        """The tiles of one site; ``found`` has statistics for each of its matrices, or one for all."""
+        site, assignment = unit.site, unit.assignment
+        assert site is not None and assignment is not None
+        solver = assignment.solver()
+        state = survey(self.source, site, solver.grid)
+        places = list(solved_ranges(site, solver))
+        if places[-1][0] + 1 != len(found):  # one expert's rows cannot be rounded without the next's
+            found = [SiteStatistics.none()] * (places[-1][0] + 1)
+        tiles: list[Tile] = []
+        for matrix, rows in places:
+            stats = found[matrix]
+            own = solver if stats.gram is not None else without_data(solver)
+            own.prepare(stats)
+            tiles.append(Tile(unit, rows, False, own, plain_rounding(own), stats.with_survey(state), digest=True))
+        tiles[-1] = replace(tiles[-1], last=True)
+        return tiles
+
+    def _write(self, tiles: list[Tile], finish: Callable[[Unit, Entry], None], reason: str = "") -> None:
+        result, seen = TileResult(), list[Tile]()
+        for tile, found in in_order(lambda tile: tile.run(self.source, self.writer), tiles):
+            result.merge(found)
+            seen.append(tile)
+            if tile.last:
+                finish(tile.unit, self._line(seen, result, reason))
+                self._stands_as_written(tile.unit.name)
+                result, seen = TileResult(), list[Tile]()
+
+    def _line(self, tiles: Sequence[Tile], result: TileResult, reason: str) -> Entry:
+        """The ledger's line of a site from all its tiles."""
+        without = sum(tile.solver is not None and not tile.solver.needs for tile in tiles)
+        nbytes = self.source.tensors[tiles[0].unit.name].nbytes
+        if without == len(tiles):
+            reason = reason or "too few tokens reached it on the calibration data"
+            return solved_line(tiles[0].unit, tiles[0], result, nbytes, reason)
+        reason = f"calibrated on {self.calibration.samples.kind}"
+        if without:
+            reason += f"; {without} of its {len(tiles)} tiles saw too few tokens and were rounded without data"
+        solved = next(tile for tile in tiles if tile.solver is not None and tile.solver.needs)
+        return solved_line(solved.unit, solved, result, nbytes, reason, max(tile.stats.tokens for tile in tiles))
+
+    def _solve_without_data(self, units: Sequence[Unit], finish: Callable[[Unit, Entry], None], reason: str) -> None:
+        """Round sites without data."""
+        for unit in units:
+            self._write(self._tiles(unit, [SiteStatistics.none()]), finish, reason)
+
+
+def solved_ranges(site: Site, solver: WeightSolver) -> Iterator[tuple[int, slice]]:
+    """(matrix, rows of the site) of the tiles that a site is solved in with data, in order: each lies within one of the
+    matrices of fused experts, unless the grid's parameters cross them."""
+    count = site.shape[0] if site.kind == "experts" and len(site.shape) == 3 else 1
+    out, multiple = site.rows // count, solver.grid.row_multiple(site.columns)
+    if count > 1 and out % multiple:
+        count, out = 1, site.rows
+    step = max(1, SOLVED_ELEMENTS // site.columns // multiple) * multiple if solver.row_independent else out
+    for matrix in range(count):
+        for start in range(0, out, step):
+            yield matrix, slice(matrix * out + start, matrix * out + min(start + step, out))
+
+
+def written_checksum(written: Checkpoint, site: Site, solver: WeightSolver) -> str:
+    """The checksum of a site as it lies in the files: its ledger line's, if it is what the solver returned."""
+    source = WrittenSource(written, site, solver.grid)
+    return TileResult(digests=[digest_of(source.rows(rows)) for _, rows in solved_ranges(site, solver)]).checksum

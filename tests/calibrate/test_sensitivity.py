@@ -1,0 +1,150 @@
+"""The reverse walk against gradients of an ordinary forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slimwright.calibrate.sensitivity import ReverseWalk
+from slimwright.calibrate.walk import Batch
+from slimwright.checkpoint import Checkpoint
+from slimwright.job.open import model_of
+from slimwright.job.source import PlainSource
+from slimwright.job.walked import WalkSource
+from slimwright.model.discover import discover
+from slimwright.model.inputs import dummy_inputs
+from slimwright.runtime.streamed import load_streamed
+from tests.families import FAMILIES, cached
+
+
+def reversed_walk(name: str, batches: int = 1):
+    source = Checkpoint.open(str(cached(name, torch.float32)))
+    structure = discover(source)
+    cls, config = model_of(source)
+    sources = {name: WalkSource(PlainSource(source, site)) for name, site in structure.sites.items()}
+    model = load_streamed(cls, source.model_path, config, sources)
+    inputs = [Batch(dummy_inputs(model, batch=2, length=12, seed=seed)) for seed in range(batches)]
+
+    def hold(unit) -> None:
+        for site in unit.sites:
+            sources[site.name].hold(torch.float32)
+
+    def release(unit) -> None:
+        for site in unit.sites:
+            sources[site.name].release()
+
+    walk = ReverseWalk(model, structure, sources, inputs, hold, release)
+    return source, structure, cls, inputs, walk
+
+
+def plain_gradients(cls, source, inputs: list[Batch]) -> dict[str, Tensor]:
+    """Mean squared gradient at every module's output, with the walk's labels."""
+    model = cls.from_pretrained(source.model_path, dtype=torch.float32).eval().requires_grad_(False)
+    squares: dict[str, list[Tensor]] = {}
+
+    def watch(path: str):
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(
+                    lambda gradient: squares.setdefault(path, []).append(
+                        gradient.detach().double().reshape(-1, gradient.shape[-1]).square()
+                    )
+                )
+
+        return hook
+
+    def begin(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return output.requires_grad_(True)
+
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(begin)
+        module.register_forward_hook(watch(path))
+    generator = torch.Generator().manual_seed(0)
+    for batch in inputs:
+        output = model(**batch.inputs)
+        logits = output.get("logits")
+        if logits is not None and logits.ndim >= 2 and logits.shape[-1] > 1:
+            rows = logits.reshape(-1, logits.shape[-1])
+            labels = torch.multinomial(torch.softmax(rows.detach(), -1), 1, generator=generator)[:, 0]
+            nn.functional.cross_entropy(rows, labels, reduction="sum").backward()
+        else:
+            found = next(v for v in output.values() if isinstance(v, Tensor) and v.requires_grad and v.ndim >= 2)
+            vectors = nn.functional.normalize(found.reshape(-1, found.shape[-1]), dim=-1)
+            (vectors * torch.randn(vectors.shape, generator=generator)).sum().backward()
+    return {path: torch.cat(found).mean(0) for path, found in squares.items()}
+
+
+TEXT = sorted(
+    name for name in FAMILIES if name not in ("vit", "clip", "whisper", "llava", "deit", "swin", "siglip", "paligemma")
+)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_sensitivities_are_the_gradients_of_a_plain_backward(name: str) -> None:
+    source, structure, cls, inputs, walk = reversed_walk(name)
+    found = walk.run()
+    expected = plain_gradients(cls, source, inputs)
+    compared = 0
+    for key, sensitivities in found.items():
+        site = structure.sites[key]
+        products = [s for s in sensitivities if s.inputs is None]
+        if site.kind not in ("linear", "conv1d") or site.module not in expected or len(products) != 1:
+            continue
+        reference = expected[site.module].float()
+        if reference.shape != products[0].outputs.shape:
+            continue
+        scale = float(reference.abs().max())
+        assert torch.allclose(products[0].outputs, reference, rtol=1e-3, atol=1e-5 * scale), key
+        compared += 1
+    assert compared >= 3
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(TEXT)))
+def test_other_inputs_have_sensitivities_too(name: str) -> None:
+    _, structure, _, _, walk = reversed_walk(name)
+    found = walk.run()
+    linears = [site for site in structure.sites.values() if site.kind == "linear" and site.block is not None]
+    reached = [site for site in linears if site.name in found and float(found[site.name][0].outputs.sum()) > 0]
+    assert len(reached) >= len(linears) // 2
+
+
+def test_half_the_squared_change_is_the_kl_divergence() -> None:
+    """The second-order KL of a small random change of one weight, against the divergence itself."""
+    source, structure, cls, inputs, walk = reversed_walk("llama", batches=24)
+    found = walk.run()
+    model = cls.from_pretrained(source.model_path, dtype=torch.float32).eval()
+    ratios = []
+    for key in [k for k, s in structure.sites.items() if s.role in ("down", "o", "q", "gate")][:6]:
+        site = structure.sites[key]
+        module = model.get_submodule(site.module)
+        change = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(1)) * 0.01
+        predicted = divergence = tokens = 0.0
+        for batch in inputs:
+            seen: list[Tensor] = []
+            hook = module.register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0]))
+            with torch.no_grad():
+                before = torch.log_softmax(model(**batch.inputs)["logits"], -1)
+                hook.remove()
+                module.weight += change
+                after = torch.log_softmax(model(**batch.inputs)["logits"], -1)
+                module.weight -= change
+            moved = seen[0].reshape(-1, change.shape[1]) @ change.T
+            predicted += float((moved.square() @ found[key][0].outputs).sum()) / 2
+            divergence += float((before.exp() * (before - after)).sum())
+            tokens += moved.shape[0]
+        ratios.append(predicted / divergence)
+    assert all(0.4 < ratio < 2.5 for ratio in ratios), ratios
+
+
+def test_embeddings_know_how_often_their_rows_are_looked_up() -> None:
+    _, structure, _, inputs, walk = reversed_walk("llama")
+    found = walk.run()
+    name = next(site.name for site in structure.sites.values() if site.role == "embed")
+    looked_up = next(s for s in found[name] if s.inputs is not None)
+    counts = torch.bincount(inputs[0].inputs["input_ids"].flatten(), minlength=structure.sites[name].rows)
+    assert looked_up.inputs is not None
+    assert torch.equal(looked_up.inputs.argsort(stable=True), (counts + 1).float().argsort(stable=True))
+    assert float(looked_up.inputs.sum()) == pytest.approx(1)
+    assert float(looked_up.outputs.min()) > 0
