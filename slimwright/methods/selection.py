@@ -79,6 +79,7 @@ def survey_magnitudes(values: Sequence[Tensor], selections: Sequence[Sequence[Se
         tile: the tile that the values are of.
     """
     sums: Sums = {}
+    width = torch.int32 if tile.site.numel < 1 << 31 else torch.int64  # one set a tensor is kept until the round ends
     for model, (vector, wanted) in enumerate(zip(values, selections)):
         open_ones = [(index, found) for index, found in enumerate(wanted) if not found.get("done")]
         if not open_ones:
@@ -89,14 +90,13 @@ def survey_magnitudes(values: Sequence[Tensor], selections: Sequence[Sequence[Se
             key = f"{model}.{index}"
             if bits is not None and "high" not in found:
                 first = next((f"high{model}.{i}" for i, _ in open_ones if f"high{model}.{i}" in sums), None)
-                sums["high" + key] = (
-                    torch.bincount(bits >> 16, minlength=_LOW // 2) if first is None else sums[first].clone()
-                )
+                counts = torch.bincount(bits >> 16, minlength=_LOW // 2).to(width) if first is None else sums[first]
+                sums["high" + key] = counts if first is None else counts.clone()
             elif "threshold" not in found and found["few"]:
                 sums["few" + key] = _gathered(vector, found["high"] << 16, tile.start)
             elif bits is not None and "threshold" not in found:
                 inside = (bits - (found["high"] << 16)).clamp_(-1, _LOW).add_(1)
-                sums["low" + key] = torch.bincount(inside, minlength=_LOW + 2)[1 : _LOW + 1].clone()
+                sums["low" + key] = torch.bincount(inside, minlength=_LOW + 2)[1 : _LOW + 1].to(width)
             else:
                 counts = torch.zeros(-(-tile.site.numel // BLOCK), dtype=torch.int64)
                 for number, part in enumerate(vector.split(BLOCK), tile.start // BLOCK):
@@ -119,7 +119,7 @@ def settle_magnitudes(sums: Mapping[str, Sums], selections: Sequence[Sequence[Se
 def _settled(sums: Mapping[str, Sums], key: str, found: Selection) -> Selection:
     found = dict(found)
     if "high" not in found:
-        counts = torch.stack([part["high" + key] for part in sums.values()]).sum(0)
+        counts = torch.stack([part["high" + key] for part in sums.values()]).sum(0, dtype=torch.int64)
         found["high"], found["wanted"] = _bin_of(counts, found["keep"])
         found["few"] = found["high"] > 0 and int(counts[found["high"]]) <= GATHERED
     elif found.get("few"):
@@ -131,7 +131,7 @@ def _settled(sums: Mapping[str, Sums], key: str, found: Selection) -> Selection:
             found["cut"] = _cut({n: indices[own == found["threshold"]] for n, (indices, own) in bits.items()}, wanted)
         found["done"] = True
     elif "threshold" not in found:
-        counts = torch.stack([part["low" + key] for part in sums.values()]).sum(0)
+        counts = torch.stack([part["low" + key] for part in sums.values()]).sum(0, dtype=torch.int64)
         low, wanted = _bin_of(counts, found["wanted"])
         found["threshold"], found["wanted"] = (found["high"] << 16) + low, wanted
         # Zeros are the same kept or not, and where all of them are wanted there is nothing to cut.

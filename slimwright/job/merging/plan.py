@@ -263,8 +263,14 @@ def _unit(
                 f"The tensor '{shown(target.name)}' is {other.shape} in {model} but {first.shape} in {leader}: merge "
                 f"models of one architecture{hint}."
             )
+    for other, model in zip(everything, models):
+        if other.dtype.is_floating_point and other.dtype.itemsize == 1:
+            raise InputError(
+                f"The tensor '{shown(target.name)}' of {model} is stored in 8-bit floats, whose scales are unknown: "
+                "start from the model before quantization."
+            )
     site = MergeSite(target.name, first.shape, target.block, target.blocks)
-    if not first.numel or not all(other.dtype.is_floating_point and other.dtype.itemsize > 1 for other in everything):
+    if not first.numel or not all(other.dtype.is_floating_point for other in everything):
         reason = "empty" if not first.numel else "no floats: taken from the base (the first)"
         entry = TensorEntry(target.name, first.dtype, first.shape)
         return Unit(entry, site, (first,), None, None, (leader,), (leader_name,), reason)
