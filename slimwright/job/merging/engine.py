@@ -26,8 +26,8 @@ from slimwright.job.parallel import workers
 from slimwright.methods.merging import BLOCK, MergeMethod, State, Sums, Tile, add_sums
 
 TILE_ELEMENTS = 4 * BLOCK
-"""Elements of a tile: 4 MB in float32 a model. Smaller tiles stay longer in a core's cache, but Python's lock changes hands
-after every operation: with a quarter of it the system's share of the time was twice as large."""
+"""Elements of a tile: 4 MB in float32 a model. Smaller tiles stay longer in a core's cache, but Python's lock changes
+hands after every operation: with a quarter of it the system's share of the time was twice as large."""
 
 COMMIT_BYTES = 256_000_000
 """What is written between two commits."""
