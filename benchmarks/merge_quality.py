@@ -12,6 +12,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -20,7 +22,10 @@ from torch import Tensor, nn
 from benchmarks.common import Row, exit_code, publish
 from slimwright.methods.merging import MergeMethod, MergeSite
 
-WIDTH, LAYERS, STEPS, TUNE_STEPS, BATCH = 64, 4, 300, 150, 128
+WIDTH, LAYERS, STEPS, TUNE_STEPS, BATCH = 64, 4, 1500, 150, 128
+TUNE_RATE = 3e-4
+"""With 300 steps of pretraining and a rate of 1e-3 the task vectors have so little in common that no method is 5 points
+above the average (0.31)."""
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0)
 CANDIDATES: dict[str, list[str]] = {
     "linear": ["linear"],
@@ -128,6 +133,7 @@ def merged(spec: str, base: Mapping[str, Tensor], models: list[dict[str, Tensor]
 
 def run(seed: int) -> dict[str, float]:
     """Normalised accuracies of one seed, by method."""
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     data = digits(seed)
     model = Encoder()
@@ -139,7 +145,7 @@ def run(seed: int) -> dict[str, float]:
     for task, change in TASKS.items():
         model.load_state_dict(base)
         images, labels = data["train"]
-        train(model, change(images), labels, TUNE_STEPS, 1e-3, 0.0, seed)
+        train(model, change(images), labels, TUNE_STEPS, TUNE_RATE, 0.0, seed)
         tuned.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         for part in ("validation", "test"):
             own[task, part] = accuracy(model, change(data[part][0]), data[part][1])
@@ -170,8 +176,8 @@ def run(seed: int) -> dict[str, float]:
 
 def main() -> int:
     started = time.time()
-    torch.set_num_threads(min(2, torch.get_num_threads()))
-    seeds = [run(seed) for seed in range(3)]
+    with ProcessPoolExecutor(3, get_context("spawn")) as pool:
+        seeds = list(pool.map(run, range(3)))
     mean = {name: sum(seed[name] for seed in seeds) / len(seeds) for name in seeds[0]}
     spread = {name: max(seed[name] for seed in seeds) - min(seed[name] for seed in seeds) for name in seeds[0]}
     rows: list[Row] = [{"method": name, "normalised": mean[name], "spread": spread[name]} for name in mean]
