@@ -59,7 +59,7 @@ def _refuse(**given: object) -> None:
 @app.command()
 def fit(
     model: Annotated[
-        str, typer.Argument(help="Model directory, hub id, hub-id@revision, sentence-transformers directory.")
+        str, typer.Argument(help="Model directory, hub id, hub-id@revision, sentence-transformers directory, zoo:NAME.")
     ],
     out: Annotated[str | None, typer.Option(help="Directory for the result.")] = None,
     size: Annotated[str | None, typer.Option(help="Limit of the weight files: 4.25bit, 30%, 4.7GB.")] = None,
@@ -136,7 +136,7 @@ def fit(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
+    model: Annotated[str, typer.Argument(help="Model directory, hub id or zoo:NAME.")],
     as_json: Json = False,
     trust_remote_code: Remote = False,
     help_all: HelpAll = False,

@@ -39,7 +39,7 @@ def main() -> None:
             peak = max(peak, anonymous())
             time.sleep(0.02)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     started = time.perf_counter()
     oneshot(

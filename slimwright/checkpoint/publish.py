@@ -23,6 +23,10 @@ FORMAT_VERSION = 1
 _SCRATCH = ".scratch"
 
 
+class InUseError(InputError):
+    """Another process holds the claim."""
+
+
 def partial_directory(out: Path) -> Path:
     """Where a job for `out` works until it is done."""
     return out.with_name(out.name + ".partial")
@@ -94,7 +98,8 @@ def claim(out: str | Path, job_key: str) -> Claim:
     """Claim `out` for the job `job_key`, continuing what the same job began.
 
     InputError if OUT is a file, a mount point, or holds anything but the result of this very job; if OUT.partial is
-    another job's (naming the command that removes it); if another process holds the claim; or if it cannot be made.
+    another job's (naming the command that removes it); if another process holds the claim (InUseError); or if it cannot
+    be made.
     """
     path = Path(os.path.realpath(Path(out).expanduser()))
     while True:
@@ -143,7 +148,7 @@ def _lock(partial: Path) -> int | None:
             return descriptor
     except BlockingIOError as error:
         os.close(descriptor)
-        raise InputError(
+        raise InUseError(
             f"{shown(partial)} is in use by another process: wait for it to end, or choose another --out."
         ) from error
     except FileNotFoundError:

@@ -21,6 +21,7 @@ from slimwright.evaluate.harness import require_harness
 from slimwright.evaluate.subject import KINDS, Subject, load_tokenizer, open_subject
 from slimwright.job.compare import Measured, compare, score, speed_range
 from slimwright.job.measuring import Spec
+from slimwright.job.open import located
 from slimwright.job.progress import Reporter
 from slimwright.job.result import versions
 from slimwright.job.sources import read_source
@@ -75,7 +76,7 @@ def measure(*models: str, **options: Any) -> MeasureReport:
     """Measure models side by side.
 
     Args:
-        models: directories, sentence-transformers directories or hub ids, all of one kind.
+        models: directories, sentence-transformers directories, hub ids or zoo:NAME, all of one kind.
         options: fields of :class:`MeasureOptions`.
 
     Raises:
@@ -98,7 +99,8 @@ class _Measurement:
         _check(models, asked)
         self.out = None if asked.out is None else _empty(Path(asked.out))
         first = models[0] if asked.reference is None else str(asked.reference)
-        paths = list(dict.fromkeys(os.path.normpath(p) if os.path.isdir(p) else p for p in (first, *models)))
+        places = map(located, (first, *models))
+        paths = list(dict.fromkeys(os.path.normpath(p) if os.path.isdir(p) else p for p in places))
         subjects = [open_subject(path, asked.trust_remote_code) for path in paths]
         self.subjects = dict(zip(_names(paths), subjects))
         self.reference = next(iter(self.subjects))

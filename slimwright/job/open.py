@@ -16,6 +16,8 @@ from slimwright.runtime.format import DenseForm, read_config, read_dense
 from slimwright.runtime.modules import decode_tile
 from slimwright.weights import Grid, disk_shapes, matrix_shape
 
+ZOO = "zoo:"
+
 
 class DequantizedCheckpoint(Checkpoint):
     """A result of ours seen as the dense checkpoint it stands for, decoded tile by tile on demand.
@@ -103,12 +105,25 @@ def model_of(source: Checkpoint, trust_remote_code: bool = False) -> tuple[type[
     return type(model), model.config
 
 
-def open_source(path: str) -> Checkpoint:
-    """Open a model directory or hub id; a result of ours is dequantized tile by tile.
+def located(model: str) -> str:
+    """The directory of `zoo:NAME`, a model that is trained if it is not in the cache; anything else as it is.
 
     Raises:
-        InputError: not a model, damaged, or quantized in a form that is not read.
+        InputError: the zoo has no such model (with the nearest name), or the cache cannot be written.
     """
-    checkpoint = Checkpoint.open(path)
+    if not model.startswith(ZOO):
+        return model
+    from slimwright import zoo
+
+    return str(zoo.model(model.removeprefix(ZOO)))
+
+
+def open_source(path: str) -> Checkpoint:
+    """Open a model directory, a hub id or a model of the zoo (`zoo:gpt2`); a result of ours is dequantized by tiles.
+
+    Raises:
+        InputError: not a model, damaged, quantized in a form that is not read, or unknown to the zoo.
+    """
+    checkpoint = Checkpoint.open(located(path))
     refuse_foreign_quantization(checkpoint)
     return checkpoint if checkpoint.quantization is None else DequantizedCheckpoint(checkpoint)

@@ -7,6 +7,7 @@ import sys
 import types
 
 from slimwright.methods.registry import (
+    GroupFold,
     Method,
     SiteStatistics,
     WeightSolver,
@@ -19,6 +20,7 @@ from slimwright.methods.registry import (
 )
 
 __all__ = [
+    "GroupFold",
     "Method",
     "SiteStatistics",
     "WeightSolver",

@@ -13,7 +13,7 @@ import importlib
 import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -36,6 +36,7 @@ class SiteStatistics:
         survey: what the grid's ``survey`` found over the whole matrix when ``solve`` sees only a tile of it.
         absmax: (in,) float32, the largest magnitude of each input; None without data.
         absmean: (in,) float32, the mean magnitude of each input; None without data.
+        mean: (in,) float32, the mean of each input; None without data.
     """
 
     tokens: int = 0
@@ -43,6 +44,7 @@ class SiteStatistics:
     survey: Any = None
     absmax: Tensor | None = None
     absmean: Tensor | None = None
+    mean: Tensor | None = None
     _factors: dict[Any, tuple[Tensor, float]] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
@@ -51,24 +53,50 @@ class SiteStatistics:
         return cls()
 
     @classmethod
-    def from_inputs(cls, x: Tensor) -> SiteStatistics:
+    def from_inputs(cls, x: Tensor, weights: Tensor | None = None) -> SiteStatistics:
         """Statistics of the inputs ``x`` (tokens, in) of one site.
 
+        Args:
+            weights: (tokens,) what each token counts in the Gram and the mean, whose scale does not matter; tokens with
+                a weight of 0 are left out of everything. None: all count alike.
+
         Raises:
-            InputError: ``x`` is not two-dimensional, is empty or holds NaN or Inf.
+            InputError: ``x`` is not two-dimensional, is empty or holds NaN or Inf; the weights are of another shape,
+                negative, NaN or Inf, or all 0.
         """
         if x.ndim != 2 or not x.numel():
             raise InputError(f"Inputs must be (tokens, in) and not empty, but have shape {tuple(x.shape)}.")
         x = x.float()
         if not torch.isfinite(x).all():
             raise InputError("Inputs hold NaN or Inf.")
-        size = x.abs()
-        return cls(tokens=x.shape[0], gram=x.T @ x / x.shape[0], absmax=size.amax(0), absmean=size.mean(0))
+        weighted = x
+        if weights is not None:
+            if weights.shape != (x.shape[0],):
+                raise InputError(f"{x.shape[0]} tokens need as many weights, not {tuple(weights.shape)}.")
+            if not torch.isfinite(weights).all() or (weights < 0).any() or not (weights > 0).any():
+                raise InputError("Token weights must be finite, not negative and not all 0.")
+            x, weights = x[weights > 0], weights[weights > 0].float()
+            weighted = x * (weights / weights.mean())[:, None]
+        size, tokens = x.abs(), x.shape[0]
+        gram = x.T @ weighted / tokens
+        if weights is not None:  # equal on both sides but for rounding
+            gram = (gram + gram.T) / 2
+        return cls(tokens, gram, absmax=size.amax(0), absmean=size.mean(0), mean=weighted.mean(0))
 
     @property
     def importance(self) -> Tensor | None:
         """(in,) mean squared input, the diagonal of the Gram; None without data."""
         return None if self.gram is None else self.gram.diagonal()
+
+    def centred_gram(self) -> Tensor:
+        """(in, in) float32, the inputs' covariance ``H - μ μᵀ``: the Gram of a layer whose bias follows the mean error.
+
+        Raises:
+            InputError: there is no Gram or no mean input.
+        """
+        if self.gram is None or self.mean is None:
+            raise InputError("The centred Gram needs the statistics 'gram' and 'mean': give data.")
+        return self.gram - torch.outer(self.mean, self.mean)
 
     def with_survey(self, survey: Any) -> SiteStatistics:
         """The same with another survey; factors found by one are known to both."""
@@ -204,6 +232,16 @@ class Method(ABC):
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             object.__setattr__(self, field.name, _checked(self.name, field, getattr(self, field.name)))
 
+    def check_statistics(self, stats: SiteStatistics, columns: int) -> None:
+        """Refuse statistics that lack what the method needs, or are of another number of inputs."""
+        for need in self.needs:
+            statistic = getattr(stats, need)
+            if statistic is None:
+                raise InputError(f"{self.name} needs the statistic '{need}': give data.")
+            if statistic.shape[-1] != columns:
+                seen = statistic.shape[-1]
+                raise InputError(f"{self.name}: the {need} is of {seen} inputs, the weight has {columns}.")
+
     @property
     def spec(self) -> str:
         """The method in writing: its name and the knobs that differ from their defaults, the grid left out."""
@@ -255,14 +293,55 @@ class WeightSolver(Method):
         reason = self.grid.illegal(*weight.shape)
         if reason:
             raise InputError(f"The grid {self.grid} cannot hold a weight of {tuple(weight.shape)}: {reason}.")
-        for need in self.needs:
-            if getattr(stats, need) is None:
-                raise InputError(f"{self.name} needs the statistic '{need}': give data.")
+        self.check_statistics(stats, weight.shape[1])
         weight = weight.float()
         low, high = weight.aminmax()  # NaN and Inf come through: one pass instead of isfinite's three
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise InputError("The weight holds NaN or Inf.")
         return weight, self.grid.survey(weight) if stats.survey is None else stats.survey
+
+
+class GroupFold(Method):
+    """Moves a scale from a producer to its consumers, which changes what a solver loses but not the function.
+    :mod:`slimwright.methods.folding` has what folds share and what applies them to a model."""
+
+    family = "fold"
+
+    @abstractmethod
+    def scales(
+        self, weights: Sequence[Tensor], stats: SiteStatistics, solver: WeightSolver, channels: Tensor | None = None
+    ) -> Tensor:
+        """The factors for the consumers' columns; the producer is divided by them.
+
+        Args:
+            weights: all consumers, (out, in) each, any float dtype.
+            stats: of their common input.
+            solver: what will put the consumers on a grid.
+            channels: (in,) int64, which channel of the producer each input reads; None is each its own.
+
+        Returns:
+            (in,) float32, positive, equal for inputs of one channel.
+
+        Raises:
+            InputError: shapes that do not fit, a statistic in ``needs`` is missing, or NaN or Inf.
+        """
+
+    def checked(self, weights: Sequence[Tensor], stats: SiteStatistics, channels: Tensor | None) -> list[Tensor]:
+        """The weights in float32, after the checks that every fold makes."""
+        if not weights or any(weight.ndim != 2 or not weight.is_floating_point() for weight in weights):
+            raise InputError(f"{self.name} takes one or more float weights (out, in).")
+        columns = weights[0].shape[1]
+        if any(weight.shape[1] != columns for weight in weights):
+            raise InputError(f"{self.name}: the weights do not have the same inputs.")
+        if channels is not None and channels.shape != (columns,):
+            raise InputError(
+                f"{self.name}: channels are given for {channels.numel()} inputs, the weights have {columns}."
+            )
+        found = [weight.float() for weight in weights]
+        if not all(torch.isfinite(weight).all() for weight in found):
+            raise InputError("The weight holds NaN or Inf.")
+        self.check_statistics(stats, columns)
+        return found
 
 
 def register(name: str, *, paper: str) -> Callable[[M], M]:

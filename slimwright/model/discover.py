@@ -16,7 +16,7 @@ from slimwright.errors import InputError
 from slimwright.model.groups import assign_groups, find_folds
 from slimwright.model.inputs import dummy_inputs
 from slimwright.model.names import NameMap, name_map
-from slimwright.model.observe import Observation, behaves_as_linear, observe
+from slimwright.model.observe import Observation, behaves_as_linear, gain_offset, observe, turns_with_its_input
 from slimwright.model.roles import role_of
 from slimwright.model.skeleton import skeleton
 from slimwright.model.stacks import find_stacks
@@ -148,7 +148,17 @@ class _Discovery:
             note=self.note or self._unused_note(kept),
             bytes={name: info.nbytes for name, info in self.tensors.items()},
             castable=self._castable(kept, roles, {site.choice_group for site in sites.values()} | ties.keys()),
+            rms_norms=self._rms_norms(on_disk),
         )
+
+    def _rms_norms(self, on_disk: Mapping[str, str]) -> dict[str, float]:
+        """Disk names of RMS norms' gains, and what the model adds to them."""
+        found = {}
+        for path, module in self.modules.items():
+            name = on_disk.get(f"{path}.weight")
+            if name is not None and "norm" in type(module).__name__.lower() and turns_with_its_input(module):
+                found[name] = gain_offset(module) or 0.0
+        return found
 
     def _castable(self, kept: Mapping[str, str], roles: Mapping[str, str], others: set[str]) -> tuple[str, ...]:
         """Kept tensors that may be stored in 16 bits; ``others`` are tied, or share their name with a choice group."""

@@ -149,9 +149,7 @@ def _value_fold(attention: nn.Module, parts: Mapping[str, Site]) -> FoldGroup | 
     groups = getattr(attention, "num_key_value_groups", 1)
     if others - _BESIDE_ATTENTION or rest or repeat != groups or list(attention.parameters(recurse=False)):
         return None
-    if repeat == 1:
-        return FoldGroup("v_o", value.name, (output.name,))
     head_dim = getattr(attention, "head_dim", None)
     if not isinstance(head_dim, int) or value.rows % head_dim:
-        return None
+        return None if repeat > 1 else FoldGroup("v_o", value.name, (output.name,))
     return FoldGroup("v_o", value.name, (output.name,), repeat=repeat, head_dim=head_dim)

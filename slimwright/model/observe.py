@@ -233,23 +233,12 @@ def behaves_as_linear(module: nn.Linear) -> bool:
 
 def gain_offset(norm: nn.Module) -> float | None:
     """``c`` of a norm that multiplies by ``weight + c``: 0 as a rule, 1 for Gemma's; None if it does otherwise."""
-    small = copy.deepcopy(norm)
-    weight = getattr(small, "weight", None)
-    if weight is None or weight.ndim != 1:
-        return None
-    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    if isinstance(small, nn.LayerNorm):
-        small.normalized_shape = (8,)
-    if getattr(small, "bias", None) is not None:
-        small.bias = nn.Parameter(torch.zeros(8))
     outputs = []
     for value in (0.0, 1.0, 3.0):
-        small.weight = nn.Parameter(torch.full((8,), value))
-        try:
-            with torch.no_grad():
-                outputs.append(type(small).forward(small, x))
-        except Exception:  # a norm that wants more than its input
+        found = _normed(norm, value, _sample())
+        if found is None:
             return None
+        outputs.append(found)
     zero, one, three = outputs
     slope = one - zero
     if not torch.allclose(three - zero, 3 * slope, atol=1e-4) or slope.abs().max() < 1e-3:
@@ -257,3 +246,36 @@ def gain_offset(norm: nn.Module) -> float | None:
     ratios = zero / slope
     offset = round(float(ratios.median()), 3) + 0.0  # no -0.0
     return offset if torch.allclose(zero, offset * slope, atol=1e-3) else None
+
+
+def turns_with_its_input(norm: nn.Module) -> bool:
+    """Whether a norm with a gain of 1 and no bias turns its output when its input is turned: so do RMS norms, but not
+    those that subtract the mean."""
+    offset = gain_offset(norm)
+    if offset is None or getattr(norm, "bias", None) is not None:
+        return False
+    turn, _ = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)))
+    straight, turned = _normed(norm, 1 - offset, _sample()), _normed(norm, 1 - offset, _sample() @ turn)
+    return straight is not None and turned is not None and torch.allclose(straight @ turn, turned, atol=1e-3)
+
+
+def _sample() -> Tensor:
+    return torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+
+def _normed(norm: nn.Module, value: float, x: Tensor) -> Tensor | None:
+    """What the norm makes of ``x`` (3, 8) with a weight of ``value`` everywhere and no bias; None if it cannot."""
+    small = copy.deepcopy(norm)
+    weight = getattr(small, "weight", None)
+    if weight is None or weight.ndim != 1:
+        return None
+    if isinstance(small, nn.LayerNorm):
+        small.normalized_shape = (8,)
+    if getattr(small, "bias", None) is not None:
+        small.bias = nn.Parameter(torch.zeros(8))
+    small.weight = nn.Parameter(torch.full((8,), value))
+    try:
+        with torch.no_grad():
+            return type(small).forward(small, x)
+    except Exception:  # a norm that wants more than its input
+        return None

@@ -113,6 +113,7 @@ class FoldGroup:
     (with GQA: ``repeat`` query heads share one key/value head) or ``up_down``. All are disk names. The producer's bias,
     where it has one, is scaled with it. The gain of a norm is its weight + ``offset`` (1 for Gemma's, else 0). Channel
     ``c`` of v is read by the ``repeat`` columns ``(c // head_dim * repeat + i) * head_dim + c % head_dim`` of o.
+    ``head_dim`` is 1 where it is not known.
     """
 
     kind: str
@@ -143,6 +144,8 @@ class Structure:
         bytes: bytes on disk of every tensor, by disk name.
         castable: disk names of the kept tensors that a plan may store in 16 bits: wide floats of some size that are
             neither routers nor norms.
+        rms_norms: disk names of the gains of norms that divide by the root mean square and do nothing else → the offset
+            that the model adds to the gain.
     """
 
     family: str
@@ -159,6 +162,7 @@ class Structure:
     note: str = ""
     bytes: dict[str, int] = field(default_factory=dict)
     castable: tuple[str, ...] = ()
+    rms_norms: dict[str, float] = field(default_factory=dict)
 
     def choice_groups(self) -> dict[str, tuple[Site, ...]]:
         """Sites by choice group, in checkpoint order."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from slimwright.weights.grid import Grid, Levels, Params, Part, register_grid
+from slimwright.weights.grid import Grid, Levels, Params, Part, register_grid, row_blocks
 
 _FLOAT16_MAX = 65504.0
 
@@ -28,6 +28,47 @@ def half_bytes(values: Tensor) -> Tensor:
 def bytes_half(data: Tensor) -> Tensor:
     """Inverse of :func:`half_bytes`."""
     return data.contiguous().view(torch.float16).squeeze(-1).float()
+
+
+def unit_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks (..., n) divided by a power of two so that squares and cubes stay finite, and that power (..., 1).
+
+    Exact, so the searches find what they would have found on the blocks themselves.
+    """
+    exponent = torch.frexp(torch.maximum(blocks.amax(-1, keepdim=True), -blocks.amin(-1, keepdim=True))).exponent
+    power = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
+    return (blocks.double() / power).float(), power.float()
+
+
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, 0 where the denominator is not positive."""
+    positive = denominator > 0
+    return torch.where(positive, numerator / torch.where(positive, denominator, 1.0), 0.0)
+
+
+def input_weights(importance: Tensor, block: int) -> Tensor:
+    """Importance (columns,) by blocks, (1, blocks, block), in units of each block's largest. Inputs that were never
+    seen get a millionth of it; in a block of nothing else all count alike."""
+    values = importance.float().view(1, -1, block)
+    largest = values.amax(2, keepdim=True)
+    return torch.where(largest > 0, values / torch.where(largest > 0, largest, 1.0), 1.0).clamp_(min=1e-6)
+
+
+def search_scale(x: Tensor, weight: Tensor, half: int) -> Tensor:
+    """(..., n) → (..., 1): the scale, of either sign, with which codes ``-half .. half - 1`` have the least weighted
+    squared error: 19 trials around the one that puts the weight of largest magnitude on ``-half``, each followed by
+    least squares. Of equals the plain trial wins."""
+    extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))  # the first one on ties
+    inverse = torch.where(extreme != 0, 1 / torch.where(extreme != 0, extreme, 1.0), 0.0)
+    scale, best = torch.zeros_like(extreme), torch.full_like(extreme, -1.0)
+    for index in sorted(range(-9, 10), key=lambda index: index != 0):
+        code = (x * (-(half + 0.1 * index) * inverse)).round_().clamp_(-half, half - 1)
+        weighted = weight * code
+        sum_xl, sum_l2 = (weighted * x).sum(-1, keepdim=True), (weighted * code).sum(-1, keepdim=True)
+        better = (sum_l2 > 0) & (sum_xl * sum_xl > best * sum_l2)
+        trial = ratio(sum_xl, sum_l2)
+        scale, best = torch.where(better, trial, scale), torch.where(better, trial * sum_xl, best)
+    return scale
 
 
 class GGUFBlocks(Grid):
@@ -78,8 +119,7 @@ class GGUFBlocks(Grid):
 
 
 class _Legacy(GGUFBlocks):
-    """One float16 scale per 32 weights. As in ggml, codes are chosen with the scale before it is rounded to float16;
-    ``importance`` is not used."""
+    """One float16 scale per 32 weights. As in ggml, codes are chosen with the scale before it is rounded to float16."""
 
     block = 32
     top: ClassVar[int]
@@ -106,16 +146,33 @@ class _Legacy(GGUFBlocks):
 @register_grid
 @dataclass(frozen=True)
 class Q4_0(_Legacy):  # noqa: N801 - the format's name
-    """``w ≈ scale * (code - 8)``; 18 bytes per 32. The weight of largest magnitude in a block falls on code 0."""
+    """``w ≈ scale * (code - 8)``; 18 bytes per 32. The weight of largest magnitude in a block falls on code 0.
+
+    With importance the scale is searched as llama.cpp does it: 19 trials around that one, each followed by least
+    squares, with the squared errors weighted by ``importance * sqrt(mean(x²) + x²)``. Two differences: the mean is over
+    the block, where llama.cpp takes the row's, so that a block's scale depends on nothing outside it; and the codes are
+    the nearest ones for the scale found, not those of the trial that led to it.
+    """
 
     key: ClassVar[str] = "q4_0"
     block_bytes = 18
     top = 15
+    weighted = True
 
     def fit(self, w: Tensor, importance: Tensor | None = None, survey: Any = None) -> Params:
+        if importance is not None:
+            found = [self._search(w[rows], importance) for rows in row_blocks(*w.shape)]
+            return self._params(torch.cat(found))
         blocks = self.blocked(w)
         extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)).squeeze(2)  # the first one on ties
         return self._params(extreme.float() / -8)
+
+    def _search(self, w: Tensor, importance: Tensor) -> Tensor:
+        """(rows, blocks) scales."""
+        blocks, power = unit_blocks(self.blocked(w))
+        square = blocks.square()
+        weight = input_weights(importance, self.block) * (square.mean(2, keepdim=True) + square).sqrt_()
+        return (search_scale(blocks, weight, 8) * power).squeeze(2)
 
     def encode(self, w: Tensor, params: Params) -> Tensor:
         return self._scaled(w, params).add_(8.5).clamp_(0, 15).to(torch.uint8).flatten(1)
@@ -131,7 +188,10 @@ class Q4_0(_Legacy):  # noqa: N801 - the format's name
 @register_grid
 @dataclass(frozen=True)
 class Q8_0(_Legacy):  # noqa: N801 - the format's name
-    """``w ≈ scale * (code - 128)``; 34 bytes per 32; ``scale = absmax / 127``. On disk the codes are signed bytes."""
+    """``w ≈ scale * (code - 128)``; 34 bytes per 32; ``scale = absmax / 127``. On disk the codes are signed bytes.
+
+    ``importance`` is not used, as in llama.cpp.
+    """
 
     key: ClassVar[str] = "q8_0"
     block_bytes = 34

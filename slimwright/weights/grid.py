@@ -76,6 +76,8 @@ class Grid(ABC):
     """Name of the kind; the spec of most grids."""
     examples: ClassVar[tuple[str, ...]] = ()
     """Specs that show what the kind offers (error messages, tests over the registry); empty: just the key."""
+    weighted: ClassVar[bool] = False
+    """Whether :meth:`fit` uses ``importance``."""
     plain: ClassVar[bool] = False
     """Whether the payload is the dense tensor itself in another dtype, which every program reads."""
 

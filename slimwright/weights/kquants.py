@@ -1,7 +1,8 @@
 """GGUF's k-quants Q4_K and Q6_K: super-blocks of 256 whose sub-block scales are integers (card: gguf).
 
-Without importance the scale search is ggml's reference quantizer; with it (mean squared input of each column) the
-card's item 7.
+Without importance the scale search is ggml's reference quantizer; with it (mean squared input of each column) that of
+llama.cpp with an importance matrix (card: item 7). Q4_K weights squared errors by ``importance * sqrt(2 mean(x²) +
+x²)``, mean over the super-block; Q6_K by the importance itself, as llama.cpp's source does, not the card.
 """
 
 from __future__ import annotations
@@ -12,30 +13,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from slimwright.weights.gguf import GGUFBlocks, bytes_half, half_bytes, stored_half
+from slimwright.weights.gguf import (
+    GGUFBlocks,
+    bytes_half,
+    half_bytes,
+    input_weights,
+    ratio,
+    search_scale,
+    stored_half,
+    unit_blocks,
+)
 from slimwright.weights.grid import Levels, Params, register_grid, row_blocks
-
-
-def _unit(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks (..., n) divided by a power of two so that squares and cubes stay finite, and that power (..., 1).
-
-    Exact, so the searches find what they would have found on the blocks themselves.
-    """
-    exponent = torch.frexp(torch.maximum(blocks.amax(-1, keepdim=True), -blocks.amin(-1, keepdim=True))).exponent
-    power = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
-    return (blocks.double() / power).float(), power.float()
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, 0 where the denominator is not positive."""
-    positive = denominator > 0
-    return torch.where(positive, numerator / torch.where(positive, denominator, 1.0), 0.0)
-
-
-def _input_weights(blocks: Tensor, importance: Tensor) -> Tensor:
-    """Weights of squared errors with importance: ``imp * sqrt(2 mean(x²) + x²)``, mean over the super-block."""
-    square = blocks.square()
-    return importance.float().view(1, -1, blocks.shape[2]) * (2 * square.mean(2, keepdim=True) + square).sqrt_()
 
 
 @register_grid
@@ -46,6 +34,7 @@ class Q4_K(GGUFBlocks):  # noqa: N801 - the format's name
     key: ClassVar[str] = "q4_k"
     block = 256
     block_bytes = 144
+    weighted = True
 
     def fit(self, w: Tensor, importance: Tensor | None = None, survey: Any = None) -> Params:
         """``d``, ``dmin`` (rows, blocks) float32; ``scale``, ``min`` (rows, blocks, 8) uint8."""
@@ -53,14 +42,16 @@ class Q4_K(GGUFBlocks):  # noqa: N801 - the format's name
         return {name: torch.cat([params[name] for params in found]) for name in found[0]}
 
     def _fit_rows(self, w: Tensor, importance: Tensor | None) -> Params:
-        blocks, power = _unit(self.blocked(w))
+        blocks, power = unit_blocks(self.blocked(w))
         x = blocks.unflatten(2, (8, 32))
         if importance is None:
             weight = x.abs() + x.square().mean(3, keepdim=True).sqrt_()
             scale, low = _search_affine(x, weight, start=-1.0, step=0.1, candidates=21)
             d, dmin = scale.amax(2) / 63, -low.amin(2) / 63
         else:
-            weight = _input_weights(blocks, importance).unflatten(2, (8, 32))
+            square = blocks.square()
+            weight = input_weights(importance, 256) * (2 * square.mean(2, keepdim=True) + square).sqrt_()
+            weight = weight.unflatten(2, (8, 32))
             scale, low = _search_affine(x, weight, start=-0.9, step=0.05, candidates=37)
             total = weight.sum(3)
             d, dmin = _fit_scale(scale, total), _fit_scale(-low, total)
@@ -68,8 +59,8 @@ class Q4_K(GGUFBlocks):  # noqa: N801 - the format's name
         return {
             "d": stored_half(d * power),
             "dmin": stored_half(dmin * power),
-            "scale": _ratio(scale, d.unsqueeze(2).expand_as(scale)).round_().clamp_(0, 63).to(torch.uint8),
-            "min": _ratio(-low, dmin.unsqueeze(2).expand_as(low)).round_().clamp_(0, 63).to(torch.uint8),
+            "scale": ratio(scale, d.unsqueeze(2).expand_as(scale)).round_().clamp_(0, 63).to(torch.uint8),
+            "min": ratio(-low, dmin.unsqueeze(2).expand_as(low)).round_().clamp_(0, 63).to(torch.uint8),
         }
 
     def _steps(self, params: Params) -> tuple[Tensor, Tensor]:
@@ -126,7 +117,7 @@ def _search_affine(x: Tensor, weight: Tensor, start: float, step: float, candida
     sum_w, sum_x = weight.sum(-1, keepdim=True), (weight * x).sum(-1, keepdim=True)
 
     def codes(top: float) -> Tensor:
-        return ((x - low) * _ratio(torch.full_like(extent, top), extent)).round_().clamp_(0, 15)
+        return ((x - low) * ratio(torch.full_like(extent, top), extent)).round_().clamp_(0, 15)
 
     code = codes(15.0)
     scale, minimum = extent / 15, low
@@ -137,9 +128,9 @@ def _search_affine(x: Tensor, weight: Tensor, start: float, step: float, candida
         sum_l, sum_l2 = weighted.sum(-1, keepdim=True), (weighted * code).sum(-1, keepdim=True)
         sum_xl = (weighted * x).sum(-1, keepdim=True)
         determinant = sum_w * sum_l2 - sum_l * sum_l
-        trial = _ratio(sum_w * sum_xl - sum_x * sum_l, determinant)
-        offset = _ratio(sum_l2 * sum_x - sum_l * sum_xl, determinant)
-        trial = torch.where(offset > 0, _ratio(sum_xl, sum_l2), trial)
+        trial = ratio(sum_w * sum_xl - sum_x * sum_l, determinant)
+        offset = ratio(sum_l2 * sum_x - sum_l * sum_xl, determinant)
+        trial = torch.where(offset > 0, ratio(sum_xl, sum_l2), trial)
         offset.clamp_(max=0)
         error = (weight * (code * trial + offset - x).square_()).sum(-1, keepdim=True)
         better = (determinant > 0) & (error < best)
@@ -154,8 +145,8 @@ def _fit_scale(values: Tensor, weight: Tensor) -> Tensor:
     top = values.amax(-1, keepdim=True)
     scale, best = top / 63, torch.full_like(top, torch.inf)
     for index in range(-4, 5):
-        code = (values * _ratio(torch.full_like(top, 63 + 0.1 * index), top)).round_().clamp_(0, 63)
-        trial = _ratio((weight * code * values).sum(-1, keepdim=True), (weight * code * code).sum(-1, keepdim=True))
+        code = (values * ratio(torch.full_like(top, 63 + 0.1 * index), top)).round_().clamp_(0, 63)
+        trial = ratio((weight * code * values).sum(-1, keepdim=True), (weight * code * code).sum(-1, keepdim=True))
         error = (weight * (code * trial - values).square_()).sum(-1, keepdim=True)
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, trial, scale)
@@ -170,6 +161,7 @@ class Q6_K(GGUFBlocks):  # noqa: N801 - the format's name
     key: ClassVar[str] = "q6_k"
     block = 256
     block_bytes = 210
+    weighted = True
 
     def fit(self, w: Tensor, importance: Tensor | None = None, survey: Any = None) -> Params:
         """``d`` (rows, blocks) float32; ``scale`` (rows, blocks, 16) int8."""
@@ -177,20 +169,10 @@ class Q6_K(GGUFBlocks):  # noqa: N801 - the format's name
         return {name: torch.cat([params[name] for params in found]) for name in found[0]}
 
     def _fit_rows(self, w: Tensor, importance: Tensor | None) -> Params:
-        blocks, power = _unit(self.blocked(w))
+        blocks, power = unit_blocks(self.blocked(w))
         x = blocks.unflatten(2, (16, 16))
-        weight = x.square() if importance is None else _input_weights(blocks, importance).unflatten(2, (16, 16))
-        extreme = x.gather(3, x.abs().argmax(3, keepdim=True))  # the first one on ties
-        inverse = torch.where(extreme != 0, 1 / torch.where(extreme != 0, extreme, 1.0), 0.0)
-        scale, best = torch.zeros_like(extreme), torch.full_like(extreme, -1.0)
-        for index in sorted(range(-9, 10), key=lambda index: index != 0):  # the plain one first: it wins ties
-            code = (x * (-(32 + 0.1 * index) * inverse)).round_().clamp_(-32, 31)
-            weighted = weight * code
-            sum_xl, sum_l2 = (weighted * x).sum(3, keepdim=True), (weighted * code).sum(3, keepdim=True)
-            better = (sum_l2 > 0) & (sum_xl * sum_xl > best * sum_l2)
-            trial = _ratio(sum_xl, sum_l2)
-            scale, best = torch.where(better, trial, scale), torch.where(better, trial * sum_xl, best)
-        scale = scale.squeeze(3)
+        weight = x.square() if importance is None else input_weights(importance, 256).unflatten(2, (16, 16))
+        scale = search_scale(x, weight, 32).squeeze(3)
         largest = scale.gather(2, scale.abs().argmax(2, keepdim=True))
         inverse = torch.where(largest != 0, -128 / torch.where(largest != 0, largest, 1.0), 0.0)
         return {

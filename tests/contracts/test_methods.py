@@ -116,6 +116,26 @@ def test_other_things_than_floats_are_refused(name: str) -> None:
             method(name).solve(thing, SiteStatistics.none())
 
 
+@pytest.mark.parametrize("name", [name for name in SOLVERS if method_class(name).needs])
+def test_statistics_that_lack_or_do_not_fit_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="needs the statistic"):
+        method(name).solve(weight(), SiteStatistics.none())
+    with pytest.raises(InputError, match="of 128 inputs, the weight has 256"):
+        method(name).solve(weight(), SiteStatistics.from_inputs(torch.ones(300, 128)))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_inputs_that_were_never_seen_and_few_tokens_do_no_harm(name: str) -> None:
+    """A third of the inputs always 0, and fewer tokens than inputs: a singular Gram."""
+    x = torch.randn(40, 256, generator=torch.Generator().manual_seed(3))
+    x[:, ::3] = 0
+    w = weight()
+    solved = method(name).solve(w, SiteStatistics.from_inputs(x)).dense()
+    assert torch.isfinite(solved).all()
+    unseen = (solved - w)[:, ::3].square().sum() / w[:, ::3].square().sum()
+    assert unseen < 0.5, "weights of inputs that were never seen are lost"
+
+
 def test_a_grid_that_cannot_hold_the_shape_is_refused() -> None:
     with pytest.raises(InputError, match="multiple of 256"):
         method("quantize/rtn", grid="q4_k").solve(torch.ones(4, 300), SiteStatistics.none())

@@ -59,6 +59,23 @@ def test_gemma_norms_add_one_to_their_weight(structure_of: StructureOf) -> None:
     assert {fold.offset for fold in structure_of("gemma3").folds if fold.kind == "norm"} == {1.0}
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "offsets"),
+    [
+        ("llama", 5, {0.0}),  # two a block and the last
+        ("qwen3", 9, {0.0}),  # those of q and k too
+        ("gemma3", 13, {1.0}),  # four a block, q and k, the last
+        ("cohere", 0, set()),  # subtracts the mean, though it has no bias
+        ("bert", 0, set()),
+        ("t5", 12, {0.0}),
+    ],
+)
+def test_rms_norms(name: str, count: int, offsets: set[float], structure_of: StructureOf) -> None:
+    norms = structure_of(name).rms_norms
+    assert len(norms) == count
+    assert set(norms.values()) == offsets
+
+
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 @torch.no_grad()
 def test_folding_random_scales_changes_nothing(name: str, structure_of: StructureOf) -> None:

@@ -52,7 +52,7 @@ def test_q4_0_holds_a_constant_negative_block() -> None:
     assert torch.equal(grid.round(w, grid.fit(w)), w)
 
 
-@pytest.mark.parametrize("name", ["q4_k", "q6_k"])
+@pytest.mark.parametrize("name", ["q4_0", "q4_k", "q6_k"])
 def test_importance_lowers_the_weighted_error(name: str) -> None:
     grid, w = parse_grid(name), gaussian(64, 512)
     importance = torch.exp(2 * gaussian(1, 512, seed=1)[0])

@@ -1,0 +1,55 @@
+"""The base of solvers that round column by column with error feedback."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from slimwright.errors import InputError
+from slimwright.methods.registry import SiteStatistics, WeightSolver
+from slimwright.weights import Quantized
+from slimwright.weights.feedback import feedback_gain, round_with_feedback
+from slimwright.weights.ranges import fit_params
+
+
+class FeedbackSolver(WeightSolver):
+    """Solvers that work with a factor of the damped Gram, in an order of their own; ``solve`` fits the grid to the
+    weight as it was.
+
+    Subclasses have the knobs ``damp`` (a fraction of the mean of H's diagonal) and ``clip`` (:func:`fit_params`).
+    """
+
+    damp: float
+    clip: str
+    needs = ("gram",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grid.plain:
+            raise InputError(f"{self.name}: {self.grid} is a plain float; use quantize/rtn for it.")
+
+    def column_order(self, stats: SiteStatistics) -> Tensor | None:
+        """(in,) the order in which the columns are rounded; None is from left to right."""
+        return None
+
+    def solve(self, weight: Tensor, stats: SiteStatistics) -> Quantized:
+        weight, survey = self.checked(weight, stats)
+        order = self.column_order(stats)
+        factor, _ = stats.factor(self.damp, order)
+        params = fit_params(self.grid, weight, self.clip, stats.importance, survey)
+        values, params = round_with_feedback(self.grid, weight, factor, params, order=order)
+        return Quantized(self.grid, self.grid.encode(values, params), params)
+
+    def prepare(self, stats: SiteStatistics) -> None:
+        if stats.gram is not None:
+            stats.factor(self.damp, self.column_order(stats))
+
+    def expected_gain(self, stats: SiteStatistics) -> float:
+        if stats.gram is None:
+            return 1.0
+        return feedback_gain(stats.gram, *stats.factor(self.damp, self.column_order(stats)))
+
+
+def importance_order(stats: SiteStatistics) -> Tensor:
+    """(in,) the inputs by falling mean square, the first of equals first."""
+    assert stats.importance is not None
+    return stats.importance.argsort(descending=True, stable=True)

@@ -1,0 +1,1 @@
+"""Folds: scales moved between neighbours before weights are put on a grid."""
