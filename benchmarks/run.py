@@ -18,6 +18,8 @@ BENCHMARKS = {
     "hostile": "1,000 damaged checkpoints",
     "loading": "memory and time of loading a packed model",
     "grids": "error and speed of every grid",
+    "merging": "agreement with mergekit, and speed beside it",
+    "merge_quality": "what every merge method keeps of four tasks",
     "zoo": "trained models: figure, training time, what rounding costs",
     "solvers": "what every solver loses on the cards' synthetic setups",
     "memory": "13 GB models under 1.5 GB of memory",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from slimwright.job.fit import fit
     from slimwright.job.inspect import inspect
     from slimwright.job.measure import measure
+    from slimwright.job.merge import merge
     from slimwright.methods import SiteStatistics, method
     from slimwright.runtime.loading import load
     from slimwright.weights import Int
@@ -29,6 +30,7 @@ _LAZY = {
     "export": "slimwright.job.export",
     "inspect": "slimwright.job.inspect",
     "measure": "slimwright.job.measure",
+    "merge": "slimwright.job.merge",
     "load": "slimwright.runtime.loading",
     "method": "slimwright.methods",
     "SiteStatistics": "slimwright.methods",
@@ -55,4 +57,16 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY, "methods"])
 
 
-__all__ = ["Int", "SiteStatistics", "__version__", "export", "fit", "inspect", "load", "measure", "method", "methods"]
+__all__ = [
+    "Int",
+    "SiteStatistics",
+    "__version__",
+    "export",
+    "fit",
+    "inspect",
+    "load",
+    "measure",
+    "merge",
+    "method",
+    "methods",
+]

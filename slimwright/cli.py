@@ -108,7 +108,7 @@ def fit(
         target=target, adapter=adapter, loss=loss, ray=ray,
     )  # fmt: skip
     from slimwright.job.fit import fit as run
-    from slimwright.plan import parse_bytes
+    from slimwright.sizes import parse_bytes
 
     report = run(
         model, out, size=size, grid=grid, rules=tuple(rule or ()), plan=plan, job_memory=job_memory, dry_run=dry_run,
@@ -163,7 +163,7 @@ def export(
 ) -> None:
     """Write a result in another form."""
     import slimwright
-    from slimwright.plan import parse_bytes
+    from slimwright.sizes import parse_bytes
 
     if out is None:
         raise InputError("Give --out, the directory to write to.")
@@ -218,6 +218,37 @@ def measure(
         console.print(f"Note: {note}", highlight=False, markup=False)
     if report.out is not None:
         console.print(f"Report: {report.out / 'measure.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def merge(
+    config: Annotated[str, typer.Argument(help="YAML file: our form, or mergekit's.")],
+    out: Annotated[str | None, typer.Option(help="Directory for the result.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of random masks (default: the file's, else 0).")] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Publish without the proof.")] = False,
+    job_memory: Annotated[str | None, typer.Option(help="Memory the job may use, e.g. 2GB.")] = None,
+    shard_size: Annotated[str | None, typer.Option(hidden=True, help="Largest weight file (default: 5GB).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and forecast only.")] = False,
+    as_json: Json = False,
+    help_all: HelpAll = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Combine checkpoints into one, as CONFIG says; prove the result, publish it."""
+    import slimwright
+
+    limit = None
+    if shard_size is not None:
+        from slimwright.sizes import parse_bytes
+
+        limit = parse_bytes(shard_size, "--shard-size")
+    report = slimwright.merge(
+        config, out, seed=seed, verify=not no_verify, job_memory=job_memory, max_shard_bytes=limit, dry_run=dry_run,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(report.data))
+    else:
+        _print_merge(Console(), report.data, report.out)
 
 
 @app.command()
@@ -279,7 +310,7 @@ def _not_built(verb: str) -> Callable[..., None]:
     return command
 
 
-for _verb in ("merge", "tune", "serve", "run"):
+for _verb in ("tune", "serve", "run"):
     app.command(
         _verb, hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
     )(_not_built(_verb))  # fmt: skip
@@ -316,6 +347,38 @@ def _print_forecast(console: Console, data: dict[str, Any]) -> None:
         + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found["phases"].items()),
         *(f"Note: {note}" for note in data["notes"]),
     ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_merge(console: Console, data: dict[str, Any], out: object) -> None:
+    found, size, tensors = data["forecast"], data["size"], data["tensors"]
+    whose = "mergekit's definitions and defaults" if data["definitions"] == "mergekit" else "the paper's definitions"
+    lines = [f"method  {data['method']} ({whose}): {'; '.join(data['specs'][:3])}{' ...' if data['specs'][3:] else ''}"]
+    if data["differs_from_the_paper"]:
+        lines.append(f"        unlike the paper: {data['differs_from_the_paper']}")
+    lines += [
+        f"models  {', '.join(data['models'])}; base {data['base'] or 'none'}",
+        f"tensors {tensors['merged']} merged, {tensors['copied']} copied, {tensors['not_read']} of the inputs not read",
+        f"size    {size['before'] / 1e6:.1f} MB -> {size['after'] / 1e6:.1f} MB in {size['shards']} file(s)",
+    ]
+    if data.get("dry_run"):
+        lines += [
+            f"reads   {found['read_bytes'] / 1e6:.1f} MB",
+            f"memory  {found['memory_bytes'] / 1e6:.0f} MB",
+            f"time    about {found['seconds']:.1f} s",
+        ]
+    else:
+        job, proof = data.get("job"), data.get("verified")
+        if job:
+            lines.append(f"took    {job['seconds']:.1f} s, {job['peak_memory_bytes'] / 1e6:.0f} MB of memory")
+        if proof and proof["ok"]:
+            lines.append(f"proof   {proof['tensors']} tensors and {proof['tiles']} random tiles equal")
+    lines += [f"Note: {note}" for note in data["notes"]]
+    if out is not None:
+        lines += [f"Report: {out}/report.json"] + (
+            [f"Load it with:\n{data['how_to_load']}"] if "how_to_load" in data else []
+        )
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from slimwright.errors import InputError, NotBuiltError
 from slimwright.methods import WeightSolver, parse_method
 from slimwright.model.structure import Structure
+from slimwright.sizes import parse_bytes
 from slimwright.weights import Float, Grid, parse_grid
 
 PLAN_VERSION = 1
@@ -274,27 +275,6 @@ def bind(rules: list[Rule], structure: Structure) -> dict[str, str]:
             hint = f"; did you mean '{near[0]}'?" if near else "; `slimwright inspect` lists the names."
             raise InputError(f"The rule '{rule.pattern}: {rule.choice}' names no weight of this model{hint}")
     return bound
-
-
-def parse_bytes(text: str, what: str) -> int:
-    """``1.5GB``, ``800MB``, ``2GiB``, ``123456`` → bytes (GB is 10^9, GiB is 2^30).
-
-    Raises:
-        InputError: not a size.
-    """
-    import re
-
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?b?)\s*", text.lower())
-    units = {"": 1, "b": 1, **{f"{u}b": 1000 ** (i + 1) for i, u in enumerate("kmgt")}}
-    units |= {f"{u}ib": 1024 ** (i + 1) for i, u in enumerate("kmgt")} | {
-        u: 1000 ** (i + 1) for i, u in enumerate("kmgt")
-    }
-    if not match or match[2] not in units:
-        raise InputError(f"{what} '{text}' is not a size such as 1.5GB or 800MB.")
-    value = float(match[1]) * units[match[2]]
-    if not math.isfinite(value) or value <= 0:
-        raise InputError(f"{what} '{text}' must be more than 0.")
-    return int(value)
 
 
 def parse_size(text: str, parameters: int) -> int:

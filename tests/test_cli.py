@@ -12,16 +12,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from slimwright import __version__
 from slimwright.cli import main
 from slimwright.job import doctor as doctoring
-from tests.families import FAMILIES
+from tests.families import FAMILIES, cached
 from tests.job.conftest import PLAIN, files, fitted, in_this_process, tiny
 
 __all__ = ["in_this_process"]
 
-VERBS = ("fit", "inspect", "export", "measure", "methods", "doctor", "cache")
+VERBS = ("fit", "inspect", "export", "measure", "merge", "methods", "doctor", "cache")
 
 
 class Ran:
@@ -86,7 +88,7 @@ def test_options_that_are_not_built(run, option: str, value: str, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", ["merge", "tune", "serve", "run"])
+@pytest.mark.parametrize("verb", ["tune", "serve", "run"])
 def test_verbs_that_are_not_built(run, verb: str) -> None:  # type: ignore[no-untyped-def]
     for arguments in ((), ("x", "--method", "paca", "--out", "y")):
         ran = run(verb, *arguments)
@@ -250,3 +252,34 @@ def test_a_full_job_from_the_command_line_equals_one_from_python(run, tmp_path: 
     fitted(tiny(), tmp_path / "b", size="40%", rules=("lm_head: int8:g64",))
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert json.loads(ran.out)["reproduce"].startswith("slimwright fit ")
+
+
+def test_merge_from_the_command_line(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, other, out = tiny("llama"), str(cached("llama", torch.bfloat16, 1)), tmp_path / "out"
+    file = tmp_path / "merge.yaml"
+    file.write_text(f"merge_method: slerp\nbase_model: {model}\nmodels: [{{model: {other}}}]\n")
+    refused = run("merge", str(file), "--out", str(out))
+    assert refused.code == 2 and "'t' has no value" in said(refused)
+    file.write_text(f"method: dare\nbase: {model}\nmodels: [{other}]\n")
+    plan = run("merge", str(file), "--dry-run")
+    assert plan.code == 0 and "the paper's definitions" in plan.out
+    assert all(word in plan.out for word in ("memory", "time", "size")) and not out.exists()
+    made = run("merge", str(file), "--out", str(out), "--json", "--seed", "3", "--shard-size", "100KB")
+    report = json.loads(made.out)
+    assert made.code == 0 and report["seed"] == 3 and report["verified"]["ok"] and report["size"]["shards"] > 1
+    again = run("merge", str(file), "--out", str(out), "--seed", "3", "--shard-size", "100KB")
+    assert again.code == 0 and "finished result" in again.out
+    changed = run("merge", str(file), "--out", str(out), "--seed", "4")
+    assert changed.code == 2 and "not empty" in said(changed)
+    unproven = run("merge", str(file), "--out", str(tmp_path / "quick"), "--seed", "3", "--no-verify")
+    assert unproven.code == 0 and "proof" not in unproven.out
+    whole = load_file(tmp_path / "quick" / "model.safetensors")
+    parts = {name: tensor for shard in out.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_merging_imports_no_transformers() -> None:
+    """What a merge of plain checkpoints imports, in a fresh process."""
+    program = "import sys, slimwright; slimwright.merge; slimwright.methods(); print('transformers' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"

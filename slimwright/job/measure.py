@@ -25,8 +25,8 @@ from slimwright.job.open import located
 from slimwright.job.progress import Reporter
 from slimwright.job.result import versions
 from slimwright.job.sources import read_source
-from slimwright.plan import parse_bytes
 from slimwright.report.measure import render_measurement
+from slimwright.sizes import parse_bytes
 
 MEASURE_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16", "auto")

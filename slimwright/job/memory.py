@@ -13,7 +13,7 @@ from types import TracebackType
 import psutil
 
 from slimwright.errors import InputError
-from slimwright.plan import parse_bytes
+from slimwright.sizes import parse_bytes
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:

@@ -23,7 +23,7 @@ _pool: ThreadPoolExecutor | None = None
 _size = 0
 
 
-def _workers() -> tuple[ThreadPoolExecutor, int]:
+def workers() -> tuple[ThreadPoolExecutor, int]:
     """The process's pool, as many workers as torch has threads."""
     global _pool, _size
     threads = torch.get_num_threads()
@@ -59,7 +59,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     An exception of the function is raised here; items in flight then finish and are dropped. Not to be called from
     within a worker.
     """
-    pool, size = _workers()
+    pool, size = workers()
     flight: deque[tuple[Item, Future[Any]]] = deque()
     try:
         for item in items:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from slimwright.methods.registry import Method, method_class, methods
+from slimwright.methods.registry import Method, knob_name, method_class, methods
 
 
 def _first_line(cls: type[Method]) -> str:
@@ -30,7 +30,7 @@ def describe(name: str) -> dict[str, Any]:
         choices = rule.get("choices")
         knobs.append(
             {
-                "name": field.name,
+                "name": knob_name(field),
                 "default": field.default
                 if isinstance(field.default, (int, float, bool, type(None)))
                 else str(field.default),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import math
 import pkgutil
@@ -154,21 +155,34 @@ def knob(
     high: float | None = None,
     choices: tuple[Any, ...] | None = None,
     help: str = "",
+    per_model: bool = False,
 ) -> Any:
     """A dataclass field with a range (inclusive) or a set of choices, checked when the method is made.
 
     A value must have the default's type; text is converted, so that knobs can come from a command line. With
     ``default=None`` the value may be None or of the type of ``low`` or of the choices, one of which must be given.
+    A knob ``per_model`` also takes a sequence with one value a model (in text: ``0.3:0.7``), kept as a tuple.
+
+    Where the common name of a knob is a word of Python, the field has an underscore behind it (``lambda_``), which
+    nobody outside the class need write.
     """
     if default is None and low is None and not choices:
         raise TypeError("A knob whose default is None needs low or choices, which say its type.")
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices, "help": help})
+    rule = {"low": low, "high": high, "choices": choices, "help": help, "per_model": per_model}
+    return dataclasses.field(default=default, metadata=rule)
 
 
 def _checked(name: str, field: dataclasses.Field[Any], value: Any) -> Any:
     rule = field.metadata
     default: Any = field.default
-    where = f"{name}: knob '{field.name}'"
+    where = f"{name}: knob '{knob_name(field)}'"
+    if rule.get("per_model"):
+        if isinstance(value, str) and ":" in value:
+            value = value.split(":")
+        if isinstance(value, (list, tuple)) and value:
+            single = dataclasses.field(default=default, metadata={**rule, "per_model": False})
+            single.name = field.name
+            return tuple(_checked(name, single, item) for item in value)
     if isinstance(default, Grid):
         if isinstance(value, str):
             return parse_grid(value)
@@ -198,6 +212,11 @@ def _checked(name: str, field: dataclasses.Field[Any], value: Any) -> Any:
         low, high = "-inf" if low is None else low, "inf" if high is None else high
         raise InputError(f"{where} is {value!r}; it must lie in [{low}, {high}].")
     return value
+
+
+def knob_name(field: dataclasses.Field[Any]) -> str:
+    """The name that users write: the field's, without the underscore that tells it from a word of Python."""
+    return field.name.rstrip("_")
 
 
 class Method(ABC):
@@ -230,8 +249,14 @@ class Method(ABC):
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if not isinstance(value, Grid) and value != field.default:
-                words.append(f"{field.name}={value}")
+                text = ":".join(map(str, value)) if isinstance(value, tuple) else value
+                words.append(f"{knob_name(field)}={text}")
         return ",".join(words)
+
+    @classmethod
+    def per_model_knobs(cls) -> tuple[str, ...]:
+        """Fields that take one value a model."""
+        return tuple(field.name for field in dataclasses.fields(cls) if field.metadata.get("per_model"))  # type: ignore[arg-type]
 
 
 class WeightSolver(Method):
@@ -330,6 +355,7 @@ def register(name: str, *, paper: str) -> Callable[[M], M]:
     return decorate
 
 
+@functools.cache
 def _load_all() -> None:
     import slimwright.methods as package
 
@@ -364,13 +390,15 @@ def method(name: str, **knobs: Any) -> Any:
         InputError: unknown method or knob (with the nearest name), or a knob out of its range.
     """
     cls = method_class(name)
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = {knob_name(field): field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known = list(fields)
+    fields |= {name: name for name in fields.values()}  # lambda_ is how Python can write lambda
     for given in knobs:
-        if given not in known:
+        if given not in fields:
             near = difflib.get_close_matches(given, known, n=1, cutoff=0.3)
             hint = f"; did you mean '{near[0]}'?" if near else "."
             raise InputError(f"{name} has no knob '{given}'{hint} It has: {', '.join(known)}.")
-    return cls(**knobs)
+    return cls(**{fields[given]: value for given, value in knobs.items()})
 
 
 def parse_method(spec: str, **knobs: Any) -> Any:

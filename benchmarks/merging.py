@@ -1,0 +1,279 @@
+"""Merging beside mergekit: the same YAML files, the same inputs, in one run.
+
+``agreement``: every method of mergekit's on small models in float32 and bfloat16, element by element. ``speed``: a 0.5B
+Qwen2 shape (two fine-tunes and a base of 1 GB each), alternated with mergekit, the page cache warm for both.
+
+mergekit lives in an environment of its own, named by SLIMWRIGHT_PEERS (DIR/b/bin/python); without it only our own
+figures are taken, and the run says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.common import Row, exit_code, publish, scratch
+from benchmarks.shapes import QWEN2_05B, make
+from slimwright.checkpoint import Checkpoint, CheckpointWriter, TensorEntry, plan_layout, write_json_atomic
+
+SMALL = QWEN2_05B | {
+    "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 2_000,
+}  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {}, "task_arithmetic": {}, "slerp": {"t": 0.4}, "ties": {"density": 0.5},
+    "dare_linear": {"density": 0.5}, "dare_ties": {"density": 0.5}, "nuslerp": {}, "multislerp": {}, "karcher": {},
+    "della": {"density": 0.5}, "della_linear": {"density": 0.5}, "breadcrumbs": {"density": 0.5},
+    "breadcrumbs_ties": {"density": 0.5}, "model_stock": {}, "sce": {"select_topk": 0.3}, "arcee_fusion": {},
+    "nearswap": {"t": 1e-3},
+}  # fmt: skip
+KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "cast": torch.bfloat16}
+"""``cast``: bfloat16 inputs, arithmetic in float32, one cast, in both programs."""
+RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
+ELEMENTWISE = ("linear", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "nearswap")
+"""Equal bits in float32, but where two magnitudes at the threshold are equal."""
+TIMED = ("linear", "slerp", "task_arithmetic", "ties", "dare_ties")
+TWO_READS = ("slerp", "ties", "dare_ties")
+"""Methods that must read their inputs more than once."""
+_BASELESS = ("linear", "karcher", "nuslerp", "multislerp")
+_PAIR = ("slerp", "arcee_fusion", "nearswap")
+_WEIGHTED = ("linear", "nuslerp", "multislerp")
+_RUN_PEER = """
+import json, sys, yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
+for text, out in json.load(open(sys.argv[1])):
+    try:
+        run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), out, MergeOptions(quiet=True, random_seed=0))
+    except Exception as error:
+        print(out, repr(error), file=sys.stderr)
+"""
+
+
+def peer() -> Path | None:
+    """mergekit's Python, or None."""
+    root = os.environ.get("SLIMWRIGHT_PEERS")
+    python = Path(root) / "b" / "bin" / "python" if root else None
+    return python if python is not None and python.exists() else None
+
+
+def fine_tune(base: Path, directory: Path, seed: int, shard_bytes: int, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A copy of a checkpoint with noise of 2 % of each tensor's mean magnitude; seed 0: the same in another dtype."""
+    if (directory / "config.json").exists():
+        return directory
+    source = Checkpoint.open(base)
+    entries = [TensorEntry(name, dtype, info.shape) for name, info in source.tensors.items()]
+    generator = torch.Generator().manual_seed(seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    with CheckpointWriter(directory, plan_layout(entries, max_shard_bytes=shard_bytes)) as writer:
+        for entry in entries:
+            flat = source.read(entry.name).reshape(-1)
+            for start in range(0, flat.numel(), 1 << 22):
+                part = flat[start : start + (1 << 22)].float()
+                if seed:
+                    part = part + torch.randn(part.numel(), generator=generator) * 0.02 * part.abs().mean()
+                writer.write(entry.name, part.to(dtype), start * dtype.itemsize)
+    write_json_atomic(directory / "config.json", {**source.config, "dtype": str(dtype).removeprefix("torch.")})
+    return directory
+
+
+def configuration(method: str, models: list[Path], dtype: str) -> dict[str, Any]:
+    """mergekit's YAML for a method: ``models`` are a base and two fine-tunes."""
+    base, first, second = map(str, models)
+    config: dict[str, Any] = {"merge_method": method, "dtype": dtype, "parameters": dict(METHODS[method])}
+    if method in _PAIR:
+        return config | {"base_model": first, "models": [{"model": first}, {"model": second}]}
+    entries: list[dict[str, Any]] = [{"model": first}, {"model": second}]
+    if method in _WEIGHTED or method not in (*_BASELESS, "model_stock", "sce"):
+        for entry, weight in zip(entries, (0.6, 0.4)):
+            entry["parameters"] = {"weight": weight}
+    if method not in _BASELESS:
+        config["base_model"] = base
+    return config | {"models": entries}
+
+
+# -- agreement ---------------------------------------------------------------------------------------------------------
+
+
+def _ulps(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """How many representable numbers lie between, for bfloat16."""
+
+    def ordered(x: torch.Tensor) -> torch.Tensor:
+        bits = x.view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return (ordered(found) - ordered(expected)).abs()
+
+
+def compared(ours: Path, theirs: Path, base: Path) -> Row:
+    """Element by element: how many equal bits, how many within one unit in the last place (bf16), relative error."""
+    a, b, start = Checkpoint.open(ours), Checkpoint.open(theirs), Checkpoint.open(base)
+    equal = near = count = 0
+    error = norm = change = change_norm = 0.0
+    for name in a.tensors:
+        x, y, z = a.read(name), b.read(name), start.read(name).float()
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return {"note": f"{name}: {tuple(x.shape)} {x.dtype} here, {tuple(y.shape)} {y.dtype} there"}
+        count += x.numel()
+        equal += int((x == y).sum())
+        near += int((_ulps(x, y) <= 1).sum()) if x.dtype == torch.bfloat16 else 0
+        error += float((x.double() - y.double()).square().sum())
+        norm += float(y.double().square().sum())
+        change += float((x.double() - z).square().sum())
+        change_norm += float((y.double() - z).square().sum())
+    return {
+        "equal": equal / count, "within_1_ulp": near / count, "relative_error": (error / norm) ** 0.5,
+        "change_ratio": (change / change_norm) ** 0.5 if change_norm else 1.0,
+    }  # fmt: skip
+
+
+def agreement(folder: Path) -> list[Row]:
+    """Every method of mergekit's, in both dtypes."""
+    python = peer()
+    if python is None:
+        print("mergekit is not here (SLIMWRIGHT_PEERS): no agreement measured.")
+        return []
+    work, rows = [], []
+    for kind, dtype in KINDS.items():
+        stored = str(dtype).removeprefix("torch.")
+        seedling = make(dict(SMALL), folder / "small-source")
+        models = [fine_tune(seedling, folder / f"small-{stored}-{i}", i, 5_000_000_000, dtype) for i in range(3)]
+        for method in METHODS:
+            config = configuration(method, models, "float32" if kind == "cast" else stored)
+            if kind == "cast":
+                config["out_dtype"] = "bfloat16"
+            work.append((method, kind, config, models[1 if method in _PAIR else 0]))
+    jobs = [(yaml.safe_dump(config), str(folder / f"theirs-{method}-{kind}")) for method, kind, config, _ in work]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    subprocess.run([str(python), "-c", _RUN_PEER, str(folder / "jobs.json")], check=True)
+    import slimwright
+
+    for method, kind, config, base in work:
+        theirs, ours = folder / f"theirs-{method}-{kind}", folder / f"ours-{method}-{kind}"
+        if not (theirs / "config.json").exists():
+            rows.append({"method": method, "dtype": kind, "note": "mergekit failed", "ok": True})
+            continue
+        slimwright.merge(config, ours, quiet=True)
+        found = compared(ours, theirs, base)
+        rows.append({"method": method, "dtype": kind, **found, "ok": _agrees(method, kind, found)})
+    return rows
+
+
+def _agrees(method: str, kind: str, found: Row) -> bool:
+    """What is asked of each kind of method."""
+    if "note" in found:
+        return False
+    if method in RANDOM:
+        return abs(found["change_ratio"] - 1) < 0.02
+    if kind == "bfloat16" or method == "arcee_fusion":  # mergekit rounds every step; its divergence is rounding noise
+        return bool(found["relative_error"] < 0.01)
+    if method in ELEMENTWISE:
+        return bool(found["equal"] > 0.9999 if kind == "float32" else found["within_1_ulp"] > 0.9999)
+    return bool(found["relative_error"] < 2e-6 if kind == "float32" else found["within_1_ulp"] > 0.9999)
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+
+def raw_copy(models: list[Path], out: Path) -> float:
+    """Seconds that the same reads and writes take without any arithmetic: every byte read, one model written, fsync."""
+    started = time.perf_counter()
+    buffer = bytearray(16 << 20)
+    size = 0
+    for model in models:
+        for file in sorted(model.glob("*.safetensors")):
+            with open(file, "rb", buffering=0) as stream:
+                while stream.readinto(buffer):
+                    pass
+            size += file.stat().st_size if model == models[0] else 0
+    with open(out, "wb", buffering=0) as stream:
+        while size > 0:
+            size -= stream.write(memoryview(buffer)[: min(size, len(buffer))])
+        os.fsync(stream.fileno())
+    seconds = time.perf_counter() - started
+    out.unlink()
+    return seconds
+
+
+def timed(command: list[str], out: Path) -> tuple[float, int]:
+    """Wall seconds and peak anonymous bytes of a command that writes ``out``, which is removed first."""
+    from slimwright.job.memory import anonymous_bytes
+
+    shutil.rmtree(out, ignore_errors=True)
+    started = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, anonymous_bytes(child.pid))
+        time.sleep(0.01)
+    if child.returncode:
+        raise RuntimeError(f"{command} failed")
+    return time.perf_counter() - started, peak
+
+
+def speed(folder: Path, repeats: int = 3) -> list[Row]:
+    """Wall time and memory of five methods, with verification and without, beside mergekit."""
+    base = make(QWEN2_05B, folder / "base", 500_000_000)
+    models = [base, *(fine_tune(base, folder / f"tuned-{seed}", seed, 500_000_000) for seed in (1, 2))]
+    python = peer()
+    rows = []
+    for method in TIMED:
+        config = configuration(method, models, "bfloat16")
+        file = folder / f"{method}.yaml"
+        file.write_text(yaml.safe_dump(config))
+        used = models if "base_model" in config and method not in _PAIR else models[1:]
+        ours = [sys.executable, "-m", "slimwright", "merge", str(file), "--out", str(folder / "out")]
+        commands = {"ours": [*ours, "--no-verify"], "verified": ours}
+        if python is not None:
+            commands["mergekit"] = [str(python.parent / "mergekit-yaml"), str(file), str(folder / "out")]
+        seconds: dict[str, list[float]] = {name: [] for name in (*commands, "copy")}
+        peaks: dict[str, int] = {}
+        for _ in range(repeats):
+            seconds["copy"].append(raw_copy(used, folder / "copy.bin"))
+            for name, command in commands.items():
+                wall, peak = timed(command, folder / "out")
+                seconds[name].append(wall)
+                peaks[name] = max(peak, peaks.get(name, 0))
+        median = {name: statistics.median(values) for name, values in seconds.items()}
+        limit = (2.5 if method in TWO_READS else 1.25) * median["copy"] + 2
+        rows.append(
+            {
+                "method": method, "seconds": median["ours"], "verified_seconds": median["verified"],
+                "copy_seconds": median["copy"], "limit_seconds": limit, "memory_bytes": peaks["ours"],
+                "mergekit_seconds": median.get("mergekit"), "mergekit_memory_bytes": peaks.get("mergekit"),
+                "multiple": median["mergekit"] / median["ours"] if python is not None else None,
+                "ok": median["ours"] <= limit and peaks["ours"] < 1_000_000_000,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def main() -> int:
+    started = time.time()
+    wanted = sys.argv[1:] or ["agreement", "speed"]
+    with scratch("merging") as folder:
+        found: list[Row] = []
+        if "agreement" in wanted:
+            columns = {"method": "method", "dtype": "dtype", "equal": "equal bits", "within_1_ulp": "within 1 ulp",
+                       "relative_error": "relative error", "change_ratio": "size of change", "note": "note",
+                       "ok": "ok"}  # fmt: skip
+            found += publish("merging-agreement", agreement(folder), columns, started)
+        if "speed" in wanted:
+            columns = {"method": "method", "seconds": "s", "verified_seconds": "s verified", "copy_seconds": "s copy",
+                       "limit_seconds": "s limit", "mergekit_seconds": "s mergekit", "multiple": "multiple",
+                       "memory_bytes": "bytes", "mergekit_memory_bytes": "bytes mergekit", "ok": "ok"}  # fmt: skip
+            found += publish("merging-speed", speed(folder), columns, started)
+    return exit_code(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

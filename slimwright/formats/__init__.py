@@ -1,0 +1,1 @@
+"""Formats of others: read and written here, independent of any model."""

@@ -1,0 +1,1 @@
+"""``merge``: several checkpoints combined into one."""

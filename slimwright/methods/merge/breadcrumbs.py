@@ -1,0 +1,87 @@
+"""Model Breadcrumbs: drop the smallest entries and the largest outliers (card: breadcrumbs)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from slimwright.methods.consensus import add_to_base, disjoint, elected_signs, scaled_sum
+from slimwright.methods.merging import MergeMethod, MergeSite, State, Sums, Tile
+from slimwright.methods.registry import knob, register
+from slimwright.methods.selection import (
+    ROUNDS,
+    Selection,
+    is_settled,
+    keep_largest,
+    selection,
+    settle_magnitudes,
+    survey_magnitudes,
+)
+
+
+@register("merge/breadcrumbs", paper="Model Breadcrumbs, arXiv:2312.06795")
+@dataclass(frozen=True)
+class Breadcrumbs(MergeMethod):
+    """Of each task vector drop the largest ``gamma`` and, of the rest, all but the ``density`` next largest; merge.
+
+    Exact counts, ``int(density * n)`` and ``int(gamma * n)``; fewer outliers are dropped where both do not fit. A
+    density of 1 drops nothing. Merged by sums, or by TIES' elected signs.
+    """
+
+    density: float | tuple[float, ...] = knob(0.15, low=0.0, high=1.0, per_model=True, help="share of entries kept")
+    gamma: float | tuple[float, ...] = knob(0.01, low=0.0, high=1.0, per_model=True, help="share of outliers dropped")
+    consensus: str = knob("linear", choices=("linear", "ties"), help="sum, or elect signs and merge what agrees")
+    lambda_: float = knob(0.3, low=-100.0, high=100.0, help="scale of the merged task vector")
+    weight: float | tuple[float, ...] = knob(1.0, low=-1e3, high=1e3, per_model=True, help="weight of each model")
+    normalize: bool = knob(False, help="divide by the sum of the weights (of those that agree)")
+    granularity: str = knob("tensor", choices=("tensor", "model"), help="count within each tensor or the whole model")
+
+    @property
+    def scope(self) -> Literal["tensor", "model"]:
+        return "model" if self.granularity == "model" else "tensor"
+
+    @property
+    def rounds(self) -> int:
+        return ROUNDS
+
+    def begin(self, models: int, sites: Mapping[str, MergeSite]) -> State:
+        numel = sum(site.numel for site in sites.values())
+        pairs = zip(self.each("density", models), self.each("gamma", models))
+        return _next([_bounds(density, gamma, numel) for density, gamma in pairs])
+
+    def survey(self, tile: Tile, state: State) -> Sums:
+        return survey_magnitudes(tile.deltas(), state["bounds"], tile)
+
+    def settle(self, sums: Mapping[str, Sums], state: State) -> State:
+        return _next(settle_magnitudes(sums, state["bounds"]))
+
+    def combine(self, tile: Tile, state: State) -> Tensor:
+        assert tile.base is not None
+        weights = self.each("weight", len(tile.tensors))
+        deltas = []
+        for tensor, (outer, inner), weight in zip(tile.tensors, state["bounds"], weights):
+            delta = tensor.sub_(tile.base)
+            deltas.append((keep_largest(delta, outer, tile) - keep_largest(delta, inner, tile)).mul_(weight))
+        if self.consensus == "ties":
+            change = disjoint(deltas, weights, elected_signs(deltas), "mean" if self.normalize else "sum")
+        else:
+            change = scaled_sum(deltas, [1.0] * len(deltas))
+            if self.normalize and abs(sum(weights)) >= 1e-8:
+                change.div_(sum(weights))
+        return add_to_base(tile.base, change, self.lambda_)
+
+
+def _bounds(density: float, gamma: float, numel: int) -> list[Selection]:
+    """The largest with the outliers, and the outliers."""
+    if density >= 1:
+        return [selection(numel, numel), selection(0, numel)]
+    kept, outliers = int(density * numel), int(gamma * numel)
+    outliers = min(outliers, numel - kept)
+    return [selection(kept + outliers, numel), selection(outliers, numel)]
+
+
+def _next(bounds: list[list[Selection]]) -> State:
+    return {"bounds": bounds, "done": is_settled(bounds)}

@@ -1,0 +1,87 @@
+"""TIES: trim, elect signs, merge what agrees (card: ties, #276)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slimwright.methods.consensus import add_to_base, disjoint, elected_signs
+from slimwright.methods.merging import MergeMethod, MergeSite, State, Sums, Tile
+from slimwright.methods.registry import knob, register
+from slimwright.methods.selection import (
+    ROUNDS,
+    is_settled,
+    keep_largest,
+    settle_magnitudes,
+    share_of,
+    survey_magnitudes,
+)
+
+
+@register("merge/ties", paper="TIES-Merging, arXiv:2306.01708")
+@dataclass(frozen=True)
+class Ties(MergeMethod):
+    """Keep the largest entries of each task vector, and of each parameter only those that agree with the elected sign.
+
+    Trimming keeps exactly ``int(density * n)`` entries (at least one of a density above 0; of equal magnitudes the
+    first), over the whole model or over each tensor. The authors' code keeps one more, and all that tie with it.
+    ``majority`` decides the sign where the votes cancel: the sign that most parameters elected (the paper's), or plus.
+    """
+
+    density: float | tuple[float, ...] = knob(0.2, low=0.0, high=1.0, per_model=True, help="share of entries kept")
+    lambda_: float = knob(1.0, low=-100.0, high=100.0, help="scale of the merged task vector")
+    weight: float | tuple[float, ...] = knob(
+        1.0, low=-1e3, high=1e3, per_model=True, help="multiplies each task vector before the election"
+    )
+    agg: str = knob("mean", choices=("mean", "sum", "max"), help="how what agrees is put together")
+    sign_method: str = knob("mass", choices=("mass", "count"), help="election by the sum of values or of signs")
+    majority: str = knob("elected", choices=("elected", "plus"), help="the sign where the votes cancel")
+    granularity: str = knob("model", choices=("model", "tensor"), help="trim over the whole model or each tensor")
+
+    @property
+    def scope(self) -> Literal["tensor", "model"]:
+        return "model" if self.granularity == "model" else "tensor"
+
+    @property
+    def rounds(self) -> int:
+        densities = self.density if isinstance(self.density, tuple) else (self.density,)
+        return ROUNDS * any(0 < density < 1 for density in densities) + (self.majority == "elected")
+
+    def begin(self, models: int, sites: Mapping[str, MergeSite]) -> State:
+        numel = sum(site.numel for site in sites.values())
+        trim = [[share_of(density, numel)] for density in self.each("density", models)]
+        return self._next({"trim": trim, "majority": 1})
+
+    def survey(self, tile: Tile, state: State) -> Sums:
+        deltas = tile.deltas()
+        if not state["trimmed"]:
+            return survey_magnitudes(deltas, state["trim"], tile)
+        signs = elected_signs(self._trimmed(deltas, tile, state), self.sign_method, majority=0)
+        return {"signs": signs.sum(dtype=torch.float64).reshape(1)}
+
+    def settle(self, sums: Mapping[str, Sums], state: State) -> State:
+        if not state["trimmed"]:
+            return self._next({**state, "trim": settle_magnitudes(sums, state["trim"])})
+        elected = sum(float(part["signs"]) for part in sums.values())
+        return {**state, "majority": -1 if elected < 0 else 1, "done": True}
+
+    def _next(self, state: State) -> State:
+        trimmed = is_settled(state["trim"])
+        return {**state, "trimmed": trimmed, "done": trimmed and self.majority == "plus"}
+
+    def _trimmed(self, deltas: list[Tensor], tile: Tile, state: State) -> list[Tensor]:
+        """The trimmed task vectors times their weights."""
+        weights = self.each("weight", len(deltas))
+        kept = [keep_largest(delta, trim[0], tile) for delta, trim in zip(deltas, state["trim"])]
+        return [delta if weight == 1 else delta.mul_(weight) for delta, weight in zip(kept, weights)]
+
+    def combine(self, tile: Tile, state: State) -> Tensor:
+        assert tile.base is not None
+        deltas = self._trimmed([tensor.sub_(tile.base) for tensor in tile.tensors], tile, state)
+        signs = elected_signs(deltas, self.sign_method, state["majority"])
+        change = disjoint(deltas, self.each("weight", len(deltas)), signs, self.agg)
+        return add_to_base(tile.base, change, self.lambda_)
