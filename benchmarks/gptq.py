@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.gptq``. 32 sequences of 512 tokens, 4 bits symmetric, groups of 128, damping 0.01, columns by
 activation with static groups, ranges from minimum and maximum, the head and the embedding left alone: the same in
-both. Loading and saving are excluded in both (ours writes its result as it goes, which is included); memory is anonymous, imports and model included. ``PEERS`` names
-the directory of the peers' environments (``c`` has llm-compressor); without it ours is timed alone. Runs alternate.
+both. Loading and saving are excluded in both (ours writes its result as it goes, which is included); memory is
+anonymous, imports and model included. ``PEERS`` names the directory of the peers' environments (``c`` has
+llm-compressor); without it ours is timed alone. Runs alternate.
 """
 
 from __future__ import annotations
