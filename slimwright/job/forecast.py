@@ -29,6 +29,9 @@ WRITE_RATE = 8e8
 CHILD_IMPORT = 330_000_000
 """Anonymous bytes of the verifying process once torch, transformers and a model's class are imported (measured)."""
 
+THREAD_BYTES = 30_000_000
+"""Anonymous bytes that each thread's buffers of matrix products and its heap take (measured)."""
+
 CONVERT = 4e-10
 """Seconds to read one weight of the source and convert it to float32."""
 
@@ -190,9 +193,10 @@ def _memory(source: Checkpoint, structure: Structure, batch: int, vocabulary: in
     tile = 4 * min(largest, 16 << 20)
     hidden = max([site.columns for site in structure.sites.values() if site.role in ("embed", "head")] or [1024])
     build = 14 * 4 * min(largest, TILE_ELEMENTS)
+    child += (torch.get_num_threads() - 1) * THREAD_BYTES
 
     def verifying(tokens: int) -> int:
-        return child + 3 * dense + 4 * tile + 10 * tokens * vocabulary + 64 * tokens * hidden + 30_000_000
+        return child + 3 * dense + 4 * tile + 6 * tokens * vocabulary + 64 * tokens * hidden + 30_000_000
 
     return max(build, verifying(batch)), max(build, verifying(64))
 
@@ -243,7 +247,7 @@ def walk_cost(
     tiles = torch.get_num_threads() * 6 * 4 * SOLVED_ELEMENTS
     kept = dtype.itemsize * sum(source.tensors[name].numel for name in structure.kept if name in source.tensors)
     states = 3 * tokens * hidden * dtype.itemsize
-    base = held + 2 * kept + 60_000_000
+    base = held + 2 * kept + 60_000_000 + 2 * torch.get_num_threads() * THREAD_BYTES
     solving = 2 * whole + min(3 * whole, 2 * GRAM_BYTES + 12 * widest * widest) + tiles
     collecting = whole + running + 4 * min(tokens, BATCH_TOKENS) * widest
     reversing = running + 6 * 4 * REVERSE_LOGITS + 2 * reverse * hidden * 4 * len(units)
