@@ -56,6 +56,24 @@ class Document:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode() + b"\0" + image).digest()
 
 
+def whole_text(document: Document, tokenizer: Any, whose: str = "the model's") -> str:
+    """All of a document as one text: a conversation through the chat template, both texts of a pair on their own lines.
+
+    Args:
+        whose: the tokenizer's owner, for the error.
+
+    Raises:
+        InputError: a conversation, but the tokenizer has no chat template.
+    """
+    if document.messages:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(
+                f"{document.name} holds messages, but {whose} tokenizer has no chat template: give plain text."
+            )
+        return str(tokenizer.apply_chat_template(list(document.messages), tokenize=False))
+    return document.text if document.pair is None else f"{document.text}\n{document.pair}"
+
+
 def documents(source: str) -> list[Document]:
     """Everything that ``source`` names, in a fixed order.
 
@@ -96,16 +114,14 @@ def split(found: Sequence[Document]) -> tuple[list[Document], list[Document]]:
     Raises:
         InputError: a single document, of which nothing can be kept.
     """
-    solvers = [document for document in found if document.digest[0] % 10]
-    kept = [document for document in found if not document.digest[0] % 10]
-    if not solvers or not kept:
-        distinct = list({document.digest: document for document in found}.values())
-        if len(distinct) < 2:
+    digests = [document.digest for document in found]
+    is_kept = [not digest[0] % 10 for digest in digests]
+    if all(is_kept) or not any(is_kept):
+        if len(set(digests)) < 2:
             raise InputError("The data holds a single document; a tenth is kept for evaluation, so give at least two.")
-        last = max(distinct, key=lambda document: document.digest).digest
-        solvers = [document for document in found if document.digest != last]
-        kept = [document for document in found if document.digest == last]
-    return solvers, kept
+        is_kept = [digest == max(digests) for digest in digests]
+    solvers = [document for document, kept in zip(found, is_kept, strict=True) if not kept]
+    return solvers, [document for document, kept in zip(found, is_kept, strict=True) if kept]
 
 
 def fingerprint(found: Iterable[Document]) -> str:

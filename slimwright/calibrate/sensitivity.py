@@ -125,8 +125,7 @@ class ReverseWalk:
     def _forwards(self, progress: Callable[[int, int], None]) -> list[tuple[Unit, list[_Record]]]:
         """Run forwards, keeping what enters and leaves every unit; each ends with the gradient of its output's loss."""
         records: list[tuple[Unit, list[_Record]]] = []
-        walk = Walk(self.model, self.structure, self.batches, finish=self._finish)
-        walk.gradients = True
+        walk = Walk(self.model, self.structure, self.batches, finish=self._finish, gradients=True)
         total = 2 * len(walk.units)
         for step in walk:
             self.hold(step.unit)

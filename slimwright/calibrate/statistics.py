@@ -100,22 +100,19 @@ class InputSums:
             add_gram(self._sum, x.detach())
 
     def gram_sum(self) -> Tensor:
-        """(in, in) float32, the sum of ``x xᵀ``."""
-        if self._sum is not None:
-            return _symmetric(self._sum.clone())
-        total = torch.zeros(self._columns, self._columns)
-        if self._kept:
-            add_gram(total, torch.cat(self._kept))
+        """(in, in) float32, the sum of ``x xᵀ``: made of the inputs where they are kept, else handed over, once."""
+        total, self._sum = self._sum, None
+        if total is None:
+            total = torch.zeros(self._columns, self._columns)
+            if self._kept:
+                add_gram(total, torch.cat(self._kept))
         return _symmetric(total)
 
     def statistics(self) -> SiteStatistics:
         """What solvers are given; without data where no token was seen. Asked for once: the sum becomes the mean."""
         if not self.tokens:
             return SiteStatistics.none()
-        gram = self.gram_sum() if self._sum is None else _symmetric(self._sum)
-        self._sum = None
-        gram = gram.div_(self.tokens)
-        tokens = self.tokens
+        tokens, gram = self.tokens, self.gram_sum().div_(self.tokens)
         return SiteStatistics(
             tokens, gram, absmax=self._absmax, absmean=self._abssum / tokens, mean=self._sum_of_inputs / tokens
         )  # fmt: skip

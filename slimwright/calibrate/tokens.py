@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from slimwright.calibrate.data import Document
+from slimwright.calibrate.data import Document, whole_text
 from slimwright.calibrate.walk import Batch
 from slimwright.errors import InputError
 from slimwright.model.inputs import dummy_inputs
@@ -127,20 +127,15 @@ def samples(
 
 def _encode(tokenizer: Any, document: Document, special: bool, length: int | None = None) -> list[int]:
     """Token ids of one document, chats through the template."""
-    if document.messages:
-        if not getattr(tokenizer, "chat_template", None):
-            raise InputError(
-                f"{document.name} holds messages, but the model's tokenizer has no chat template: give plain text."
-            )
-        text = tokenizer.apply_chat_template(list(document.messages), tokenize=False)
+    if document.messages:  # the template writes the special tokens
+        text = whole_text(document, tokenizer)
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     arguments: dict[str, Any] = {"add_special_tokens": special, "verbose": False}
     if length is not None:
         arguments |= {"truncation": True, "max_length": length}
     if document.pair is not None and special:
         return list(tokenizer(document.text, document.pair, **arguments)["input_ids"])
-    text = document.text if document.pair is None else f"{document.text}\n{document.pair}"
-    return list(tokenizer(text, **arguments)["input_ids"])
+    return list(tokenizer(whole_text(document, tokenizer), **arguments)["input_ids"])
 
 
 def _check(ids: Sequence[int], vocabulary: int) -> None:

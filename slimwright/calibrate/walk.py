@@ -101,7 +101,7 @@ class Call:
 
     def output(self) -> Any:
         """Run the unit on its inputs; may be called more than once."""
-        return self._forward(*self.args, **self.kwargs)
+        return self.again(self.args, self.kwargs)
 
     def again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the unit on other inputs."""
@@ -170,6 +170,7 @@ class Walk:
         cap: bytes that the suspended forwards' tensors may take in memory; what is more goes to mapped files.
         scratch: directory of those files; None is the system's.
         finish: called with the index of a batch and the model's output when its forward is over.
+        gradients: keep the graph of what happens between units.
     """
 
     def __init__(
@@ -180,6 +181,7 @@ class Walk:
         cap: int | None = None,
         scratch: Path | None = None,
         finish: Callable[[int, Any], None] | None = None,
+        gradients: bool = False,
     ) -> None:
         self.model = model
         self.units = walk_units(structure)
@@ -187,11 +189,10 @@ class Walk:
         self.calls: list[Call | None] = [None] * len(self.batches)
         self.advanced: set[int] = set()
         self.spilled_bytes = 0
-        self.gradients = False
-        """Keep the graph of what happens between units."""
         self._cap = cap
         self._scratch = scratch
         self._finish = finish
+        self._gradients = gradients
         self._main = getcurrent()
         self._forwards: list[greenlet] = []
 
@@ -201,7 +202,7 @@ class Walk:
         patched = [(path, self._patch(unit)) for path, unit in self.units.items()]
         runs: dict[str, int] = {}
         try:
-            with torch.set_grad_enabled(self.gradients):
+            with torch.set_grad_enabled(self._gradients):
                 self._forwards = [greenlet(self._forward) for _ in self.batches]
                 for index, batch in enumerate(self.batches):
                     self._note(index, self._forwards[index].switch(batch))

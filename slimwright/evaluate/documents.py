@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from slimwright.calibrate.data import Document, documents
+from slimwright.calibrate.data import Document, documents, whole_text
 from slimwright.errors import InputError
 
 STANDARD_LIBRARY = "stdlib"
@@ -40,21 +40,10 @@ def read_texts(source: str, tokenizer: Callable[[], Any]) -> list[Document]:
 
 def _plain(document: Document, tokenizer: Callable[[], Any]) -> Document:
     if document.messages:
-        its = tokenizer()
-        if not getattr(its, "chat_template", None):
-            raise InputError(
-                f"{document.name} holds messages, but the reference's tokenizer has no chat template: give plain text."
-            )
-        text = its.apply_chat_template(list(document.messages), tokenize=False)
-        return replace(document, text=text, messages=())
+        return replace(document, text=whole_text(document, tokenizer(), "the reference's"), messages=())
     if not document.text.strip():
         raise InputError(f"{document.name} holds no text, and models of text are measured on text only.")
     return document
-
-
-def joined(document: Document) -> str:
-    """All of a document's text: of a pair, both on lines of their own."""
-    return document.text if document.pair is None else f"{document.text}\n{document.pair}"
 
 
 def sample(found: Iterable[Document], nbytes: int) -> list[Document]:
@@ -67,7 +56,7 @@ def sample(found: Iterable[Document], nbytes: int) -> list[Document]:
     limit = max(1, nbytes // min(LEAST_DOCUMENTS, max(1, len(order))))
     taken, left = [], nbytes
     for document in order:
-        text = joined(document).encode(errors="replace")[: min(limit, left)].decode(errors="ignore")
+        text = whole_text(document, None).encode(errors="replace")[: min(limit, left)].decode(errors="ignore")
         if text.strip():
             taken.append(replace(document, text=text, pair=None))
         left -= len(text.encode())

@@ -231,7 +231,7 @@ def walk_cost(
     scored = min(products, SCORED_PRODUCTS) * len(LADDER) / rates.multiply
     reverse = min(tokens, REVERSE_TOKENS)
     head = sum(site.numel for unit in units if not unit.block for site in unit.sites)
-    fed = (solver.needs and products / 2 / rates.multiply) or 0.0  # the feedback from the columns before a block's
+    fed = products / 2 / rates.multiply if solver.needs else 0.0  # the feedback from the columns before a block's
     probe = forward + gram + factor + scored + reverse * (4 * block_weights + 3 * head) / rates.multiply + 1.0
     build = 2 * forward + gram + factor + fed + 1.0
 

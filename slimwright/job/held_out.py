@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimwright.calibrate.data import Document, documents, split
+from slimwright.calibrate.data import Document, documents, split, whole_text
 from slimwright.calibrate.tokens import causal, reads_text, samples
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
@@ -147,11 +147,7 @@ def _rows(
 
 def _encode(tokenizer: Any, document: Document) -> tuple[list[int], list[int] | None]:
     """Token ids of a document, and the bytes of each where the tokenizer gives offsets."""
-    text, special = document.text, True
-    if document.messages and getattr(tokenizer, "chat_template", None):
-        text, special = tokenizer.apply_chat_template(list(document.messages), tokenize=False), False
-    elif document.pair is not None:
-        text = f"{document.text}\n{document.pair}"
+    text, special = whole_text(document, tokenizer), not document.messages  # a chat template writes them itself
     fast = bool(getattr(tokenizer, "is_fast", False))
     made = tokenizer(text, add_special_tokens=special, verbose=False, return_offsets_mapping=fast)
     ids = list(made["input_ids"])

@@ -90,8 +90,7 @@ class Sampling:
 
     def rows(self, site: Site) -> torch.Tensor:
         """Indices of the scored rows."""
-        count = min(site.rows, max(int(site.rows * self.share), min(site.rows, 8)))
-        return torch.linspace(0, site.rows - 1, count).round().long()
+        return evenly_spaced(site.rows, max(int(site.rows * self.share), 8))
 
 
 def sampling(structure: Structure) -> Sampling:
@@ -100,9 +99,14 @@ def sampling(structure: Structure) -> Sampling:
     return Sampling(min(1.0, SAMPLED_WEIGHTS / max(1, total)))
 
 
-def sampled_rows(checkpoint: Checkpoint, site: Site, how: Sampling) -> torch.Tensor:
-    """The scored rows of a site, (rows, columns) float32."""
-    runs = _runs(how.rows(site))
+def evenly_spaced(rows: int, wanted: int) -> torch.Tensor:
+    """Indices of ``wanted`` rows out of ``rows``, or of all where there are fewer."""
+    return torch.linspace(0, rows - 1, min(rows, wanted)).round().long()
+
+
+def chosen_rows(checkpoint: Checkpoint, site: Site, index: torch.Tensor) -> torch.Tensor:
+    """Rows of a site by ascending index, (rows, columns) float32; those that follow each other are read at once."""
+    runs = _runs(index)
     return torch.cat([site_rows(checkpoint, site, slice(first, last + 1)).float() for first, last in runs])
 
 
@@ -132,7 +136,7 @@ def score_group(
     solvers = [None if choice.kept else choice.solver() for choice in choices]
     losses = [0.0] * len(choices)
     for site, weight in _some_experts(sites):
-        source = sampled_rows(checkpoint, site, how)
+        source = chosen_rows(checkpoint, site, how.rows(site))
         if not torch.isfinite(source).all():
             raise InputError(
                 f"The tensor '{site.name}' of {checkpoint.path} holds NaN or Inf: repair or replace the checkpoint."

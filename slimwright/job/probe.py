@@ -16,20 +16,17 @@ from torch import Tensor
 
 from slimwright.calibrate.sensitivity import ReverseWalk, Sensitivity
 from slimwright.calibrate.statistics import EXPERT_TOKENS, Collector
-from slimwright.calibrate.walk import Batch, Unit, Walk, walk_units
+from slimwright.calibrate.walk import Batch, walk_units
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.job.build import Calibration
-from slimwright.job.open import model_of
-from slimwright.job.options import score_casts
+from slimwright.job.options import chosen_rows, evenly_spaced, score_casts
 from slimwright.job.parallel import in_order
-from slimwright.job.source import PlainSource
-from slimwright.job.walked import WalkSource, walk_dtype
-from slimwright.job.weights import site_rows, survey, without_data
+from slimwright.job.walked import WalkedModel
+from slimwright.job.weights import survey, without_data
 from slimwright.methods import SiteStatistics
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import Assignment
-from slimwright.runtime.streamed import load_streamed
 from slimwright.search.options import Option
 
 SCORED_PRODUCTS = 5e10
@@ -72,8 +69,7 @@ class Probe:
         self.losses: dict[str, Losses] = dict(done)
         self.record = record
         self.groups = structure.choice_groups()
-        self.sources = {name: WalkSource(PlainSource(source, site)) for name, site in structure.sites.items()}
-        self.dtype = walk_dtype(source, structure)
+        self.walked = WalkedModel(source, structure, calibration)
         products = sum(site.numel * site.columns for site in structure.sites.values())
         self.share = min(1.0, SCORED_PRODUCTS / max(1, products))
         self._parts: dict[str, dict[str, list[float]]] = {}
@@ -90,29 +86,21 @@ class Probe:
         if not any(group in self.groups for group in open_groups if group not in self.losses):
             self._casts({})
             return self.losses
-        cls, config = model_of(self.source, self.calibration.trust_remote_code)
-        model = load_streamed(cls, self.source.model_path, config, self.sources, dtype=self.dtype)
-        reverse = ReverseWalk(
-            model, self.structure, self.sources, self._few(), self._hold, self._release
-        )  # fmt: skip
-        sensitivities = reverse.run()
-        for name, source in self.sources.items():
+        walked = self.walked
+        sensitivities = ReverseWalk(
+            walked.model, self.structure, walked.sources, self._few(), walked.hold, walked.release
+        ).run()  # fmt: skip
+        for name, source in walked.sources.items():
             if source.site.kind == "embedding":
                 self._score([source.site], {name: [SiteStatistics.none()]}, sensitivities, lookup=True)
         units = walk_units(self.structure)
         left = {unit.module: unit.runs for unit in units.values() if unit.sites}
         collectors: dict[str, Collector] = {}
-        for step in Walk(
-            model,
-            self.structure,
-            self.calibration.samples.batches,
-            self.calibration.hidden_cap,
-            self.calibration.scratch,
-        ):
+        for step in walked.walk():
             unit = step.unit
-            self._hold(unit)
+            walked.hold(unit)
             sites = [site for site in unit.sites if site.choice_group not in self.losses]
-            collector = collectors.setdefault(unit.module, Collector(self.sources, sites))
+            collector = collectors.setdefault(unit.module, Collector(walked.sources, sites))
             left[unit.module] = left.get(unit.module, 1) - 1
             over = not any(left.values())
             for index in step.indices:
@@ -125,21 +113,13 @@ class Probe:
                 found = {site.name: collector.statistics(site) for site in sites}
                 self._score(sites, found, sensitivities)
                 del collectors[unit.module], found
-            self._release(unit)
+            walked.release(unit)
             if over:
                 break
         self._settle_rest(sensitivities)
         return self.losses
 
     # -- walks -----------------------------------------------------------------------------------------------------
-
-    def _hold(self, unit: Unit) -> None:
-        for site in unit.sites:
-            self.sources[site.name].hold(self.dtype)
-
-    def _release(self, unit: Unit) -> None:
-        for site in unit.sites:
-            self.sources[site.name].release()
 
     def _few(self) -> list[Batch]:
         """Batches for the reverse walk: of fewer rows and fewer tokens."""
@@ -233,8 +213,7 @@ class Probe:
                 outputs = torch.stack([s.outputs for s in known]).mean(0)
                 share = max(share, EXPERT_TOKENS / max(1, self.calibration.samples.tokens))
             rows = self._rows(out)
-            weight = torch.cat([site_rows(self.source, site, slice(r, r + 1)) for r in (matrix * out + rows).tolist()])
-            weight = weight.float()
+            weight = chosen_rows(self.source, site, matrix * out + rows)
             if not torch.isfinite(weight).all():
                 raise InputError(
                     f"The tensor '{site.name}' of {self.source.path} holds NaN or Inf: repair or replace it."
@@ -255,8 +234,7 @@ class Probe:
 
     def _rows(self, out: int) -> Tensor:
         """Evenly spaced rows of a matrix that are scored."""
-        count = min(out, max(LEAST_ROWS, int(out * self.share)))
-        return torch.linspace(0, out - 1, count).round().long()
+        return evenly_spaced(out, max(LEAST_ROWS, int(out * self.share)))
 
     def _change(self, site: Site, weight: Tensor, choice: Assignment) -> Tensor:
         """What rounding on the choice's grid does to some rows."""

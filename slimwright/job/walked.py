@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from slimwright.calibrate.statistics import Collector, bf16_is_fast
 from slimwright.calibrate.walk import Step, Walk, walk_units
@@ -95,6 +97,40 @@ class WalkSource(WeightSource):
         self.held = None
 
 
+class WalkedModel:
+    """The source's model for walks: every site streams from a :class:`WalkSource`, and is held while its unit runs.
+
+    Attributes:
+        sources: by disk name.
+    """
+
+    def __init__(self, source: Checkpoint, structure: Structure, calibration: Calibration) -> None:
+        self.sources = {name: WalkSource(PlainSource(source, site)) for name, site in structure.sites.items()}
+        self._dtype = walk_dtype(source, structure)
+        self._source, self._structure, self._calibration = source, structure, calibration
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """Loaded at first use."""
+        cls, config = model_of(self._source, self._calibration.trust_remote_code)
+        return load_streamed(cls, self._source.model_path, config, self.sources, dtype=self._dtype)
+
+    def walk(self) -> Walk:
+        """Over the calibration's batches."""
+        how = self._calibration
+        return Walk(self.model, self._structure, how.samples.batches, how.hidden_cap, how.scratch)
+
+    def hold(self, unit: WalkUnit) -> None:
+        """Have the weights of a unit's sites in memory."""
+        for site in unit.sites:
+            self.sources[site.name].hold(self._dtype)
+
+    def release(self, unit: WalkUnit) -> None:
+        """Let go of them."""
+        for site in unit.sites:
+            self.sources[site.name].release()
+
+
 class WalkedBuild:
     """Solves what needs data. Each unit of the walk: collect its inputs' statistics on the compressed prefix, solve its
     sites, write them, run it again as written, and go on with its outputs.
@@ -119,8 +155,8 @@ class WalkedBuild:
         self.calibration = calibration
         self.lines = lines
         self.written = Checkpoint.open(writer.directory)
-        self.dtype = walk_dtype(source, structure)
-        self.sources = {name: WalkSource(PlainSource(source, site)) for name, site in structure.sites.items()}
+        self.walked = WalkedModel(source, structure, calibration)
+        self.sources = self.walked.sources
         for name in lines:
             self._stands_as_written(name)
 
@@ -131,20 +167,17 @@ class WalkedBuild:
             finish: called with each unit and its line once it is written.
             commit: called when what was finished is to be safe from a crash.
         """
-        cls, config = model_of(self.source, self.calibration.trust_remote_code)
-        model = load_streamed(cls, self.source.model_path, config, self.sources, dtype=self.dtype)
         looked_up = self._looked_up()
         if looked_up:
             self._solve_without_data(looked_up, finish, "looked up, not multiplied")
             commit()
         early = self._solved_early()
         if early:
-            statistics = self._collect_early(model, early)
+            statistics = self._collect_early(early)
             self._solve([site for unit in early for site in self._open(unit)], statistics, finish)
             commit()
-        walk = self._walk(model)
-        for step in walk:
-            self._hold(step.unit, self.dtype)
+        for step in self.walked.walk():
+            self._hold(step.unit)
             sites = self._open(step.unit)
             if sites:
                 collector = Collector(self.sources, sites)
@@ -155,10 +188,10 @@ class WalkedBuild:
                 trim()
                 if not self._left():
                     break
-                self._hold(step.unit, self.dtype)
+                self._hold(step.unit)
             for index in step.indices:
                 step.advance(index, step.output(index))
-            self._release(step.unit)
+            self.walked.release(step.unit)
         for held in self.sources.values():
             held.release()
         self._solve_without_data(self._left(), finish, "no forward on the calibration data reached it")
@@ -166,10 +199,6 @@ class WalkedBuild:
         trim()
 
     # -- what is where ---------------------------------------------------------------------------------------------
-
-    def _walk(self, model: torch.nn.Module) -> Walk:
-        how = self.calibration
-        return Walk(model, self.structure, how.samples.batches, how.hidden_cap, how.scratch)  # type: ignore[arg-type]
 
     def _stands_as_written(self, name: str) -> None:
         unit = self.units[name]
@@ -181,14 +210,10 @@ class WalkedBuild:
         names = (site.name for site in unit.sites)
         return [self.structure.sites[n] for n in names if n not in self.lines and self.units[n].needs_data]
 
-    def _hold(self, unit: WalkUnit, dtype: torch.dtype) -> None:
-        for site in unit.sites:
-            if site.kind != "embedding":
-                self.sources[site.name].hold(dtype)
-
-    def _release(self, unit: WalkUnit) -> None:
-        for site in unit.sites:
-            self.sources[site.name].release()
+    def _hold(self, unit: WalkUnit) -> None:
+        """Hold a unit's weights, but not those of a head tied to an embedding: its inputs say all."""
+        if not any(site.kind == "embedding" for site in unit.sites):
+            self.walked.hold(unit)
 
     def _left(self) -> list[Unit]:
         """What needs data and is not built yet."""
@@ -211,7 +236,7 @@ class WalkedBuild:
         """Units whose weights are used before their inputs are known: blocks that run again, heads tied to an
         embedding. Their statistics come from a walk of their own, over the model as it stands before."""
         found = walk_units(self.structure).values()
-        tied = {owner for owner in self.structure.ties.values()}
+        tied = set(self.structure.ties.values())
         return [
             unit
             for unit in found
@@ -219,13 +244,11 @@ class WalkedBuild:
             and (unit.runs > 1 or any(site.kind == "embedding" and site.name in tied for site in unit.sites))
         ]
 
-    def _collect_early(
-        self, model: torch.nn.Module, early: Sequence[WalkUnit]
-    ) -> Callable[[Site], list[SiteStatistics]]:
+    def _collect_early(self, early: Sequence[WalkUnit]) -> Callable[[Site], list[SiteStatistics]]:
         collectors = {unit.module: Collector(self.sources, self._open(unit)) for unit in early}
         left = {unit.module: unit.runs for unit in early}
-        for step in self._walk(model):
-            self._hold(step.unit, self.dtype)
+        for step in self.walked.walk():
+            self._hold(step.unit)
             collector = collectors.get(step.unit.module)
             if collector is not None:
                 left[step.unit.module] -= 1
@@ -239,7 +262,7 @@ class WalkedBuild:
                         step.show(index)
                     else:
                         step.advance(index, step.output(index))
-            self._release(step.unit)
+            self.walked.release(step.unit)
             if last:
                 break
         owners = {site.name: unit.module for unit in early for site in unit.sites}

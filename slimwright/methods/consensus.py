@@ -64,6 +64,27 @@ def disjoint(vectors: Sequence[Tensor], weights: Sequence[float], signs: Tensor,
     return scaled_sum(agreeing, [1.0] * len(agreeing)).mul_(signs).div_(divisor)
 
 
+def normalized(change: Tensor, weights: Sequence[float]) -> Tensor:
+    """``change`` divided by the sum of the weights (by 1 where that is zero), in its memory."""
+    total = sum(weights)
+    return change.div_(total) if abs(total) >= 1e-8 else change
+
+
+def combined(vectors: Sequence[Tensor], weights: Sequence[float], consensus: str, normalize: bool) -> Tensor:
+    """Task vectors put together, in their memory.
+
+    Args:
+        vectors: already multiplied by their weights.
+        weights: one a vector.
+        consensus: ``linear``: their sum; ``ties``: of each element those that agree with the elected sign.
+        normalize: divide by the sum of the weights (of those that agree).
+    """
+    if consensus == "ties":
+        return disjoint(vectors, weights, elected_signs(vectors), "mean" if normalize else "sum")
+    change = scaled_sum(vectors, [1.0] * len(vectors))
+    return normalized(change, weights) if normalize else change
+
+
 def add_to_base(base: Tensor, change: Tensor, scale: float) -> Tensor:
     """``base + scale * change``, in the memory of ``change``."""
     return (change if scale == 1 else change.mul_(scale)).add_(base)

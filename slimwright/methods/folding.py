@@ -14,8 +14,25 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
-from slimwright.methods.registry import SiteStatistics, WeightSolver
+from slimwright.methods.registry import GroupFold, SiteStatistics, WeightSolver
 from slimwright.model.structure import FoldGroup, Structure
+
+
+class SmoothingFold(GroupFold):
+    """Folds whose scale is SmoothQuant's; subclasses have the knobs ``alpha`` and ``identity``."""
+
+    alpha: float
+    identity: bool
+    needs = ("absmax",)
+
+    def scales(
+        self, weights: Sequence[Tensor], stats: SiteStatistics, solver: WeightSolver, channels: Tensor | None = None
+    ) -> Tensor:
+        weights = self.checked(weights, stats, channels)
+        assert stats.absmax is not None
+        if self.identity:
+            return torch.ones(weights[0].shape[1])
+        return smoothing_scale(weights, stats.absmax, self.alpha, channels)
 
 
 def input_channels(structure: Structure, fold: FoldGroup) -> Tensor | None:

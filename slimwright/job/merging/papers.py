@@ -46,7 +46,7 @@ def ledger(plan: MergePlan, done: Mapping[str, Done]) -> list[dict[str, Any]]:
 def equal_inputs(plan: MergePlan, done: Mapping[str, Done]) -> list[ModelReference]:
     """The inputs that the whole result equals."""
     alike: dict[ModelReference, bool] = {}
-    merged = [unit for unit in plan.units if unit.method is not None]
+    merged = merged_units(plan)
     for unit in merged:
         for model, equal in zip(unit.models, done[unit.entry.name].equal):
             alike[model] = alike.get(model, True) and equal

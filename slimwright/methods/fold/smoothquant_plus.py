@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
-from slimwright.methods.folding import folded_loss, smoothing_scale
-from slimwright.methods.registry import GroupFold, SiteStatistics, WeightSolver, knob, register
+from slimwright.methods.folding import SmoothingFold, folded_loss, smoothing_scale
+from slimwright.methods.registry import SiteStatistics, WeightSolver, knob, register
 
 
 @register("fold/smoothquant_plus", paper="Pan et al. 2023, SmoothQuant+ (arXiv:2312.03788)")
 @dataclass(frozen=True)
-class SmoothQuantPlus(GroupFold):
+class SmoothQuantPlus(SmoothingFold):
     """SmoothQuant's scale before weight-only rounding, with one strength α for the whole model.
 
     :meth:`score` is what one fold group loses at one α; whoever has all groups sums the scores over them and gives
@@ -27,16 +26,6 @@ class SmoothQuantPlus(GroupFold):
     alpha: float = knob(0.5, low=0.0, high=1.0, help="strength, the one for the whole model")
     identity: bool = knob(False, help="all factors 1")
     steps: int = knob(20, low=1, high=1000, help="the search tries 0, 1/steps, ..., 1")
-    needs = ("absmax",)
-
-    def scales(
-        self, weights: Sequence[Tensor], stats: SiteStatistics, solver: WeightSolver, channels: Tensor | None = None
-    ) -> Tensor:
-        weights = self.checked(weights, stats, channels)
-        assert stats.absmax is not None
-        if self.identity:
-            return torch.ones(weights[0].shape[1])
-        return smoothing_scale(weights, stats.absmax, self.alpha, channels)
 
     @property
     def alphas(self) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from slimwright.methods.consensus import add_to_base, disjoint, elected_signs, scaled_sum
+from slimwright.methods.consensus import add_to_base, combined
 from slimwright.methods.merging import MergeMethod, MergeSite, State, Sums, Tile
 from slimwright.methods.registry import knob, register
 from slimwright.methods.selection import (
@@ -65,13 +65,7 @@ class Breadcrumbs(MergeMethod):
         for tensor, (outer, inner), weight in zip(tile.tensors, state["bounds"], weights):
             delta = tensor.sub_(tile.base)
             deltas.append((keep_largest(delta, outer, tile) - keep_largest(delta, inner, tile)).mul_(weight))
-        if self.consensus == "ties":
-            change = disjoint(deltas, weights, elected_signs(deltas), "mean" if self.normalize else "sum")
-        else:
-            change = scaled_sum(deltas, [1.0] * len(deltas))
-            if self.normalize and abs(sum(weights)) >= 1e-8:
-                change.div_(sum(weights))
-        return add_to_base(tile.base, change, self.lambda_)
+        return add_to_base(tile.base, combined(deltas, weights, self.consensus, self.normalize), self.lambda_)
 
 
 def _bounds(density: float, gamma: float, numel: int) -> list[Selection]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,15 +10,14 @@ from torch import Tensor
 
 from slimwright.errors import InputError
 from slimwright.methods.chance import random_integers
-from slimwright.methods.consensus import add_to_base, disjoint, elected_signs, scaled_sum
-from slimwright.methods.merging import MergeMethod, State, Sums, Tile
-from slimwright.methods.products import exact_sum
+from slimwright.methods.dropping import DroppingMethod
+from slimwright.methods.merging import Tile
 from slimwright.methods.registry import knob, register
 
 
 @register("merge/della", paper="DELLA-Merging, arXiv:2406.11617")
 @dataclass(frozen=True)
-class Della(MergeMethod):
+class Della(DroppingMethod):
     """Keep entries at random, the more probably the larger their rank within the row; rescale; elect signs and merge.
 
     The probability runs from ``density - epsilon`` (smallest magnitude of a row) to ``density + epsilon`` (largest).
@@ -48,23 +46,8 @@ class Della(MergeMethod):
     def extent(self) -> Literal["element", "row", "tensor"]:
         return "row"
 
-    @property
-    def rounds(self) -> int:
-        return int(self.rescale == "l1")
-
-    def survey(self, tile: Tile, state: State) -> Sums:
-        deltas = tile.deltas()
-        before = torch.stack([exact_sum(delta.abs()) for delta in deltas])
-        after = torch.stack([exact_sum(delta.abs()) for delta in self._dropped(deltas, tile)])
-        return {"norms": torch.stack([before, after])}
-
-    def settle(self, sums: Mapping[str, Sums], state: State) -> State:
-        (found,) = sums.values()
-        before, after = found["norms"].tolist()
-        return {"factors": [b / a if a >= 1e-7 and b >= 1e-7 else 1.0 for b, a in zip(before, after)]}
-
-    def _dropped(self, deltas: list[Tensor], tile: Tile) -> list[Tensor]:
-        """The task vectors with what chance drops at 0, rescaled where that is exact."""
+    def dropped(self, deltas: list[Tensor], tile: Tile) -> list[Tensor]:
+        """The task vectors with what chance drops at 0, rescaled where that is exact, each entry by its own."""
         models = len(deltas)
         kept = []
         for model, (delta, density, epsilon) in enumerate(
@@ -79,21 +62,6 @@ class Della(MergeMethod):
             values = delta / probability if self.rescale == "exact" else delta
             kept.append(values * chosen)
         return kept
-
-    def combine(self, tile: Tile, state: State) -> Tensor:
-        assert tile.base is not None
-        models = len(tile.tensors)
-        weights = self.each("weight", models)
-        deltas = self._dropped([tensor.sub_(tile.base) for tensor in tile.tensors], tile)
-        for delta, factor, weight in zip(deltas, state.get("factors", [1.0] * models), weights):
-            delta.mul_(factor * weight)
-        if self.consensus == "ties":
-            change = disjoint(deltas, weights, elected_signs(deltas), "mean" if self.normalize else "sum")
-        else:
-            change = scaled_sum(deltas, [1.0] * models)
-            if self.normalize and abs(sum(weights)) >= 1e-8:
-                change.div_(sum(weights))
-        return add_to_base(tile.base, change, self.lambda_)
 
 
 def _ranks(magnitudes: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from slimwright.methods.consensus import add_to_base, scaled_sum
+from slimwright.methods.consensus import add_to_base, normalized, scaled_sum
 from slimwright.methods.merging import MergeMethod, State, Tile
 from slimwright.methods.registry import knob, register
 
@@ -28,7 +28,4 @@ class TaskArithmetic(MergeMethod):
         assert tile.base is not None
         weights = self.each("weight", len(tile.tensors))
         change = scaled_sum([tensor.sub_(tile.base) for tensor in tile.tensors], weights)
-        total = sum(weights)
-        if self.normalize and abs(total) >= 1e-8:
-            change.div_(total)
-        return add_to_base(tile.base, change, self.lambda_)
+        return add_to_base(tile.base, normalized(change, weights) if self.normalize else change, self.lambda_)
