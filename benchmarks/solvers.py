@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.common import Row, exit_code, publish
 from slimwright.methods import GroupFold, SiteStatistics, WeightSolver, method
-from slimwright.methods.folding import folded_statistics
+from slimwright.methods.folding import candidate_losses, chosen, folded_statistics
 from slimwright.methods.orthogonal import orthogonal
 from slimwright.methods.rotation import rotate
 from tests.methods import bundled
@@ -42,11 +42,9 @@ def folded(fold: str, name: str, **knobs: object) -> Solve:
 
     def solve(site: Setup, spec: str) -> Tensor:
         solver: WeightSolver = method(name, grid=spec, **knobs)
-        chosen: GroupFold = method(fold)
-        if fold == "fold/smoothquant_plus":
-            scores = {alpha: chosen.score(alpha, [site.weight], site.stats, solver) for alpha in chosen.alphas}
-            chosen = method(fold, alpha=chosen.choose([scores])[0])
-        scale = chosen.scales([site.weight], site.stats, solver)
+        made: GroupFold = method(fold)
+        made = chosen(made, [candidate_losses(made, [site.weight], site.stats, solver)])
+        scale = made.scales([site.weight], site.stats, solver)
         return solver.solve(site.weight * scale, folded_statistics(site.stats, scale)).dense() / scale
 
     return solve

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimwright.errors import InputError, NotBuiltError
-from slimwright.methods import WeightSolver, parse_method
+from slimwright.methods import ModelFold, WeightSolver, parse_method
 from slimwright.model.structure import Structure
 from slimwright.sizes import parse_bytes
 from slimwright.weights import Float, Grid, parse_grid
@@ -61,6 +61,30 @@ class Assignment(BaseModel):
         return solver
 
 
+class Edit(BaseModel):
+    """What changes the weights of a model but not its function, before they are put on grids.
+
+    Attributes:
+        method: a fold's spec (``fold/rotation``, ``fold/awq,n_grid=10``).
+        seed: of what is random in it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: str
+    seed: int = 0
+
+    def fold(self) -> ModelFold:
+        """The method.
+
+        Raises:
+            InputError: unknown, or it is no fold.
+        """
+        fold = parse_method(self.method)
+        if not isinstance(fold, ModelFold):
+            raise InputError(f"'{self.method}' does not change a model before its weights are put on grids.")
+        return fold
+
+
 class Plan(BaseModel):
     """Everything that is done to a model. Fields that later versions fill are present and must be empty today."""
 
@@ -70,7 +94,7 @@ class Plan(BaseModel):
     fingerprint: str = ""
     target: str = "slimwright"
     assignments: dict[str, Assignment] = Field(default_factory=dict)
-    edits: list[Any] = Field(default_factory=list)
+    edits: list[Edit] = Field(default_factory=list)
     activations: dict[str, Any] = Field(default_factory=dict)
     cache: dict[str, Any] = Field(default_factory=dict)
     adapters: dict[str, Any] = Field(default_factory=dict)
@@ -104,7 +128,9 @@ class Plan(BaseModel):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise InputError(f"The plan {path} is wrong at '{where}': {first['msg']}.") from None
-        for name in ("edits", "activations", "cache", "adapters", "variants", "heal"):
+        for edit in plan.edits:
+            edit.fold()
+        for name in ("activations", "cache", "adapters", "variants", "heal"):
             if getattr(plan, name):
                 raise NotBuiltError(
                     f"The plan {path} has '{name}', which this version of slimwright does not build yet."

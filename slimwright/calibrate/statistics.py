@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slimwright.calibrate.walk import Batch
+from slimwright.errors import InputError
 from slimwright.methods.registry import SiteStatistics
 from slimwright.model.structure import Site
 from slimwright.runtime.streamed import WeightSource
@@ -78,6 +79,7 @@ class InputSums:
 
     def __init__(self, columns: int, keep: bool = False) -> None:
         self.tokens = 0
+        self._weight = 0.0
         self._sum: Tensor | None = None if keep else torch.zeros(columns, columns)
         self._kept: list[Tensor] = []
         self._absmax = torch.zeros(columns)
@@ -85,15 +87,24 @@ class InputSums:
         self._sum_of_inputs = torch.zeros(columns)
         self._columns = columns
 
-    def add(self, x: Tensor) -> None:
-        """Add inputs (tokens, in)."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add inputs (tokens, in), which count in the Gram and the mean by their weights (tokens,); those that weigh
+        nothing count nowhere."""
+        if weights is not None:
+            x, weights = x[weights > 0].float(), weights[weights > 0].float()
         if not x.shape[0]:
             return
         self.tokens += x.shape[0]
         size = x.abs()
         torch.maximum(self._absmax, size.amax(0).float(), out=self._absmax)
         self._abssum += size.sum(0, dtype=torch.float32)
-        self._sum_of_inputs += x.sum(0, dtype=torch.float32)
+        if weights is None:
+            self._weight += x.shape[0]
+            self._sum_of_inputs += x.sum(0, dtype=torch.float32)
+        else:
+            self._weight += float(weights.sum(dtype=torch.float64))
+            self._sum_of_inputs += weights @ x
+            x = x * weights.sqrt()[:, None]
         if self._sum is None:
             self._kept.append(x.detach().clone())
         else:
@@ -112,9 +123,10 @@ class InputSums:
         """What solvers are given; without data where no token was seen. Asked for once: the sum becomes the mean."""
         if not self.tokens:
             return SiteStatistics.none()
-        tokens, gram = self.tokens, self.gram_sum().div_(self.tokens)
+        gram = self.gram_sum().div_(self._weight)
         return SiteStatistics(
-            tokens, gram, absmax=self._absmax, absmean=self._abssum / tokens, mean=self._sum_of_inputs / tokens
+            self.tokens, gram, absmax=self._absmax, absmean=self._abssum / self.tokens,
+            mean=self._sum_of_inputs / self._weight,
         )  # fmt: skip
 
 
@@ -135,11 +147,12 @@ class Collector:
         self._found: dict[str, SiteStatistics] = {}
         self._layers: dict[tuple[str, int, str], Tensor] = {}
         self._batch = Batch({})
+        self._weights: Tensor | None = None
 
     @contextmanager
-    def watching(self, batch: Batch) -> Iterator[None]:
-        """Count what the sites are fed within, as part of this batch."""
-        self._batch = batch
+    def watching(self, batch: Batch, weights: Tensor | None = None) -> Iterator[None]:
+        """Count what the sites are fed within, as part of this batch, its tokens by their weights (samples, tokens)."""
+        self._batch, self._weights = batch, weights
         self._layers.clear()
         for key, site in self._leaders.items():
             self._sources[site.name].watch = lambda x, expert, key=key, site=site: self._add(key, site, x, expert)
@@ -153,7 +166,16 @@ class Collector:
         sums = self._sums.get((key, expert))
         if sums is None:
             sums = self._sums[key, expert] = InputSums(site.columns, keep=site.kind == "experts")
-        sums.add(self._batch.counted(x))
+        weights = self._weights
+        if weights is None:
+            sums.add(self._batch.counted(x))
+        elif x.shape[:-1] in (weights.shape, (weights.numel(),)):
+            sums.add(x.reshape(-1, x.shape[-1]), weights.reshape(-1))
+        else:
+            raise InputError(
+                f"The inputs of '{site.name}' are not the tokens of the batch one by one, so they cannot be weighed: use "
+                "a solver that counts all tokens alike."
+            )
 
     def statistics(self, site: Site) -> list[SiteStatistics]:
         """One for each of the site's matrices: several where it is a tensor of fused experts.

@@ -151,6 +151,17 @@ class Step:
     def batch(self, index: int) -> Batch:
         return self._walk.batches[index]
 
+    @property
+    def batches(self) -> list[Batch]:
+        """All of the walk's."""
+        return self._walk.batches
+
+    def hidden(self, index: int) -> Tensor:
+        """The first tensor that the unit is given: its hidden states."""
+        call = self._walk.calls[index]
+        assert call is not None
+        return call.tensors()[0]
+
     def advance(self, index: int, output: Any) -> None:
         """Let the batch go on to its next unit."""
         self._walk.resume(index, output)

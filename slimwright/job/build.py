@@ -16,6 +16,7 @@ from slimwright.calibrate.tokens import Samples
 from slimwright.checkpoint import Checkpoint, CheckpointWriter, Journal
 from slimwright.checkpoint.layout import Layout, TensorEntry, plan_layout
 from slimwright.errors import InputError
+from slimwright.job.edits import with_edits
 from slimwright.job.ledger import Entry, block_of, kept_line
 from slimwright.job.options import CAST_BYTES, cast_entry, kept_entry, weight_entries
 from slimwright.job.parallel import in_order
@@ -50,10 +51,15 @@ class Unit:
         """Whether it is a site on a grid."""
         return self.site is not None and self.assignment is not None and not self.assignment.kept
 
+    def solver(self) -> WeightSolver:
+        """What puts it on its grid, where it is :attr:`solved`."""
+        assert self.site is not None and self.assignment is not None
+        return self.assignment.solver().for_role(self.site.role)
+
     @property
     def needs_data(self) -> bool:
         """Whether its solver needs statistics of its inputs."""
-        return self.solved and self.assignment is not None and bool(self.assignment.solver().needs)
+        return self.solved and bool(self.solver().needs)
 
     @property
     def cast(self) -> bool:
@@ -143,7 +149,7 @@ def build(
 
     def finish(unit: Unit, line: Entry) -> None:
         nonlocal done, uncommitted
-        lines[unit.name] = line
+        line = lines[unit.name] = with_edits(line, source)
         journal.append(_key(unit), line.to_json())
         uncommitted += line.bytes
         done += source.tensors[unit.name].numel
@@ -271,7 +277,7 @@ def tiles_of(source: Checkpoint, unit: Unit) -> Iterator[Tile]:
         ranges = ranges or [slice(0, 0)]
         yield from (Tile(unit, rows, rows is ranges[-1]) for rows in ranges)
         return
-    solver = assignment.solver()
+    solver = unit.solver()
     stats = SiteStatistics(survey=survey(source, site, solver.grid))
     ranges = list(site_tiles(site, solver.grid)) if solver.row_independent else [slice(0, site.rows)]
     plain = plain_rounding(solver)

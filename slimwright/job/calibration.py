@@ -10,11 +10,11 @@ from typing import Any
 from slimwright.calibrate.data import GENERIC, Document, documents, fingerprint, split
 from slimwright.calibrate.tokens import RANDOM, reads_text, samples
 from slimwright.checkpoint import Checkpoint
-from slimwright.errors import InputError, NotBuiltError
+from slimwright.errors import InputError
 from slimwright.job.build import Calibration
 from slimwright.job.held_out import load_tokenizer
 from slimwright.job.request import FitOptions
-from slimwright.methods import parse_method
+from slimwright.methods import GroupFold, Method, parse_method
 from slimwright.model.skeleton import skeleton
 from slimwright.model.structure import Structure
 from slimwright.plan import CALIBRATED_METHOD, Plan
@@ -23,10 +23,6 @@ TOKEN_PARAMETERS = 3e12
 """Tokens times parameters that calibration takes by default, between the two numbers below."""
 
 LEAST_TOKENS, MOST_TOKENS = 16384, 65536
-
-
-UNWIRED = {"quantize/rsq": "rotate models and weigh tokens"}
-"""Methods whose preparation of the whole model is not part of a job yet."""
 
 
 def with_data(asked: FitOptions, source: Checkpoint, structure: Structure) -> tuple[FitOptions, list[Document]]:
@@ -40,7 +36,7 @@ def with_data(asked: FitOptions, source: Checkpoint, structure: Structure) -> tu
     """
     if asked.eval_data is not None:
         documents(asked.eval_data)  # refused now rather than after the work
-    methods = [parse_method(asked.method)] if asked.method is not None else []
+    methods: list[Method] = [parse_method(asked.method)] if asked.method is not None else []
     if asked.plan is not None:
         plan = Plan.load(Path(asked.plan))
         methods += [
@@ -48,11 +44,7 @@ def with_data(asked: FitOptions, source: Checkpoint, structure: Structure) -> tu
             for group, assignment in plan.assignments.items()
             if assignment.method and not assignment.kept and group not in structure.castable
         ]
-    for method in methods:
-        if method.name in UNWIRED:
-            raise NotBuiltError(
-                f"{method.name} works on tensors; fit does not {UNWIRED[method.name]} yet: use another."
-            )
+    methods += [fold for edit in asked.edits() if isinstance(fold := edit.fold(), GroupFold)]
     needs = any(method.needs for method in methods)
     if asked.data == "none":
         if needs:

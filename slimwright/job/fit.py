@@ -21,6 +21,7 @@ from slimwright.checkpoint import (
 from slimwright.errors import InputError
 from slimwright.job.build import layout_of, plan_units
 from slimwright.job.calibration import with_data
+from slimwright.job.edits import rotated
 from slimwright.job.forecast import Forecast, forecast, measure_rates
 from slimwright.job.memory import MemoryWatch, memory_cap
 from slimwright.job.open import open_source
@@ -31,7 +32,7 @@ from slimwright.job.result import (
     model_facts,
 )
 from slimwright.job.work import Target, Work
-from slimwright.methods import WeightSolver, parse_method
+from slimwright.methods import GroupFold, WeightSolver, parse_method
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
 from slimwright.plan import KEEP, Assignment, Plan, Rule, bind, method_on, parse_size
@@ -49,9 +50,9 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
         out: directory that the result is written to; it exists only when the result is whole and verified.
         options: fields of :class:`FitOptions`: ``size`` (``4.25bit | 30% | 4.7GB``), ``grid`` (``int4:g128``
             everywhere), ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``data`` (what to calibrate on, or
-            ``none``), ``eval_data``, ``calibration_tokens``, ``calibration_length``, ``method`` (solver), ``search``
-            (``dp | milp``), ``job_memory`` (``2GB``), ``job_time`` (seconds), ``seed``, ``dry_run``,
-            ``trust_remote_code``, ``quiet``.
+            ``none``), ``eval_data``, ``calibration_tokens``, ``calibration_length``, ``method`` (solver), ``folds``
+            (what is done before: ``fold/awq``, ``none``), ``search`` (``dp | milp``), ``job_memory`` (``2GB``),
+            ``job_time`` (seconds), ``seed``, ``dry_run``, ``trust_remote_code``, ``quiet``.
 
     Raises:
         InputError: something about the input cannot work; nothing was written.
@@ -61,8 +62,9 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
     unknown = sorted(set(options) - known)
     if unknown:
         raise InputError(f"fit has no option '{unknown[0]}'; it has: {', '.join(sorted(known))}.")
-    if "rules" in options:
-        options["rules"] = tuple(options["rules"])
+    for name in ("rules", "folds"):
+        if options.get(name) is not None:
+            options[name] = tuple(options[name])
     asked = FitOptions(model=str(model), out=None if out is None else str(out), **options)
     with MemoryWatch(memory_cap(asked.job_memory)) as watch:
         return _Job(asked, watch).run()
@@ -86,6 +88,8 @@ class _Job:
             self.notes.append(structure.note)
         asked, found = with_data(asked, source, structure)
         self.asked = asked
+        edits = tuple(asked.edits())
+        source, structure = rotated(source, structure, edits)
         solver: WeightSolver = parse_method(asked.solver)
         fixed = self._fixed_plan(source, structure, rules)
         bound = bind(rules, structure) if rules else {}
@@ -97,7 +101,17 @@ class _Job:
         cap = self.watch.cap or 0
         usual = _representative(solver, fixed, structure)
         seen = (asked.calibration_tokens or 0) if asked.data != "none" else 0
-        predicted = forecast(source, structure, usual, measure_rates(usual), budget, fixed is None, cap, seen)
+        predicted = forecast(
+            source,
+            structure,
+            usual,
+            measure_rates(usual),
+            budget,
+            fixed is None,
+            cap,
+            seen,
+            [fold for edit in edits if isinstance(fold := edit.fold(), GroupFold)],
+        )  # fmt: skip
         if cap < predicted.least_memory_bytes:
             raise InputError(
                 f"--job-memory {cap / 1e6:.0f} MB is too little for this model: the least that would do is about "
@@ -118,7 +132,7 @@ class _Job:
                 data.setdefault("notes", []).append(f"{held.out} is the finished result of this same job.")
                 return FitReport(data, held.out)
             work = Work(asked, self.watch, self.started, self.notes)
-            target = Target(budget, fixed, options, rest, predicted, state, found)
+            target = Target(budget, fixed, options, rest, predicted, state, found, edits)
             try:
                 return work.run(held, source, structure, target)
             except InputError:  # what was given cannot work, so nothing of it is worth keeping for another try
@@ -150,7 +164,7 @@ class _Job:
                 assignments[group] = Assignment(grid=KEEP, reason=f"{grid} cannot hold it: {illegal}")
             else:
                 assignments[group] = Assignment(grid=grid.spec, method=method_on(grid.spec, asked.solver))
-        return Plan(assignments=assignments)
+        return Plan(assignments=assignments, edits=asked.edits())
 
     def _budget(self, source: Checkpoint, structure: Structure, fixed: Plan | None) -> tuple[int, bool]:
         """Bytes of the weight files, and whether that is at least what the source takes."""

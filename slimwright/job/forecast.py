@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -13,13 +13,14 @@ import torch
 from slimwright.calibrate.tokens import BATCH_TOKENS
 from slimwright.calibrate.walk import walk_units
 from slimwright.checkpoint import Checkpoint
+from slimwright.job.fold_walk import SCORED_PRODUCTS as FOLD_PRODUCTS
 from slimwright.job.options import FEW_GROUPS, FINE_LADDER, LADDER, sampling
 from slimwright.job.parallel import in_order
 from slimwright.job.probe import REVERSE_LOGITS, REVERSE_TOKENS, SCORED_PRODUCTS
 from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, SAMPLED_TILES, logits_width, tokens_for
 from slimwright.job.walked import GRAM_BYTES, SOLVED_ELEMENTS, walk_dtype
 from slimwright.job.weights import TILE_ELEMENTS, plain_rounding
-from slimwright.methods import SiteStatistics, WeightSolver
+from slimwright.methods import GroupFold, SiteStatistics, WeightSolver
 from slimwright.model.structure import Structure
 from slimwright.weights import Dense, unpack_rows
 
@@ -133,6 +134,7 @@ def forecast(
     searched: bool,
     cap: int,
     tokens_seen: int = 0,
+    folds: Sequence[GroupFold] = (),
 ) -> Forecast:
     """Forecast a fit.
 
@@ -141,6 +143,7 @@ def forecast(
         searched: whether options are scored (no forced grid or plan).
         cap: bytes the job may use.
         tokens_seen: tokens that it calibrates on; 0: data-free.
+        folds: whose scales are found first, each in a walk of its own.
     """
     sites = list(structure.sites.values())
     weights = sum(site.numel for site in sites)
@@ -153,10 +156,13 @@ def forecast(
     compared = sum(min(site.numel, SAMPLED_TILES * TILE_ELEMENTS) for site in sites)
     overhead = 3e-4 * len(source.tensors)
     phases = {}
+    walks = walk_cost(source, structure, solver, rates, tokens_seen, cap) if tokens_seen else None
+    if folds and walks is not None:
+        products = min(FOLD_PRODUCTS, sum(site.numel * site.columns for site in sites))
+        phases["fold"] = sum(walks.fold + fold.trials * products / rates.multiply for fold in folds)
     if searched:
         ladder = FINE_LADDER if len(structure.choice_groups()) <= FEW_GROUPS else LADDER
         phases["score"] = weights * share * len(ladder) / rates.score + overhead * len(ladder)
-    walks = walk_cost(source, structure, solver, rates, tokens_seen, cap) if tokens_seen else None
     if walks is not None and searched:
         phases["score"] = walks.probe + phases["score"]
     phases["build"] = weights / rates.solve + source.total_bytes / READ_RATE + budget / WRITE_RATE + 4 * overhead + 0.1
@@ -203,8 +209,10 @@ def _memory(source: Checkpoint, structure: Structure, batch: int, vocabulary: in
 
 @dataclass(frozen=True)
 class WalkCost:
-    """Seconds of the probe and of the build walk, bytes at their peak and at least."""
+    """Seconds of a walk that only collects statistics, of the probe and of the build walk, bytes at their peak and at
+    least."""
 
+    fold: float
     probe: float
     build: float
     memory: int
@@ -252,7 +260,7 @@ def walk_cost(
     collecting = whole + running + 4 * min(tokens, BATCH_TOKENS) * widest
     reversing = running + 6 * 4 * REVERSE_LOGITS + 2 * reverse * hidden * 4 * len(units)
     peak = base + max(solving, collecting, reversing)
-    return WalkCost(probe, build, int(peak + min(states, cap // 4)), int(peak))
+    return WalkCost(forward + gram + 1.0, probe, build, int(peak + min(states, cap // 4)), int(peak))
 
 
 def _multiply_rate(dtype: torch.dtype) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +20,24 @@ from slimwright.weights import Grid, disk_shapes, matrix_shape
 ZOO = "zoo:"
 
 
-class DequantizedCheckpoint(Checkpoint):
+class DerivedCheckpoint(Checkpoint):
+    """A checkpoint some of whose weights are computed from others rather than read."""
+
+    @abstractmethod
+    def is_derived(self, name: str) -> bool:
+        """Whether :meth:`weight_rows` gives this weight."""
+
+    @abstractmethod
+    def weight_rows(self, name: str, rows: slice) -> Tensor:
+        """Rows of the logical matrix (experts stacked) of such a weight, (rows, columns) float32."""
+
+
+def derived(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a weight is computed rather than read."""
+    return isinstance(checkpoint, DerivedCheckpoint) and checkpoint.is_derived(name)
+
+
+class DequantizedCheckpoint(DerivedCheckpoint):
     """A result of ours seen as the dense checkpoint it stands for, decoded tile by tile on demand.
 
     ``tensors`` has the dense names, dtypes and shapes; ``config`` has no quantization_config. Offsets in the
@@ -55,11 +73,10 @@ class DequantizedCheckpoint(Checkpoint):
             tensors[name] = TensorInfo(name, dtype, form.shape, info.file, info.start, info.stop)
         self.tensors = tensors
 
-    def is_packed(self, name: str) -> bool:
+    def is_derived(self, name: str) -> bool:
         return name in self._grids
 
     def weight_rows(self, name: str, rows: slice) -> Tensor:
-        """Rows of the logical matrix (experts stacked) of a packed weight, (rows, columns) float32."""
         grid, shape = self._grids[name], self._forms[name].weight_shape
         parts = {suffix: self._packed.read(name + suffix) for suffix in disk_shapes(grid, shape)}
         return decode_tile(grid, parts, shape, rows)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from slimwright.calibrate.sensitivity import ReverseWalk, Sensitivity
-from slimwright.calibrate.statistics import EXPERT_TOKENS, Collector
-from slimwright.calibrate.walk import Batch, walk_units
+from slimwright.calibrate.statistics import EXPERT_TOKENS
+from slimwright.calibrate.walk import Batch, Unit
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.job.build import Calibration
@@ -93,33 +93,16 @@ class Probe:
         for name, source in walked.sources.items():
             if source.site.kind == "embedding":
                 self._score([source.site], {name: [SiteStatistics.none()]}, sensitivities, lookup=True)
-        units = walk_units(self.structure)
-        left = {unit.module: unit.runs for unit in units.values() if unit.sites}
-        collectors: dict[str, Collector] = {}
-        for step in walked.walk():
-            unit = step.unit
-            walked.hold(unit)
-            sites = [site for site in unit.sites if site.choice_group not in self.losses]
-            collector = collectors.setdefault(unit.module, Collector(walked.sources, sites))
-            left[unit.module] = left.get(unit.module, 1) - 1
-            over = not any(left.values())
-            for index in step.indices:
-                with collector.watching(step.batch(index)):
-                    if over and not unit.block:
-                        step.show(index)
-                    else:
-                        step.advance(index, step.output(index))
-            if left[unit.module] == 0 and sites:
-                found = {site.name: collector.statistics(site) for site in sites}
-                self._score(sites, found, sensitivities)
-                del collectors[unit.module], found
-            walked.release(unit)
-            if over:
-                break
+        for sites, collector in walked.collected(self._open):
+            self._score(sites, {site.name: collector.statistics(site) for site in sites}, sensitivities)
         self._settle_rest(sensitivities)
         return self.losses
 
     # -- walks -----------------------------------------------------------------------------------------------------
+
+    def _open(self, unit: Unit) -> list[Site]:
+        """A unit's sites that are still to be scored."""
+        return [site for site in unit.sites if site.choice_group not in self.losses]
 
     def _few(self) -> list[Batch]:
         """Batches for the reverse walk: of fewer rows and fewer tokens."""

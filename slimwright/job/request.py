@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from slimwright.errors import InputError, NotBuiltError
-from slimwright.methods import WeightSolver, parse_method
-from slimwright.plan import DEFAULT_METHOD, Plan, Rule
+from slimwright.methods import GroupFold, WeightSolver, parse_method
+from slimwright.methods.rotation import RotationFold
+from slimwright.plan import DEFAULT_METHOD, Edit, Plan, Rule
 from slimwright.search import check_solver
 from slimwright.weights import parse_grid
 
@@ -27,6 +29,7 @@ class FitOptions:
     plan: str | None = None
     rules: tuple[str, ...] = ()
     method: str | None = None
+    folds: tuple[str, ...] | None = None
     data: str | None = None
     eval_data: str | None = None
     calibration_tokens: int | None = None
@@ -47,12 +50,29 @@ class FitOptions:
         """Spec of the method: what was asked, else the default."""
         return self.method or DEFAULT_METHOD
 
+    def edits(self) -> list[Edit]:
+        """What is done to the model before its weights are put on grids: the plan's edits, or the folds that were asked
+        for, or those that belong to the method.
+
+        Raises:
+            InputError: an unknown fold, or a rotation behind another fold, whose factors it would mix.
+        """
+        if self.plan is not None:
+            edits = Plan.load(Path(self.plan)).edits
+        else:
+            specs = self.folds if self.folds is not None else parse_method(self.solver).before
+            edits = [Edit(method=spec, seed=self.seed) for spec in specs if spec != "none"]
+        folds = [edit.fold() for edit in edits]
+        if any(isinstance(fold, GroupFold) and isinstance(after, RotationFold) for fold, after in pairwise(folds)):
+            raise InputError("A rotation comes before other folds: it would mix the channels that they scaled.")
+        return edits
+
     def recipe(self) -> dict[str, Any]:
         """What decides the result's bytes beside the source and the machine."""
         plan = Path(self.plan).read_text(encoding="utf-8") if self.plan else None
         return {
             "size": self.size, "grid": self.grid, "plan": plan, "rules": list(self.rules), "method": self.method,
-            "data_digest": self.data_digest,
+            "folds": None if self.folds is None else list(self.folds), "data_digest": self.data_digest,
             "data": self.data, "eval_data": self.eval_data, "tokens": self.calibration_tokens,
             "length": self.calibration_length,
             "search": self.search, "seed": self.seed, "shard": self.max_shard_bytes,
@@ -66,6 +86,8 @@ class FitOptions:
                 words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         for rule in self.rules:
             words += ["--rule", rule]
+        for fold in self.folds if self.folds is not None else ():
+            words += ["--fold", fold]
         for name in ("method", "search", "seed", "calibration_tokens", "calibration_length"):
             if getattr(self, name) != FitOptions.__dataclass_fields__[name].default:
                 words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
@@ -116,6 +138,10 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
     if asked.calibration_length is not None and asked.calibration_length < 8:
         raise InputError(f"--calibration-length must be at least 8, not {asked.calibration_length}.")
     check_solver(asked.search)
+    if asked.plan is not None and asked.folds is not None:
+        raise InputError("--plan fixes everything: edit the plan instead of giving --fold.")
+    if asked.data == "none" and any(isinstance(edit.fold(), GroupFold) for edit in asked.edits()):
+        raise InputError("Scales are found on data: give --data, or --fold none, or leave --data out for generic text.")
     if asked.grid is not None:
         parse_grid(asked.grid)
     if asked.plan is not None:

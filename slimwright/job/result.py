@@ -36,6 +36,7 @@ def quality_parts(outcome: Outcome) -> dict[str, Any]:
             "how": streamed if outcome.how == "fresh process" else f"reloaded from disk in {outcome.how}",
             "ok": outcome.ok,
             "logits_error": outcome.logits_error,
+            **({} if outcome.edits_error is None else {"edits_error": outcome.edits_error}),
             "tensors_compared": outcome.tensors_compared,
             "inputs": outcome.inputs,
         },

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from slimwright.checkpoint import Checkpoint
-from slimwright.job.open import DequantizedCheckpoint
+from slimwright.job.edits import EditedCheckpoint
+from slimwright.job.open import derived
 from slimwright.job.parallel import in_order
 from slimwright.job.weights import TILE_ELEMENTS, site_rows, survey
 from slimwright.methods import SiteStatistics, WeightSolver
@@ -27,7 +28,7 @@ class PlainSource(WeightSource):
 
     def stored(self) -> Tensor | None:
         """(rows, columns) in the stored dtype, a view of the mapped file; None where the layout does not allow one."""
-        if self.site.transposed or isinstance(self._checkpoint, DequantizedCheckpoint):
+        if self.site.transposed or derived(self._checkpoint, self.site.name):
             return None
         return site_rows(self._checkpoint, self.site, slice(0, self.site.rows))
 
@@ -103,7 +104,7 @@ def planned_source(checkpoint: Checkpoint, site: Site, assignment: Assignment) -
     """One site as the plan says."""
     if assignment.kept:
         return PlainSource(checkpoint, site)
-    return PlannedSource(checkpoint, site, assignment.solver())
+    return PlannedSource(checkpoint, site, assignment.solver().for_role(site.role))
 
 
 def planned_tensors(checkpoint: Checkpoint, structure: Structure, plan: Plan) -> dict[str, Tensor]:
@@ -116,6 +117,11 @@ def planned_tensors(checkpoint: Checkpoint, structure: Structure, plan: Plan) ->
         else checkpoint.read(name).clone()
         for name in names
     }
+
+
+def edited_tensors(checkpoint: Checkpoint, structure: Structure) -> dict[str, Tensor] | None:
+    """Every tensor that is no site where edits changed some, by disk name; None where all lie in the files."""
+    return planned_tensors(checkpoint, structure, Plan()) if isinstance(checkpoint, EditedCheckpoint) else None
 
 
 def planned_sources(checkpoint: Checkpoint, structure: Structure, plan: Plan) -> dict[str, WeightSource]:

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,19 @@ from slimwright.checkpoint import Checkpoint, TensorEntry
 from slimwright.errors import SlimwrightError
 from slimwright.evaluate.quality import EncoderQuality, LanguageQuality
 from slimwright.job.build import Unit, plan_units
+from slimwright.job.edits import folded, rotated
 from slimwright.job.held_out import HeldOut, held_out, load_tokenizer, retrieval_quality
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of, open_source
 from slimwright.job.parallel import in_order
-from slimwright.job.source import ParallelSource, plain_sources, planned_source, planned_sources, planned_tensors
+from slimwright.job.source import (
+    ParallelSource,
+    edited_tensors,
+    plain_sources,
+    planned_source,
+    planned_sources,
+    planned_tensors,
+)
 from slimwright.job.walked import WrittenSource, written_checksum
 from slimwright.job.weights import site_rows, site_tiles
 from slimwright.model.discover import discover
@@ -40,6 +48,9 @@ from slimwright.weights import disk_shapes, unpack_rows
 
 TOLERANCE = 1e-4
 """Largest difference of an output, relative to the largest output, in float32."""
+
+EDIT_TOLERANCE = 2e-2
+"""The same of edits alone, before anything is put on a grid: gains and biases are stored in the source's dtype."""
 
 SAMPLED_TILES = 2
 """Tiles of a tensor that are compared one by one (tensors of up to this many tiles are compared whole)."""
@@ -63,6 +74,7 @@ class Spec:
         checksums: of what solvers with data returned, by disk name.
         data: the user's data, a tenth of which is for evaluation; empty: held-out generic text.
         eval_data: data for evaluation only, taken instead.
+        scales: files with what each fold of the plan found, in order.
     """
 
     source: str
@@ -78,6 +90,7 @@ class Spec:
     checksums: dict[str, str] = field(default_factory=dict)
     data: str = ""
     eval_data: str = ""
+    scales: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -87,6 +100,8 @@ class Outcome:
     how: str
     problems: list[str] = field(default_factory=list)
     logits_error: float = 0.0
+    edits_error: float | None = None
+    """Largest difference that the plan's edits alone make; None where it has none."""
     tensors_compared: int = 0
     inputs: str = ""
     quality: dict[str, Any] = field(default_factory=dict)
@@ -113,6 +128,9 @@ def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
     written = Checkpoint.open(spec.written)
     structure = discover(source, trust_remote_code=spec.trust_remote_code)
     plan = Plan.load(Path(spec.written) / "plan.yaml")
+    before = source, plain_sources(source, structure)
+    source, structure = rotated(source, structure, plan.edits)
+    source = folded(source, structure, plan.edits, [Path(file) for file in spec.scales])
     units = plan_units(source, structure, plan)
     started = time.monotonic()
     _compare_files(spec, source, written, units, outcome, step)
@@ -121,7 +139,7 @@ def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
     if outcome.ok:
         started = time.monotonic()
         with torch.no_grad():
-            _compare_outputs(spec, source, structure, plan, outcome, step)
+            _compare_outputs(spec, source, structure, plan, before, outcome, step)
         outcome.seconds["outputs"] = time.monotonic() - started
     return outcome
 
@@ -190,9 +208,8 @@ def _compare_site(written: Checkpoint, unit: Unit, expected: WeightSource) -> st
 
 def _compare_checksum(written: Checkpoint, unit: Unit, checksum: str) -> str | None:
     """Every value, as the grid's reference code reads it, against the digest that was taken before packing."""
-    assert unit.site is not None and unit.assignment is not None
-    solver = unit.assignment.solver()
-    if written_checksum(written, unit.site, solver) != checksum:
+    assert unit.site is not None
+    if written_checksum(written, unit.site, unit.solver()) != checksum:
         return f"'{unit.name}' in the files differs from what its solver returned"
     return None
 
@@ -223,12 +240,14 @@ def _compare_outputs(
     source: Checkpoint,
     structure: Structure,
     plan: Plan,
+    before: tuple[Checkpoint, Mapping[str, WeightSource]],
     outcome: Outcome,
     step: Callable[[int, int], None],
 ) -> None:
+    """Judge the reloaded model, and measure its distance from the source ``before`` any edit."""
     cls, config = model_of(source, spec.trust_remote_code)
     packed = cls.from_pretrained(_model_directory(spec.written), dtype=torch.float32).eval()
-    tensors = planned_tensors(source, structure, plan) if plan.casts(structure) else None
+    tensors = planned_tensors(source, structure, plan) if plan.casts(structure) or plan.edits else None
     planned = planned_sources(source, structure, plan)
     files = Checkpoint.open(spec.written)
     for name in spec.checksums:  # compared value by value before; there is no other way to make them again
@@ -236,7 +255,8 @@ def _compare_outputs(
         planned[name] = ParallelSource(WrittenSource(files, site, plan.by_site(structure)[name].parsed_grid()))
     reference = load_streamed(cls, source.model_path, config, planned, tensors)
     del tensors
-    original = load_streamed(cls, source.model_path, config, plain_sources(source, structure))
+    unedited, sources = before
+    original = load_streamed(cls, source.model_path, model_of(unedited, spec.trust_remote_code)[1], sources)
     outcome.inputs, batches = held_out(
         source, packed, data=spec.data, eval_data=spec.eval_data, tokens=spec.tokens, batch_tokens=spec.batch_tokens,
         seed=spec.seed,
@@ -249,14 +269,20 @@ def _compare_outputs(
             _judge(got, expected, outcome)
             outcome.evaluations += 1
             del expected, reference
+            if plan.edits and outcome.ok:
+                edited = load_streamed(
+                    cls, source.model_path, config, plain_sources(source, structure), edited_tensors(source, structure)
+                )
+                _judge_edits(_outputs(edited, batch.inputs), _outputs(original, batch.inputs), outcome)
+                del edited
             trim()
         if not outcome.ok:
             return
-        before = _outputs(original, batch.inputs)
+        asis = _outputs(original, batch.inputs)
         quality = quality or (
             LanguageQuality() if "logits" in got and _is_distribution(got["logits"]) else EncoderQuality()
         )
-        _add(quality, batch, before, got)
+        _add(quality, batch, asis, got)
         step(len(batches) + 1 + index, 2 * len(batches))
     outcome.evaluations += 1
     assert quality is not None
@@ -291,14 +317,30 @@ def _judge(got: dict[str, Tensor], expected: dict[str, Tensor], outcome: Outcome
         if not torch.isfinite(value).all():
             outcome.problems.append(f"the reloaded model's {name} hold NaN or Inf")
             return
-        scale = float(expected[name].abs().max())
-        error = float((value - expected[name]).abs().max()) / max(scale, 1e-30)
+        error = _relative(value, expected[name])
         outcome.logits_error = max(outcome.logits_error, error)
         if not error <= TOLERANCE:
             outcome.problems.append(
                 f"the reloaded model's {name} differ from the reference by {error:.2e} relative "
                 f"(allowed {TOLERANCE:.0e})"
             )
+
+
+def _judge_edits(got: dict[str, Tensor], expected: dict[str, Tensor], outcome: Outcome) -> None:
+    """The edits alone left the function as it was, but for the rounding of gains and biases to the source's dtype."""
+    for name, value in got.items():
+        error = _relative(value, expected[name])
+        outcome.edits_error = max(outcome.edits_error or 0.0, error)
+        if not error <= EDIT_TOLERANCE:
+            outcome.problems.append(
+                f"the edits before rounding changed the model's {name} by {error:.2e} relative (allowed "
+                f"{EDIT_TOLERANCE:.0e})"
+            )
+
+
+def _relative(value: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest magnitude expected."""
+    return float((value - expected).abs().max()) / max(float(expected.abs().max()), 1e-30)
 
 
 def _is_distribution(logits: Tensor) -> bool:

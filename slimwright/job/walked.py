@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 
@@ -19,7 +20,8 @@ from slimwright.job.ledger import Entry
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of
 from slimwright.job.parallel import in_order
-from slimwright.job.source import PlainSource
+from slimwright.job.source import PlainSource, edited_tensors
+from slimwright.job.token_scores import token_weights
 from slimwright.job.weights import TILE_ELEMENTS, plain_rounding, site_rows, site_tiles, survey, without_data
 from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.model.structure import Site, Structure
@@ -113,17 +115,52 @@ class WalkedModel:
     def model(self) -> PreTrainedModel:
         """Loaded at first use."""
         cls, config = model_of(self._source, self._calibration.trust_remote_code)
-        return load_streamed(cls, self._source.model_path, config, self.sources, dtype=self._dtype)
+        return load_streamed(
+            cls,
+            self._source.model_path,
+            config,
+            self.sources,
+            edited_tensors(self._source, self._structure),
+            self._dtype,
+        )
 
     def walk(self) -> Walk:
         """Over the calibration's batches."""
         how = self._calibration
         return Walk(self.model, self._structure, how.samples.batches, how.hidden_cap, how.scratch)
 
+    def collected(self, sites_of: Callable[[WalkUnit], Sequence[Site]]) -> Iterator[tuple[Sequence[Site], Collector]]:
+        """Walk over the model as it stands, collecting the inputs of each unit's wanted sites; they come after the
+        unit's last run. Nothing is run that no wanted site needs."""
+        units = walk_units(self._structure).values()
+        wanted = {unit.module: sites for unit in units if (sites := sites_of(unit))}
+        left = {unit.module: unit.runs for unit in units if unit.module in wanted}
+        collectors = {module: Collector(self.sources, sites) for module, sites in wanted.items()}
+        for step in self.walk() if left else ():
+            unit = step.unit
+            collector = collectors.get(unit.module)
+            if collector is not None:
+                left[unit.module] -= 1
+            over = not any(left.values())
+            if unit.block or not over:  # else its inputs say all
+                self.hold(unit)
+            for index in step.indices:
+                with collector.watching(step.batch(index)) if collector is not None else nullcontext():
+                    if over:
+                        step.show(index)
+                    else:
+                        step.advance(index, step.output(index))
+            self.release(unit)
+            if left.get(unit.module) == 0:
+                yield wanted[unit.module], collectors.pop(unit.module)
+            if over:
+                break
+
     def hold(self, unit: WalkUnit) -> None:
-        """Have the weights of a unit's sites in memory."""
+        """Have the weights of a unit's sites in memory, but not those of a head tied to an embedding."""
         for site in unit.sites:
-            self.sources[site.name].hold(self._dtype)
+            if site.kind != "embedding":
+                self.sources[site.name].hold(self._dtype)
 
     def release(self, unit: WalkUnit) -> None:
         """Let go of them."""
@@ -177,7 +214,7 @@ class WalkedBuild:
             self._solve([site for unit in early for site in self._open(unit)], statistics, finish)
             commit()
         for step in self.walked.walk():
-            self._hold(step.unit)
+            self.walked.hold(step.unit)
             sites = self._open(step.unit)
             if sites:
                 collector = Collector(self.sources, sites)
@@ -188,7 +225,7 @@ class WalkedBuild:
                 trim()
                 if not self._left():
                     break
-                self._hold(step.unit)
+                self.walked.hold(step.unit)
             for index in step.indices:
                 step.advance(index, step.output(index))
             self.walked.release(step.unit)
@@ -210,11 +247,6 @@ class WalkedBuild:
         names = (site.name for site in unit.sites)
         return [self.structure.sites[n] for n in names if n not in self.lines and self.units[n].needs_data]
 
-    def _hold(self, unit: WalkUnit) -> None:
-        """Hold a unit's weights, but not those of a head tied to an embedding: its inputs say all."""
-        if not any(site.kind == "embedding" for site in unit.sites):
-            self.walked.hold(unit)
-
     def _left(self) -> list[Unit]:
         """What needs data and is not built yet."""
         return [unit for unit in self.units.values() if unit.needs_data and unit.name not in self.lines]
@@ -226,10 +258,11 @@ class WalkedBuild:
 
     # -- statistics ------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _collect(step: Step, collector: Collector) -> None:
+    def _collect(self, step: Step, collector: Collector) -> None:
+        weighting = next((w for site in self._open(step.unit) if (w := self.units[site.name].solver().weighting)), None)
         for index in step.indices:
-            with collector.watching(step.batch(index)):
+            weights = token_weights(step, index, weighting) if weighting is not None and step.unit.block else None
+            with collector.watching(step.batch(index), weights):
                 step.show(index)
 
     def _solved_early(self) -> list[WalkUnit]:
@@ -245,28 +278,11 @@ class WalkedBuild:
         ]
 
     def _collect_early(self, early: Sequence[WalkUnit]) -> Callable[[Site], list[SiteStatistics]]:
-        collectors = {unit.module: Collector(self.sources, self._open(unit)) for unit in early}
-        left = {unit.module: unit.runs for unit in early}
-        for step in self.walked.walk():
-            self._hold(step.unit)
-            collector = collectors.get(step.unit.module)
-            if collector is not None:
-                left[step.unit.module] -= 1
-            last = not any(left.values())
-            for index in step.indices:
-                if collector is None:
-                    step.advance(index, step.output(index))
-                    continue
-                with collector.watching(step.batch(index)):
-                    if last:
-                        step.show(index)
-                    else:
-                        step.advance(index, step.output(index))
-            self.walked.release(step.unit)
-            if last:
-                break
-        owners = {site.name: unit.module for unit in early for site in unit.sites}
-        return lambda site: collectors[owners[site.name]].statistics(site)
+        modules = {unit.module for unit in early}
+        found: dict[str, Collector] = {}
+        for sites, collector in self.walked.collected(lambda unit: self._open(unit) if unit.module in modules else []):
+            found |= {site.name: collector for site in sites}
+        return lambda site: found[site.name].statistics(site)
 
     # -- solving ---------------------------------------------------------------------------------------------------
 
@@ -294,9 +310,8 @@ class WalkedBuild:
 
     def _tiles(self, unit: Unit, found: list[SiteStatistics]) -> list[Tile]:
         """The tiles of one site; ``found`` has statistics for each of its matrices, or one for all."""
-        site, assignment = unit.site, unit.assignment
-        assert site is not None and assignment is not None
-        solver = assignment.solver()
+        site, solver = unit.site, unit.solver()
+        assert site is not None
         state = survey(self.source, site, solver.grid)
         places = list(solved_ranges(site, solver))
         if places[-1][0] + 1 != len(found):  # one expert's rows cannot be rounded without the next's

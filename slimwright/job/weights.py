@@ -12,7 +12,7 @@ from torch import Tensor
 from slimwright import kernels
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
-from slimwright.job.open import DequantizedCheckpoint
+from slimwright.job.open import DerivedCheckpoint
 from slimwright.kernels import solve
 from slimwright.methods import SiteStatistics, WeightSolver, method
 from slimwright.model.structure import Site
@@ -32,7 +32,7 @@ def site_rows(checkpoint: Checkpoint, site: Site, rows: slice) -> Tensor:
     Returns:
         (rows, columns), a view of the mapped file where the layout allows it.
     """
-    if isinstance(checkpoint, DequantizedCheckpoint) and checkpoint.is_packed(site.name):
+    if isinstance(checkpoint, DerivedCheckpoint) and checkpoint.is_derived(site.name):
         return checkpoint.weight_rows(site.name, rows)
     stored = checkpoint.read(site.name)
     if not site.transposed:

@@ -36,6 +36,8 @@ from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import verify as verification
 from slimwright.job.build import Calibration, Unit, build, grids_written, layout_of, plan_units
 from slimwright.job.calibration import calibrate, notes_on
+from slimwright.job.edits import folded, original, save_scales
+from slimwright.job.fold_walk import FoldWalk, usual_grid
 from slimwright.job.forecast import Forecast
 from slimwright.job.ledger import Entry, check_complete
 from slimwright.job.memory import MemoryWatch, trim
@@ -55,10 +57,12 @@ from slimwright.job.result import (
     versions,
     write_papers,
 )
+from slimwright.methods import GroupFold, WeightSolver, parse_method
 from slimwright.model.structure import Structure
-from slimwright.plan import Plan
+from slimwright.plan import Edit, Plan
 from slimwright.runtime.format import DenseForm, write_config
 from slimwright.search import Option, search
+from slimwright.weights import parse_grid
 
 COMMIT_SECONDS = 2.0
 """Scores that a crash may lose."""
@@ -67,7 +71,7 @@ COMMIT_SECONDS = 2.0
 @dataclass(frozen=True)
 class Target:
     """What the job works towards: bytes, the plan where it is fixed, else the options and the bytes of all that is no
-    site, the forecast, the state of the source, the documents to calibrate on."""
+    site, the forecast, the state of the source, the documents to calibrate on, what is done to the model first."""
 
     budget: int
     fixed: Plan | None
@@ -76,6 +80,7 @@ class Target:
     predicted: Forecast
     state: str
     documents: Sequence[Document] = ()
+    edits: Sequence[Edit] = ()
 
 
 @dataclass
@@ -97,6 +102,7 @@ class _State:
     data: dict[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
     calibrated_on: dict[str, Any] = field(default_factory=dict)
+    scales: list[Path] = field(default_factory=list)
 
     def planned(self) -> Plan:
         """The plan, which the passes' order guarantees."""
@@ -197,7 +203,10 @@ class Work:
             Pass("verify", self._verify, requires=frozenset({"files", "ledger"}), gives=frozenset({"verified"})),
             Pass("publish", self._publish, requires=frozenset({"verified"}), breaks=frozenset({"files"})),
         ]  # fmt: skip
-        return passes if target.fixed is not None else [score, *passes]
+        passes = passes if target.fixed is not None else [score, *passes]
+        if any(isinstance(edit.fold(), GroupFold) for edit in target.edits):
+            passes.insert(0, Pass("fold", self._fold, requires=frozenset({"dense"})))
+        return passes
 
     def _step(self, state: _State) -> Callable[[int, int], None]:
         """Reports progress, and stops a job that passes its memory or its time."""
@@ -210,6 +219,38 @@ class Work:
             state.reporter.step(done, total)
 
         return step
+
+    def _fold(self, state: _State) -> None:
+        """Find the scales of each fold in turn, on the model that those before it left."""
+        for edit in state.target.edits:
+            fold = edit.fold()
+            if not isinstance(fold, GroupFold):
+                continue
+            index = len(state.scales)
+            path = state.held.scratch / f"scales-{index}.safetensors"
+            if f"fold:{index}" not in state.journal.done:
+                calibration = self._calibration(state)
+                scales = FoldWalk(
+                    state.source, state.structure, calibration, fold, self._solvers(state), self._step(state)
+                ).run()
+                save_scales(path, scales, calibration.samples.tokens)
+                state.journal.append(f"fold:{index}", len(scales))
+                state.journal.commit()
+            state.scales.append(path)
+            state.source = folded(state.source, state.structure, [edit], [path])
+
+    def _solvers(self, state: _State) -> dict[str, WeightSolver]:
+        """What will put each site on a grid; where that is still to be searched, the method on a grid of about as many
+        bits as the budget has."""
+        sites = state.structure.sites
+        if state.plan is not None:
+            by_site = state.plan.by_site(state.structure)
+            return {name: a.solver() for name, a in by_site.items() if not a.kept}
+        bits = 8 * state.target.budget / max(1, state.structure.parameters)
+        return {
+            name: parse_method(self.asked.solver, grid=parse_grid(usual_grid(site.columns, bits)))
+            for name, site in sites.items()
+        }
 
     def _search(self, state: _State) -> None:
         """Score every option on the weights and choose the best that fits."""
@@ -238,17 +279,18 @@ class Work:
         allocation = search(table, target.budget - target.rest, solver=self.asked.search)
         castable = set(state.structure.castable)
         state.plan = Plan(
+            edits=list(target.edits),
             assignments={
                 name: option.choice
                 for name, option in allocation.choices.items()
                 if not (name in castable and option.choice.kept)  # a plan need not speak of what is no site and stays
-            }
+            },
         )
 
     def _build(self, state: _State) -> None:
         """Solve and write every tensor; then everything else that belongs into the directory."""
         plan, source, held = state.planned(), state.source, state.held
-        plan.source, plan.fingerprint = self.asked.model, fingerprint(source)
+        plan.source, plan.fingerprint = self.asked.model, fingerprint(original(source))
         state.units = plan_units(source, state.structure, plan)
         layout = layout_of(state.units, state.structure, self.asked.max_shard_bytes)
         if state.target.fixed is None and layout.total_bytes > state.target.budget:
@@ -315,6 +357,7 @@ class Work:
             data="" if self.asked.data in (None, "none", GENERIC, RANDOM) else str(self.asked.data),
             eval_data=self.asked.eval_data or "",
             checksums={entry.site: entry.checksum for entry in state.entries if entry.checksum},
+            scales=[str(path) for path in state.scales],
         )  # fmt: skip
         own = model_of(state.source, self.asked.trust_remote_code)[0].__module__
         step = self._step(state)

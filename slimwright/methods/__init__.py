@@ -9,6 +9,7 @@ import types
 from slimwright.methods.registry import (
     GroupFold,
     Method,
+    ModelFold,
     SiteStatistics,
     WeightSolver,
     knob,
@@ -22,6 +23,7 @@ from slimwright.methods.registry import (
 __all__ = [
     "GroupFold",
     "Method",
+    "ModelFold",
     "SiteStatistics",
     "WeightSolver",
     "knob",

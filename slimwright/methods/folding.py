@@ -8,7 +8,8 @@ inputs read one channel of the producer (o under grouped-query attention) their 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -60,6 +61,76 @@ def bias_of(structure: Structure, weight: str) -> str | None:
     return next((name for name, path in structure.to_module.items() if path == f"{module}.bias"), None)
 
 
+class Folds:
+    """What a set of folds does to each tensor of a model.
+
+    Args:
+        scales: (in,) positive, by the disk name of the fold group's producer; equal where inputs read one channel.
+
+    Raises:
+        InputError: a scale is not of this shape, not positive or finite, or differs within a channel.
+    """
+
+    def __init__(self, structure: Structure, scales: Mapping[str, Tensor]) -> None:
+        self._structure = structure
+        self._columns: dict[str, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}
+        self._vectors: dict[str, tuple[Tensor, float]] = {}
+        for fold in structure.folds:
+            scale = scales.get(fold.producer)
+            if scale is None:
+                continue
+            produced = _produced(structure, fold, scale)
+            for name in fold.consumers:
+                self._columns[name] = scale
+            if fold.producer in structure.sites:
+                self._rows[fold.producer] = produced
+            else:  # a norm
+                self._vectors[fold.producer] = produced, fold.offset
+            bias = bias_of(structure, fold.producer)
+            if bias is not None:
+                self._vectors[bias] = produced, 0.0
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Disk names of the tensors that change."""
+        return frozenset([*self._columns, *self._rows, *self._vectors])
+
+    def rows(self, name: str, weight: Tensor, rows: slice) -> Tensor:
+        """Some rows (rows, in) of a site's matrix after the folds: float32 (float64 from float64), because what is
+        rounded to 16 bits afterwards is no longer exact."""
+        weight = _wide(weight)
+        if name in self._columns:
+            weight = weight * self._columns[name].to(weight.dtype)
+        if name in self._rows:
+            weight = weight / self._rows[name][rows, None].to(weight.dtype)
+        return weight
+
+    def vector(self, name: str, values: Tensor) -> Tensor:
+        """A gain or a bias (size,) after the folds, in float32 (float64 from float64)."""
+        values = _wide(values)
+        if name not in self._vectors:
+            return values
+        scale, offset = self._vectors[name]
+        return (values + offset) / scale.to(values.dtype) - offset
+
+
+def _produced(structure: Structure, fold: FoldGroup, scale: Tensor) -> Tensor:
+    """The factors of the producer's channels, after the checks."""
+    first = structure.sites[fold.consumers[0]]
+    if scale.shape != (first.columns,):
+        raise InputError(f"A scale for the inputs of '{first.name}' has {first.columns} factors, not {scale.numel()}.")
+    if not (torch.isfinite(scale).all() and (scale > 0).all()):
+        raise InputError(f"The scale for the inputs of '{first.name}' is not positive and finite.")
+    channels = input_channels(structure, fold)
+    if channels is None:
+        return scale
+    produced = torch.empty(int(channels.max()) + 1, dtype=scale.dtype).index_copy_(0, channels, scale)
+    if not torch.equal(produced[channels], scale):
+        raise InputError(f"The scale for the inputs of '{first.name}' differs within a shared channel.")
+    return produced
+
+
 def apply_fold(
     tensors: Mapping[str, Tensor], structure: Structure, fold: FoldGroup, scale: Tensor
 ) -> dict[str, Tensor]:
@@ -73,34 +144,18 @@ def apply_fold(
         float32 (float64 from float64): what is rounded to 16 bits afterwards is no longer exact.
 
     Raises:
-        InputError: the scale is not of this shape, not positive or finite, or differs within a channel.
+        InputError: as :class:`Folds`.
     """
-    sites = [structure.sites[name] for name in fold.consumers]
-    columns = sites[0].columns
-    if scale.shape != (columns,):
-        raise InputError(f"A scale for the inputs of '{fold.consumers[0]}' has {columns} factors, not {scale.numel()}.")
-    if not (torch.isfinite(scale).all() and (scale > 0).all()):
-        raise InputError(f"The scale for the inputs of '{fold.consumers[0]}' is not positive and finite.")
-    channels = input_channels(structure, fold)
-    produced = scale
-    if channels is not None:
-        produced = torch.empty(int(channels.max()) + 1, dtype=scale.dtype).index_copy_(0, channels, scale)
-        if not torch.equal(produced[channels], scale):
-            raise InputError(f"The scale for the inputs of '{fold.consumers[0]}' differs within a shared channel.")
+    folds = Folds(structure, {fold.producer: scale})
     found: dict[str, Tensor] = {}
-    for site in sites:
-        weight = _wide(tensors[site.name])
-        found[site.name] = weight * (scale[:, None] if site.transposed else scale).to(weight.dtype)
-    weight = _wide(tensors[fold.producer])
-    produced = produced.to(weight.dtype)
-    producer = structure.sites.get(fold.producer)
-    if producer is None:  # a norm
-        found[fold.producer] = (weight + fold.offset) / produced - fold.offset
-    else:
-        found[fold.producer] = weight / (produced if producer.transposed else produced[:, None])
-    bias = bias_of(structure, fold.producer)
-    if bias is not None:
-        found[bias] = _wide(tensors[bias]) / produced
+    for name in folds.changed:
+        site = structure.sites.get(name)
+        if site is None:
+            found[name] = folds.vector(name, tensors[name])
+        else:
+            weight = tensors[name].t() if site.transposed else tensors[name]
+            weight = folds.rows(name, weight, slice(0, site.rows))
+            found[name] = weight.t() if site.transposed else weight
     return found
 
 
@@ -152,6 +207,37 @@ def folded_loss(weights: Sequence[Tensor], stats: SiteStatistics, solver: Weight
         delta = solver.solve(scaled, after).dense() - scaled
         loss += float(((delta @ after.gram) * delta).sum(dtype=torch.float64))
     return loss
+
+
+def candidate_losses(
+    fold: GroupFold,
+    weights: Sequence[Tensor],
+    stats: SiteStatistics,
+    solver: WeightSolver,
+    channels: Tensor | None = None,
+) -> list[float]:
+    """What each of a fold's candidates loses on one fold group (:func:`folded_loss`).
+
+    Raises:
+        InputError: as :meth:`GroupFold.scales`, or there is no Gram.
+    """
+    if stats.gram is None:
+        raise InputError(f"{fold.name}: choosing among candidates needs the statistic 'gram': give data.")
+    wide = [weight.float() for weight in weights]
+    return [
+        folded_loss(wide, stats, solver, candidate.scales(wide, stats, solver, channels))
+        for candidate in fold.candidates()
+    ]
+
+
+def chosen(fold: GroupFold, losses: Iterable[Sequence[float]]) -> GroupFold:
+    """The candidate with the least sum over fold groups, the first of equals.
+
+    Args:
+        losses: of each group, what each candidate loses.
+    """
+    sums = [math.fsum(values) for values in zip(*losses, strict=True)]
+    return fold.candidates()[sums.index(min(sums))] if sums else fold.candidates()[0]
 
 
 def smoothing_scale(weights: Sequence[Tensor], absmax: Tensor, alpha: float, channels: Tensor | None) -> Tensor:

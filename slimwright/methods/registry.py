@@ -266,6 +266,8 @@ class WeightSolver(Method):
     grid: Grid
     row_independent: ClassVar[bool] = True
     """Whether solving a tile of rows gives the rows of solving the whole matrix (given ``stats.survey``)."""
+    before: ClassVar[tuple[str, ...]] = ()
+    """Specs of the folds that belong to the method: what is done to a model first unless the user says otherwise."""
 
     @abstractmethod
     def solve(self, weight: Tensor, stats: SiteStatistics) -> Compressed:
@@ -274,6 +276,15 @@ class WeightSolver(Method):
         Raises:
             InputError: the grid cannot hold this shape, a statistic in ``needs`` is missing, or NaN or Inf.
         """
+
+    def for_role(self, role: str) -> WeightSolver:
+        """The solver for a site of this role, for methods that treat some of them differently."""
+        return self
+
+    @property
+    def weighting(self) -> Any:
+        """How tokens count in its Grams (:class:`slimwright.methods.token_weights.TokenWeighting`); None: all alike."""
+        return None
 
     def expected_gain(self, stats: SiteStatistics) -> float:
         """The output error expected of this solver, relative to plain rounding's on the same grid and data."""
@@ -301,11 +312,38 @@ class WeightSolver(Method):
         return weight, self.grid.survey(weight) if stats.survey is None else stats.survey
 
 
-class GroupFold(Method):
+SITES = {"all": ("norm", "v_o", "up_down"), "norms": ("norm",)}
+"""Fold groups that a fold may be confined to: all, or only norms with the linears behind them."""
+
+
+class ModelFold(Method):
+    """Changes a model's weights but not its function, before they are put on grids: a :class:`GroupFold`, or a
+    :class:`slimwright.methods.rotation.RotationFold`."""
+
+    family = "fold"
+
+
+class GroupFold(ModelFold):
     """Moves a scale from a producer to its consumers, which changes what a solver loses but not the function.
     :mod:`slimwright.methods.folding` has what folds share and what applies them to a model."""
 
-    family = "fold"
+    sites: str
+    """A knob of every fold: :data:`SITES`."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of fold groups (:class:`slimwright.model.structure.FoldGroup`) that it works on."""
+        return SITES[self.sites]
+
+    def candidates(self) -> tuple[GroupFold, ...]:
+        """Variants of which a whole model takes the one that loses least over all its groups (:func:`slimwright.methods
+        .folding.chosen`); most folds have no choice to make there."""
+        return (self,)
+
+    @property
+    def trials(self) -> int:
+        """How often a model's weights are rounded to find its scales."""
+        return len(self.candidates()) if len(self.candidates()) > 1 else 0
 
     @abstractmethod
     def scales(

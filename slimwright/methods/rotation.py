@@ -9,6 +9,7 @@ Works tensor by tensor, so that a model of any size can be rotated as it is read
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from slimwright.errors import InputError
 from slimwright.methods.folding import bias_of
 from slimwright.methods.orthogonal import orthogonal
+from slimwright.methods.registry import ModelFold
 from slimwright.model.structure import Structure
 
 _READERS = {"q", "k", "v", "qkv", "gate", "up", "gate_up"}
@@ -58,6 +60,7 @@ class Rotation:
         turns: what happens to each tensor that changes, by disk name.
         matrix: (hidden, hidden) float64, the residual stream's.
         embedding: disk name.
+        fused: disk names of the norms whose gains move into their readers.
         untied: disk name of the head if it gets a tensor of its own: the final norm's gain is not uniform, and the
             embedding cannot take it. Its bytes are the embedding's.
 
@@ -90,13 +93,13 @@ class Rotation:
             bias = bias_of(structure, name)
             if bias is not None:
                 self.turns[bias] = Turn(writes=True)
-        self._fused = set(parts.readers)
+        self.fused = set(parts.readers)
         final = gains[parts.final_norm].double() + structure.rms_norms[parts.final_norm]
         # A head tied to the embedding turns with it, and a uniform gain may stay where it is.
         if not parts.tied or not torch.equal(final, final[:1].expand_as(final)):
             self.untied = parts.head if parts.tied else None
             self.turns[parts.head] = Turn(gain=parts.final_norm, reads=True)
-            self._fused.add(parts.final_norm)
+            self.fused.add(parts.final_norm)
         self._head_dims: list[int] = []
         if values:
             self._turn_values()
@@ -122,21 +125,29 @@ class Rotation:
         return self.embedding if name == self.untied else name
 
     def turned(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor after the rotation, in float64: computed so, and to be rounded once.
+        """A whole tensor after the rotation, in float64: computed so, and to be rounded once.
 
         Args:
             name: on disk, of any tensor of the model, or :attr:`untied`.
-            tensor: what :meth:`source` names. A range of its rows will do where :attr:`turns` says that no rows are
-                turned.
+            tensor: what :meth:`source` names, as stored.
         """
-        if name in self._fused:  # the gain is in the readers now
+        if name in self.fused:  # the gain is in the readers now
             return torch.full(tensor.shape, 1 - self.structure.rms_norms[name], dtype=torch.float64)
         turn = self.turns.get(name)
         if turn is None:
             return tensor
-        w = tensor.double()
-        if turn.transposed:
-            w = w.t()
+        if tensor.ndim == 2 and turn.transposed:
+            return self.turned_rows(name, tensor.t()).t()
+        return self.turned_rows(name, tensor)
+
+    def turned_rows(self, name: str, weight: Tensor, *, columns_only: bool = False) -> Tensor:
+        """A weight (out, in) that is turned, or a bias (out,), in float64.
+
+        Args:
+            weight: a range of its rows will do where :attr:`turns` says that no rows are turned, or with
+                ``columns_only``: then the turn of the rows is left to do.
+        """
+        turn, w = self.turns[name], weight.double()
         if turn.gain is not None:
             w = w * (self._gains[turn.gain].double() + self.structure.rms_norms[turn.gain])
         if turn.reads:
@@ -144,12 +155,28 @@ class Rotation:
         if turn.value_columns is not None:
             matrix = self.value_matrix(turn.value_columns)
             w = (w.unflatten(1, (-1, matrix.shape[0])) @ matrix).flatten(1)
+        if columns_only:
+            return w
         if turn.value_rows is not None:
             matrix = self.value_matrix(turn.value_rows)
             w = torch.einsum("hd...,de->he...", w.unflatten(0, (-1, matrix.shape[0])), matrix).flatten(0, 1)
         if turn.writes:
             w = self.matrix.t() @ w
-        return w.t() if turn.transposed else w
+        return w
+
+
+class RotationFold(ModelFold):
+    """A fold that turns a model's residual stream."""
+
+    @abstractmethod
+    def rotation(
+        self, structure: Structure, shapes: Mapping[str, tuple[int, ...]], gains: Mapping[str, Tensor], seed: int
+    ) -> Rotation:
+        """What to do to each tensor; the arguments are :class:`Rotation`'s.
+
+        Raises:
+            InputError: the model cannot be rotated.
+        """
 
 
 def rotate(

@@ -51,6 +51,20 @@ class TokenWeights:
         return r * torch.where(total > 0, counts.sum(1, keepdim=True) / torch.where(total > 0, total, 1.0), 0.0)
 
 
+@dataclass(frozen=True)
+class TokenWeighting:
+    """How a solver wants its Gram weighted.
+
+    Args:
+        strategy: which score: ``attncon``, ``first``, ``first_last``, ``token_freq``, ``act_norm``, ``act_diff``,
+            ``token_sim``.
+        weights: makes weights of scores.
+    """
+
+    strategy: str
+    weights: TokenWeights
+
+
 def attention_concentration(attention: Tensor, mask: Tensor | None = None) -> Tensor:
     """The attention that each token receives, over heads and queries: attention (samples, heads, queries, tokens) →
     (samples, tokens). Queries that are masked give none. Not divided by how many queries may see a token."""
@@ -68,10 +82,15 @@ def first_tokens(mask: Tensor, share: float = 1 / 8, last: float = 0.0) -> Tenso
     return (chosen & counts).float()
 
 
-def token_rarity(ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Minus how often each token's id occurs in the whole set: ids (samples, tokens)."""
-    counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    return -torch.bincount(ids[counts], minlength=int(ids.max()) + 1)[ids].float()
+def token_rarity(ids: Tensor, mask: Tensor | None = None, among: Tensor | None = None) -> Tensor:
+    """Minus how often each token's id occurs in the whole set: ids (samples, tokens).
+
+    Args:
+        among: the ids of the whole set, of any shape; None: those of ``ids`` that ``mask`` counts.
+    """
+    if among is None:
+        among = ids if mask is None else ids[mask.bool()]
+    return -torch.bincount(among.flatten(), minlength=int(ids.max()) + 1)[ids].float()
 
 
 def activation_norm(hidden: Tensor) -> Tensor:

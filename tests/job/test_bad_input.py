@@ -131,7 +131,6 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"job_time": 0.001}, "expected to take"),
     ({"surprise": 1}, "no option 'surprise'"),
     ({"data": "chat.jsonl"}, "--data chat.jsonl cannot be used.*reads no text, or has no tokenizer"),
-    ({"method": "quantize/rsq"}, "quantize/rsq works on tensors; fit does not rotate models"),
     ({"data": "none", "method": "quantize/gptq"}, "quantize/gptq needs data"),
     ({"calibration_tokens": 3}, "--calibration-tokens must be at least 64"),
     ({"device": "cuda"}, "--device cuda"),

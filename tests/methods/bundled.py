@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from slimwright.checkpoint import Checkpoint
 from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.methods.folding import apply_fold
-from slimwright.methods.token_weights import TokenWeights, attention_concentration
+from slimwright.methods.token_weights import TokenWeighting, attention_concentration
 from slimwright.model.discover import discover
 from slimwright.model.structure import Site, Structure
 from slimwright.zoo import bundled_path
@@ -98,7 +98,7 @@ def inputs_of(network: LlamaForCausalLM) -> Iterator[dict[str, Tensor]]:
 
 @torch.no_grad()
 def statistics(
-    tensors: Tensors, seed: int = 0, weighting: TokenWeights | None = None, windows: int = WINDOWS
+    tensors: Tensors, seed: int = 0, weighting: TokenWeighting | None = None, windows: int = WINDOWS
 ) -> dict[str, SiteStatistics]:
     """By Gram group; with ``weighting`` tokens count by the attention that they receive in the same block."""
     network = model(tensors)
@@ -110,7 +110,7 @@ def statistics(
             x, weights = seen[site.gram_group], None
             if weighting is not None:
                 block = next(b for b in structure().stacks[0].blocks if b.module == site.block)
-                weights = weighting.of(attention_concentration(attentions[block.index])).flatten()
+                weights = weighting.weights.of(attention_concentration(attentions[block.index])).flatten()
             found[site.gram_group] = SiteStatistics.from_inputs(x.flatten(0, 1), weights)
     return found
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slimwright.errors import InputError
 from slimwright.methods import SiteStatistics, WeightSolver, method
+from slimwright.methods.folding import candidate_losses, chosen
 from slimwright.weights import parse_grid
 from tests.methods.setups import Setup, setup
 
@@ -112,23 +113,29 @@ def test_smoothquant_plus_on_outliers() -> None:
 
 def test_smoothquant_plus_chooses_one_strength_for_all_groups() -> None:
     fold = method("fold/smoothquant_plus", steps=10)
-    assert fold.alphas == tuple(index / 10 for index in range(11))
+    candidates = fold.candidates()
+    assert [candidate.alpha for candidate in candidates] == [index / 10 for index in range(11)]
     sites = [setup(outliers=True), setup(outliers=True, seed=1)]
-    curves = [{alpha: fold.score(alpha, [site.weight], site.stats, ROUND) for alpha in fold.alphas} for site in sites]
-    alpha, curve = fold.choose(curves)
+    losses = [candidate_losses(fold, [site.weight], site.stats, ROUND) for site in sites]
+    alpha = chosen(fold, losses).alpha
     assert 0 < alpha < 1
-    assert list(curve) == list(fold.alphas)
-    for tried in fold.alphas:
+    sums = [first + second for first, second in zip(*losses, strict=True)]
+    for candidate, found in zip(candidates, sums, strict=True):
         error = 0.0
         for site in sites:
-            scale = method("fold/smoothquant_plus", alpha=tried).scales([site.weight], site.stats, ROUND)
+            scale = method("fold/smoothquant_plus", alpha=candidate.alpha).scales([site.weight], site.stats, ROUND)
             error += float((site.inputs @ (rounded(site, scale) - site.weight).T).square().sum(1).mean())
-        assert curve[tried] == pytest.approx(error, rel=1e-3)
-        assert curve[alpha] <= curve[tried]
-    assert fold.choose([{0.5: 1.0, 0.25: 1.0, 0.75: 2.0}])[0] == 0.25
+        assert found == pytest.approx(error, rel=1e-3)
+        assert sums[candidates.index(chosen(fold, losses))] <= found
+    assert chosen(method("fold/smoothquant_plus", steps=2), [[2.0, 1.0, 1.0]]).alpha == 0.5
+    assert method("fold/smoothquant_plus", steps=0, alpha=0.3).candidates() == (
+        method("fold/smoothquant_plus", steps=0, alpha=0.3),
+    )
 
 
-def test_scoring_needs_a_gram() -> None:
+def test_choosing_needs_a_gram() -> None:
     site = setup()
     with pytest.raises(InputError, match="'gram'"):
-        method("fold/smoothquant_plus").score(0.5, [site.weight], SiteStatistics(absmax=site.stats.absmax), ROUND)
+        candidate_losses(
+            method("fold/smoothquant_plus"), [site.weight], SiteStatistics(absmax=site.stats.absmax), ROUND
+        )

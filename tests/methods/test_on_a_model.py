@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimwright.methods import WeightSolver, method
-from slimwright.methods.folding import apply_fold, input_channels
+from slimwright.methods.folding import apply_fold, candidate_losses, chosen, input_channels
 from slimwright.methods.rotation import rotate
 from tests.methods.bundled import Tensors, loss, original, solved, statistics, structure, with_outliers
 
@@ -31,14 +31,14 @@ def smoothed(tensors: Tensors, name: str, solver: WeightSolver) -> tuple[Tensors
         weights = [tensors[consumer] for consumer in names]
         site = structure().sites[names[0]]
         groups.append((fold, weights, stats[site.gram_group], input_channels(structure(), fold)))
-    chosen = method(name)
+    made = method(name)
     if name == "fold/smoothquant_plus":
-        scores = [{a: chosen.score(a, w, s, solver, c) for a in chosen.alphas[::2]} for _, w, s, c in groups]
-        alpha, _ = chosen.choose(scores)
-        chosen = method(name, alpha=alpha)
+        wanted = method(name, steps=10)
+        made = chosen(wanted, [candidate_losses(wanted, w, s, solver, c) for _, w, s, c in groups])
+        alpha = made.alpha
     found = dict(tensors)
     for fold, weights, own, channels in groups:
-        scale = chosen.scales(weights, own, solver, channels)
+        scale = made.scales(weights, own, solver, channels)
         found |= apply_fold(found, structure(), fold, scale)
     return found, alpha
 
@@ -78,8 +78,7 @@ def test_rsq_is_no_worse_than_rotation_and_gptq() -> None:
         turned = {name: tensor.float() for name, tensor in rotate(original(), structure(), seed=seed).items()}
         for r_min, sign in ((0.1, 1), (1.0, -1)):
             solver = method("quantize/rsq", r_min=r_min)
-            weighting = solver.weighting if r_min < 1 else None
-            added += sign * loss(solved(turned, solver, statistics(turned, seed, weighting))) / 3
+            added += sign * loss(solved(turned, solver, statistics(turned, seed, solver.weighting))) / 3
     assert added <= 0.005
 
 

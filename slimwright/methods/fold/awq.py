@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimwright.methods.folding import folded_loss, tied
-from slimwright.methods.registry import GroupFold, SiteStatistics, WeightSolver, knob, register
+from slimwright.methods.registry import SITES, GroupFold, SiteStatistics, WeightSolver, knob, register
 
 
 @register("fold/awq", paper="Lin et al. 2023, AWQ (arXiv:2306.00978)")
@@ -27,7 +27,12 @@ class AWQ(GroupFold):
     """
 
     n_grid: int = knob(20, low=1, high=1000, help="how many ratios are tried")
+    sites: str = knob("all", choices=tuple(SITES), help="fold groups")
     needs = ("gram", "absmean")
+
+    @property
+    def trials(self) -> int:
+        return self.n_grid
 
     def scales(
         self, weights: Sequence[Tensor], stats: SiteStatistics, solver: WeightSolver, channels: Tensor | None = None

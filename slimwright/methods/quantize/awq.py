@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,19 +23,23 @@ class AWQClip(WeightSolver):
 
     Tried are ``1 - i / n_grid`` for ``i = 0 .. max_shrink * n_grid - 1``, the first of equals. A group's cost is
     ``δ H_g δᵀ`` with H_g its own block of the Gram: the squared error of the group's part of the output over all
-    tokens, where the reference code samples 512 of them. AWQ does not clip q and k, whose errors meet in a product:
-    give those to ``quantize/rtn,clip=none``.
+    tokens, where the reference code samples 512 of them. q and k, whose errors meet in a product, are not clipped. A
+    model is scaled by ``fold/awq`` first.
     """
 
     grid: Grid = knob(Int(4, group=128), help="an int grid")
     n_grid: int = knob(20, low=1, high=1000, help="fractions are multiples of 1 / n_grid")
     max_shrink: float = knob(0.5, low=0.0, high=0.99, help="clip by less than this")
     needs = ("gram",)
+    before = ("fold/awq",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.grid, Int):
             raise InputError(f"{self.name} chooses ranges; give an int grid, not {self.grid}.")
+
+    def for_role(self, role: str) -> AWQClip:
+        return replace(self, max_shrink=0.0) if role in ("q", "k", "qkv") else self
 
     def solve(self, weight: Tensor, stats: SiteStatistics) -> Quantized:
         weight, _ = self.checked(weight, stats)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from slimwright.methods.feedback import FeedbackSolver
 from slimwright.methods.registry import knob, register
-from slimwright.methods.token_weights import TokenWeights
+from slimwright.methods.token_weights import TokenWeighting, TokenWeights
 from slimwright.weights import Grid, Int
 
 
@@ -34,7 +34,10 @@ class RSQ(FeedbackSolver):
     r_min: float = knob(0.005, low=0.0, high=1.0, help="weight of a sample's least important token; the most has 1")
     convention: str = knob("code", choices=("code", "paper"), help="weights over their mean, or squared")
 
+    before = ("fold/rotation",)
+
     @property
-    def weighting(self) -> TokenWeights:
-        """What makes a Gram's weights of scores."""
-        return TokenWeights(self.r_min, 1.0, "paper" if self.convention == "paper" else "code")
+    def weighting(self) -> TokenWeighting | None:
+        if self.r_min == 1:
+            return None
+        return TokenWeighting(self.strategy, TokenWeights(self.r_min, 1.0, self.convention))  # type: ignore[arg-type]
