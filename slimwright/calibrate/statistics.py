@@ -173,8 +173,8 @@ class Collector:
             sums.add(x.reshape(-1, x.shape[-1]), weights.reshape(-1))
         else:
             raise InputError(
-                f"The inputs of '{site.name}' are not the tokens of the batch one by one, so they cannot be weighed: use "
-                "a solver that counts all tokens alike."
+                f"The inputs of '{site.name}' are not the batch's tokens one by one, so they cannot be weighed: use a "
+                "solver that counts all tokens alike."
             )
 
     def statistics(self, site: Site) -> list[SiteStatistics]:

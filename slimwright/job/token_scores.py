@@ -1,4 +1,4 @@
-"""How much each token of a batch counts in a block's Grams, where the solver weighs tokens (card: rsq, steps 2 to 5)."""
+"""How much each token of a batch counts in a block's Grams, where the solver weighs tokens (card: rsq, steps 2-5)."""
 
 from __future__ import annotations
 
