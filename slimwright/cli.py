@@ -84,6 +84,10 @@ def fit(
         list[str] | None,
         typer.Option(hidden=True, help="Before rounding: fold/rotation, fold/awq, ... or none; repeatable."),
     ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(hidden=True, help="Round what enters linear layers: int8 or fp8, :token or :tensor."),
+    ] = None,
     calibration_tokens: Annotated[int | None, typer.Option(hidden=True, help="Tokens to calibrate on.")] = None,
     calibration_length: Annotated[
         int | None, typer.Option(hidden=True, help="Tokens of a sequence (default 512 or the model's positions).")
@@ -117,7 +121,7 @@ def fit(
     report = run(
         model, out, size=size, grid=grid, rules=tuple(rule or ()), plan=plan, job_memory=job_memory, dry_run=dry_run,
         data=data, eval_data=eval_data, calibration_tokens=calibration_tokens, calibration_length=calibration_length,
-        method=method, folds=None if fold is None else tuple(fold), search=search,
+        method=method, folds=None if fold is None else tuple(fold), activations=activations, search=search,
         job_time=None if job_time is None else _seconds(job_time), device=device, seed=seed,
         max_shard_bytes=parse_bytes(shard_size, "--shard-size"),
         trust_remote_code=trust_remote_code,

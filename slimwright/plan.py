@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimwright.errors import InputError, NotBuiltError
 from slimwright.methods import ModelFold, WeightSolver, parse_method
-from slimwright.model.structure import Structure
+from slimwright.model.structure import Site, Structure
 from slimwright.sizes import parse_bytes
 from slimwright.weights import Float, Grid, parse_grid
+from slimwright.weights.activations import Activations
 
 PLAN_VERSION = 1
 KEEP = "keep"
@@ -95,7 +97,7 @@ class Plan(BaseModel):
     target: str = "slimwright"
     assignments: dict[str, Assignment] = Field(default_factory=dict)
     edits: list[Edit] = Field(default_factory=list)
-    activations: dict[str, Any] = Field(default_factory=dict)
+    activations: dict[str, str] = Field(default_factory=dict)
     cache: dict[str, Any] = Field(default_factory=dict)
     adapters: dict[str, Any] = Field(default_factory=dict)
     variants: dict[str, Any] = Field(default_factory=dict)
@@ -130,7 +132,9 @@ class Plan(BaseModel):
             raise InputError(f"The plan {path} is wrong at '{where}': {first['msg']}.") from None
         for edit in plan.edits:
             edit.fold()
-        for name in ("activations", "cache", "adapters", "variants", "heal"):
+        for spec in plan.activations.values():
+            Activations.parse(spec)
+        for name in ("cache", "adapters", "variants", "heal"):
             if getattr(plan, name):
                 raise NotBuiltError(
                     f"The plan {path} has '{name}', which this version of slimwright does not build yet."
@@ -168,9 +172,33 @@ class Plan(BaseModel):
                         raise InputError(
                             f"The plan puts '{site.name}' on {assignment.grid}, which cannot be: {reason}."
                         )
+        for name in self.activations:
+            reason = self._unrounded(groups, name)
+            if reason:
+                raise InputError(f"The plan's activations name '{name}', {reason}")
         missing = [name for name in groups if name not in self.assignments]
         if missing:
             raise InputError(f"The plan says nothing of the group '{missing[0]}'; write '{KEEP}' to leave it as it is.")
+
+    def _unrounded(self, groups: Mapping[str, Sequence[Site]], group: str) -> str | None:
+        """Why what enters a group's weights cannot be rounded."""
+        if group not in groups:
+            near = difflib.get_close_matches(group, list(groups), n=1, cutoff=0.3)
+            return "which this model does not have" + (f"; did you mean '{near[0]}'?" if near else ".")
+        other = next((site for site in groups[group] if site.kind not in ("linear", "conv1d")), None)
+        if other is not None:
+            return f"but '{other.name}' is of kind {other.kind}: only what enters linear layers is rounded."
+        assignment = self.assignments.get(group)
+        if assignment is None or assignment.kept or assignment.parsed_grid().plain:
+            return "but its weights are not packed."
+        return None
+
+    def roundings(self, structure: Structure) -> dict[str, Activations]:
+        """How what enters a site is rounded, by disk name."""
+        groups = structure.choice_groups()
+        return {
+            site.name: Activations.parse(spec) for group, spec in self.activations.items() for site in groups[group]
+        }
 
     def by_site(self, structure: Structure) -> dict[str, Assignment]:
         """Assignment of every site."""
@@ -331,3 +359,20 @@ def parse_size(text: str, parameters: int) -> int:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def rounded_groups(spec: str, plan: Plan, structure: Structure) -> dict[str, str]:
+    """The plan's ``activations`` that round what enters every group of packed linear layers inside blocks.
+
+    Raises:
+        InputError: the plan packs none.
+    """
+    groups = structure.choice_groups()
+    found = {
+        name: spec
+        for name, sites in groups.items()
+        if all(site.block is not None for site in sites) and plan._unrounded(groups, name) is None
+    }
+    if not found:
+        raise InputError(f"--activations {spec} has nothing to round: the plan packs no linear layer inside a block.")
+    return found

@@ -75,12 +75,14 @@ class InputSums:
     Args:
         columns: inputs of the site.
         keep: keep the inputs and make the Gram when it is asked for: of experts, each of which sees few tokens.
+        gram: whether there is to be a Gram.
     """
 
-    def __init__(self, columns: int, keep: bool = False) -> None:
+    def __init__(self, columns: int, keep: bool = False, gram: bool = True) -> None:
         self.tokens = 0
         self._weight = 0.0
-        self._sum: Tensor | None = None if keep else torch.zeros(columns, columns)
+        self._gram = gram
+        self._sum: Tensor | None = None if keep or not gram else torch.zeros(columns, columns)
         self._kept: list[Tensor] = []
         self._absmax = torch.zeros(columns)
         self._abssum = torch.zeros(columns)
@@ -105,6 +107,8 @@ class InputSums:
             self._weight += float(weights.sum(dtype=torch.float64))
             self._sum_of_inputs += weights @ x
             x = x * weights.sqrt()[:, None]
+        if not self._gram:
+            return
         if self._sum is None:
             self._kept.append(x.detach().clone())
         else:
@@ -123,7 +127,7 @@ class InputSums:
         """What solvers are given; without data where no token was seen. Asked for once: the sum becomes the mean."""
         if not self.tokens:
             return SiteStatistics.none()
-        gram = self.gram_sum().div_(self._weight)
+        gram = self.gram_sum().div_(self._weight) if self._gram else None
         return SiteStatistics(
             self.tokens, gram, absmax=self._absmax, absmean=self._abssum / self.tokens,
             mean=self._sum_of_inputs / self._weight,
@@ -136,10 +140,12 @@ class Collector:
     Args:
         sources: of the model, by disk name.
         sites: those to watch; of a Gram group one is watched for all.
+        grams: whether Grams are wanted.
     """
 
-    def __init__(self, sources: Mapping[str, WeightSource], sites: Sequence[Site]) -> None:
+    def __init__(self, sources: Mapping[str, WeightSource], sites: Sequence[Site], grams: bool = True) -> None:
         self._sources = sources
+        self._grams = grams
         self._leaders: dict[str, Site] = {}
         for site in sites:
             self._leaders.setdefault(_key(site), site)
@@ -165,7 +171,7 @@ class Collector:
     def _add(self, key: str, site: Site, x: Tensor, expert: int) -> None:
         sums = self._sums.get((key, expert))
         if sums is None:
-            sums = self._sums[key, expert] = InputSums(site.columns, keep=site.kind == "experts")
+            sums = self._sums[key, expert] = InputSums(site.columns, site.kind == "experts", self._grams)
         weights = self._weights
         if weights is None:
             sums.add(self._batch.counted(x))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import CAST, Assignment, Plan
 from slimwright.weights import Dense, disk_shapes
+from slimwright.weights.activations import Activations
 
 COMMIT_BYTES = 256_000_000
 """What is written between two commits (fsync of the files, then of the journal)."""
@@ -39,12 +40,13 @@ MEASURED_ROWS = 32
 @dataclass(frozen=True)
 class Unit:
     """One source tensor and what becomes of it; ``assignment`` is None for tensors that are no sites and stay as they
-    are."""
+    are. ``activations`` is how what enters a site is rounded when the model runs; None: not."""
 
     name: str
     site: Site | None
     assignment: Assignment | None
     entries: tuple[TensorEntry, ...]
+    activations: Activations | None = None
 
     @property
     def solved(self) -> bool:
@@ -69,7 +71,7 @@ class Unit:
 
 def plan_units(source: Checkpoint, structure: Structure, plan: Plan) -> list[Unit]:
     """Every tensor of the source in checkpoint order; tied duplicates have no entries."""
-    by_site, casts = plan.by_site(structure), plan.casts(structure)
+    by_site, casts, roundings = plan.by_site(structure), plan.casts(structure), plan.roundings(structure)
     units = []
     for name, info in source.tensors.items():
         site, assignment = structure.sites.get(name), by_site.get(name)
@@ -81,7 +83,7 @@ def plan_units(source: Checkpoint, structure: Structure, plan: Plan) -> list[Uni
             assignment, entries = plan.assignments[name], (cast_entry(source, name, casts[name]),)
         else:
             entries = (kept_entry(source, name),)
-        units.append(Unit(name, site, assignment, entries))
+        units.append(Unit(name, site, assignment, entries, roundings.get(name)))
     return units
 
 
@@ -149,6 +151,8 @@ def build(
 
     def finish(unit: Unit, line: Entry) -> None:
         nonlocal done, uncommitted
+        if unit.activations is not None:
+            line = replace(line, activations=unit.activations.spec)
         line = lines[unit.name] = with_edits(line, source)
         journal.append(_key(unit), line.to_json())
         uncommitted += line.bytes

@@ -45,7 +45,7 @@ def with_data(asked: FitOptions, source: Checkpoint, structure: Structure) -> tu
             if assignment.method and not assignment.kept and group not in structure.castable
         ]
     methods += [fold for edit in asked.edits() if isinstance(fold := edit.fold(), GroupFold)]
-    needs = any(method.needs for method in methods)
+    needs = any(method.needs for method in methods) or asked.needs_scales()
     if asked.data == "none":
         if needs:
             raise InputError("The plan's methods need data: give --data, or leave it out for generic text.")

@@ -35,7 +35,7 @@ from slimwright.job.work import Target, Work
 from slimwright.methods import GroupFold, WeightSolver, parse_method
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
-from slimwright.plan import KEEP, Assignment, Plan, Rule, bind, method_on, parse_size
+from slimwright.plan import KEEP, Assignment, Plan, Rule, bind, method_on, parse_size, rounded_groups
 from slimwright.search import Option, smallest_cost
 from slimwright.weights import parse_grid
 
@@ -111,6 +111,7 @@ class _Job:
             cap,
             seen,
             [fold for edit in edits if isinstance(fold := edit.fold(), GroupFold)],
+            asked.needs_scales(),
         )  # fmt: skip
         if cap < predicted.least_memory_bytes:
             raise InputError(
@@ -164,7 +165,10 @@ class _Job:
                 assignments[group] = Assignment(grid=KEEP, reason=f"{grid} cannot hold it: {illegal}")
             else:
                 assignments[group] = Assignment(grid=grid.spec, method=method_on(grid.spec, asked.solver))
-        return Plan(assignments=assignments, edits=asked.edits())
+        plan = Plan(assignments=assignments, edits=asked.edits())
+        if asked.activations is not None:
+            plan.activations = rounded_groups(asked.activations, plan, structure)
+        return plan
 
     def _budget(self, source: Checkpoint, structure: Structure, fixed: Plan | None) -> tuple[int, bool]:
         """Bytes of the weight files, and whether that is at least what the source takes."""

@@ -135,6 +135,7 @@ def forecast(
     cap: int,
     tokens_seen: int = 0,
     folds: Sequence[GroupFold] = (),
+    ranges: bool = False,
 ) -> Forecast:
     """Forecast a fit.
 
@@ -144,6 +145,7 @@ def forecast(
         cap: bytes the job may use.
         tokens_seen: tokens that it calibrates on; 0: data-free.
         folds: whose scales are found first, each in a walk of its own.
+        ranges: whether scales of activations are found in another.
     """
     sites = list(structure.sites.values())
     weights = sum(site.numel for site in sites)
@@ -163,6 +165,8 @@ def forecast(
     if searched:
         ladder = FINE_LADDER if len(structure.choice_groups()) <= FEW_GROUPS else LADDER
         phases["score"] = weights * share * len(ladder) / rates.score + overhead * len(ladder)
+    if walks is not None and ranges:
+        phases["ranges"] = walks.fold
     if walks is not None and searched:
         phases["score"] = walks.probe + phases["score"]
     phases["build"] = weights / rates.solve + source.total_bytes / READ_RATE + budget / WRITE_RATE + 4 * overhead + 0.1

@@ -33,6 +33,7 @@ class Entry:
         parameters: elements of the source tensor.
         block: module path of the block it lies in; None outside blocks.
         bytes_before: bytes in the source.
+        activations: how what enters it is rounded; None: not.
         checksum: SHA-256 (hex) of the values that a solver with data returned, before they were packed; else empty.
     """
 
@@ -52,6 +53,7 @@ class Entry:
     block: str | None
     bytes_before: int
     checksum: str = ""
+    activations: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

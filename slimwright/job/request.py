@@ -14,6 +14,7 @@ from slimwright.methods.rotation import RotationFold
 from slimwright.plan import DEFAULT_METHOD, Edit, Plan, Rule
 from slimwright.search import check_solver
 from slimwright.weights import parse_grid
+from slimwright.weights.activations import Activations
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -30,6 +31,7 @@ class FitOptions:
     rules: tuple[str, ...] = ()
     method: str | None = None
     folds: tuple[str, ...] | None = None
+    activations: str | None = None
     data: str | None = None
     eval_data: str | None = None
     calibration_tokens: int | None = None
@@ -67,12 +69,20 @@ class FitOptions:
             raise InputError("A rotation comes before other folds: it would mix the channels that they scaled.")
         return edits
 
+    def needs_scales(self) -> bool:
+        """Whether scales of activations are to be found on data."""
+        specs = [self.activations] if self.activations is not None else []
+        if self.plan is not None:
+            specs = list(Plan.load(Path(self.plan)).activations.values())
+        return not all(Activations.parse(spec).ready for spec in specs)
+
     def recipe(self) -> dict[str, Any]:
         """What decides the result's bytes beside the source and the machine."""
         plan = Path(self.plan).read_text(encoding="utf-8") if self.plan else None
         return {
             "size": self.size, "grid": self.grid, "plan": plan, "rules": list(self.rules), "method": self.method,
             "folds": None if self.folds is None else list(self.folds), "data_digest": self.data_digest,
+            "activations": self.activations,
             "data": self.data, "eval_data": self.eval_data, "tokens": self.calibration_tokens,
             "length": self.calibration_length,
             "search": self.search, "seed": self.seed, "shard": self.max_shard_bytes,
@@ -81,7 +91,7 @@ class FitOptions:
     def command(self) -> str:
         """The command line that does this job again."""
         words = ["slimwright", "fit", self.model]
-        for name in ("size", "grid", "plan", "data", "eval_data", "out"):
+        for name in ("size", "grid", "plan", "activations", "data", "eval_data", "out"):
             if getattr(self, name) is not None:
                 words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         for rule in self.rules:
@@ -138,8 +148,17 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
     if asked.calibration_length is not None and asked.calibration_length < 8:
         raise InputError(f"--calibration-length must be at least 8, not {asked.calibration_length}.")
     check_solver(asked.search)
-    if asked.plan is not None and asked.folds is not None:
-        raise InputError("--plan fixes everything: edit the plan instead of giving --fold.")
+    if asked.plan is not None and (asked.folds is not None or asked.activations is not None):
+        option = "--fold" if asked.folds is not None else "--activations"
+        raise InputError(f"--plan fixes everything: edit the plan instead of giving {option}.")
+    if asked.activations is not None:
+        rounding = Activations.parse(asked.activations)
+        if not rounding.ready and asked.data == "none":
+            raise InputError(
+                f"--activations {rounding} needs data for its scales: use {rounding.kind}:token, or give --data."
+            )
+        if rounding.scale is not None:
+            raise InputError(f"--activations {rounding}: one scale does not fit every layer; scales are found on data.")
     if asked.data == "none" and any(isinstance(edit.fold(), GroupFold) for edit in asked.edits()):
         raise InputError("Scales are found on data: give --data, or --fold none, or leave --data out for generic text.")
     if asked.grid is not None:

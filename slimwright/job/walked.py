@@ -129,13 +129,15 @@ class WalkedModel:
         how = self._calibration
         return Walk(self.model, self._structure, how.samples.batches, how.hidden_cap, how.scratch)
 
-    def collected(self, sites_of: Callable[[WalkUnit], Sequence[Site]]) -> Iterator[tuple[Sequence[Site], Collector]]:
+    def collected(
+        self, sites_of: Callable[[WalkUnit], Sequence[Site]], grams: bool = True
+    ) -> Iterator[tuple[Sequence[Site], Collector]]:
         """Walk over the model as it stands, collecting the inputs of each unit's wanted sites; they come after the
-        unit's last run. Nothing is run that no wanted site needs."""
+        unit's last run, without their Grams if those are not wanted. Nothing is run that no wanted site needs."""
         units = walk_units(self._structure).values()
         wanted = {unit.module: sites for unit in units if (sites := sites_of(unit))}
         left = {unit.module: unit.runs for unit in units if unit.module in wanted}
-        collectors = {module: Collector(self.sources, sites) for module, sites in wanted.items()}
+        collectors = {module: Collector(self.sources, sites, grams) for module, sites in wanted.items()}
         for step in self.walk() if left else ():
             unit = step.unit
             collector = collectors.get(unit.module)
@@ -194,6 +196,9 @@ class WalkedBuild:
         self.written = Checkpoint.open(writer.directory)
         self.walked = WalkedModel(source, structure, calibration)
         self.sources = self.walked.sources
+        for name, unit in self.units.items():
+            if unit.activations is not None:
+                self.sources[name].activations = unit.activations
         for name in lines:
             self._stands_as_written(name)
 

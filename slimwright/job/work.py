@@ -46,6 +46,7 @@ from slimwright.job.options import score_options, with_losses
 from slimwright.job.passes import Pass, run_passes
 from slimwright.job.probe import Probe
 from slimwright.job.progress import Reporter
+from slimwright.job.ranges import found_scales
 from slimwright.job.request import FitOptions, FitReport
 from slimwright.job.result import (
     REPORT_VERSION,
@@ -59,7 +60,7 @@ from slimwright.job.result import (
 )
 from slimwright.methods import GroupFold, WeightSolver, parse_method
 from slimwright.model.structure import Structure
-from slimwright.plan import Edit, Plan
+from slimwright.plan import Edit, Plan, rounded_groups
 from slimwright.runtime.format import DenseForm, write_config
 from slimwright.search import Option, search
 from slimwright.weights import parse_grid
@@ -206,6 +207,9 @@ class Work:
         passes = passes if target.fixed is not None else [score, *passes]
         if any(isinstance(edit.fold(), GroupFold) for edit in target.edits):
             passes.insert(0, Pass("fold", self._fold, requires=frozenset({"dense"})))
+        if self.asked.needs_scales():
+            build = next(index for index, step in enumerate(passes) if step.name == "build")
+            passes.insert(build, Pass("ranges", self._ranges, requires=frozenset({"dense", "plan"})))
         return passes
 
     def _step(self, state: _State) -> Callable[[int, int], None]:
@@ -238,6 +242,16 @@ class Work:
                 state.journal.commit()
             state.scales.append(path)
             state.source = folded(state.source, state.structure, [edit], [path])
+
+    def _ranges(self, state: _State) -> None:
+        """Find the scales of activations that have one for all tokens."""
+        plan, journal = state.planned(), state.journal
+        if "ranges" not in journal.done:
+            found = found_scales(state.source, state.structure, self._calibration(state), plan, self._step(state))
+            journal.append("ranges", found)
+            journal.commit()
+            plan.activations = found
+        plan.activations = dict(journal.done.get("ranges", plan.activations))
 
     def _solvers(self, state: _State) -> dict[str, WeightSolver]:
         """What will put each site on a grid; where that is still to be searched, the method on a grid of about as many
@@ -286,6 +300,8 @@ class Work:
                 if not (name in castable and option.choice.kept)  # a plan need not speak of what is no site and stays
             },
         )
+        if self.asked.activations is not None:
+            state.plan.activations = rounded_groups(self.asked.activations, state.plan, state.structure)
 
     def _build(self, state: _State) -> None:
         """Solve and write every tensor; then everything else that belongs into the directory."""
@@ -335,7 +351,8 @@ class Work:
                 if unit.site is not None and unit.name in grids:
                     dtype = str(source.tensors[unit.name].dtype).removeprefix("torch.")
                     dense[unit.name] = DenseForm(dtype, unit.site.shape, unit.site.transposed)
-            config["quantization_config"] = write_config(grids, plan.fingerprint, dense)
+            roundings = {unit.name: unit.activations for unit in units if unit.activations is not None}
+            config["quantization_config"] = write_config(grids, plan.fingerprint, dense, roundings)
         if all(config.get(key) is None for key in ("dtype", "torch_dtype")) and any(u.solved or u.cast for u in units):
             # where the config has none, transformers takes that of the first tensor, which may be 16 bits only here
             first = next(i.dtype for _, i in sorted(source.tensors.items()) if i.dtype.is_floating_point)

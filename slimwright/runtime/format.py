@@ -4,10 +4,12 @@
 
     {"quant_method": "slimwright", "format_version": 1, "written_by": "0.1.0",
      "grids": {"int4:g128": ["model.layers.0.self_attn.q_proj.weight", ...], ...},
-     "dense": {"bfloat16:896x4864": [...], "float32:768x3072:t": [...]}, "fingerprint": "<of the source>"}
+     "dense": {"bfloat16:896x4864": [...], "float32:768x3072:t": [...]}, "fingerprint": "<of the source>",
+     "activations": {"int8:token": [...]}}
 
 Names are disk names of weights; a layer's experts may be collapsed to ``...experts.[0-127].w1.weight``. Everything that
-is not named is a plain tensor. Every older version is read (``read_config``); a newer one is refused by number.
+is not named is a plain tensor. ``activations``, which may be missing, says how the inputs of weights are rounded
+(:mod:`slimwright.weights.activations`). Every older version is read (``read_config``), a newer one refused.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 from slimwright import __version__
 from slimwright.errors import InputError
 from slimwright.weights import Grid, parse_grid
+from slimwright.weights.activations import Activations
 
 FORMAT_VERSION = 1
 MOST_WEIGHTS = 1 << 18
@@ -95,7 +98,10 @@ class DenseForm:
 
 
 def write_config(
-    grids: Mapping[str, Grid], fingerprint: str, dense: Mapping[str, DenseForm] | None = None
+    grids: Mapping[str, Grid],
+    fingerprint: str,
+    dense: Mapping[str, DenseForm] | None = None,
+    activations: Mapping[str, Activations] | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` for weights by disk name on their grids.
 
@@ -103,19 +109,25 @@ def write_config(
         grids: grid by disk name.
         fingerprint: of the source.
         dense: how each weight was stored in the source, which a dense export gives back.
+        activations: how what enters a weight is rounded, by disk name; left out of the config where there is none.
     """
     by_grid: dict[str, list[str]] = {}
     by_form: dict[str, list[str]] = {}
+    by_rounding: dict[str, list[str]] = {}
     for name, grid in grids.items():
         by_grid.setdefault(grid.spec, []).append(name)
         if dense is not None:
             by_form.setdefault(dense[name].spec, []).append(name)
+        if activations is not None and name in activations:
+            by_rounding.setdefault(activations[name].spec, []).append(name)
+    rounded = {spec: _collapse(names) for spec, names in by_rounding.items()}
     return {
         "quant_method": "slimwright",
         "format_version": FORMAT_VERSION,
         "written_by": __version__,
         "grids": {spec: _collapse(names) for spec, names in by_grid.items()},
         "dense": {spec: _collapse(names) for spec, names in by_form.items()},
+        **({"activations": rounded} if rounded else {}),
         "fingerprint": fingerprint,
     }
 
@@ -172,4 +184,26 @@ def read_dense(config: Mapping[str, Any]) -> dict[str, DenseForm]:
     missing = [name for name in read_config(config) if name not in found]
     if missing:
         raise InputError(f"quantization_config.dense says nothing of '{missing[0]}': the file is damaged.")
+    return found
+
+
+def read_activations(config: Mapping[str, Any]) -> dict[str, Activations]:
+    """How the inputs of weights are rounded, by disk name.
+
+    Raises:
+        InputError: as :func:`read_config`, no rounding that is known, one without its scale, or of a weight that is not
+            packed.
+    """
+    if "activations" not in config:
+        return {}
+    found: dict[str, Activations] = {}
+    for spec, names in _names(config, "activations").items():
+        rounding = Activations.parse(spec)
+        if not rounding.ready:
+            raise InputError(f"quantization_config.activations has '{spec}' without its scale: the file is damaged.")
+        found |= dict.fromkeys(names, rounding)
+    packed = read_config(config)
+    missing = [name for name in found if name not in packed]
+    if missing:
+        raise InputError(f"quantization_config.activations names '{missing[0]}', which is not packed: it is damaged.")
     return found

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from slimwright.errors import InputError
 from slimwright.weights import Grid, disk_shapes, matrix_shape, unpack_rows
+from slimwright.weights.activations import Activations
 
 TILE_BYTES = 8 * 2**20
 """Most bytes (as float32) of a dense weight that exist at one time; tiles that stay in the caches decode 4 times faster
@@ -477,18 +478,25 @@ class _OneWeight(PackedModule):
         return f"{super().extra_repr()}, grid={self.packed['weight'].grid}"
 
 
-class PackedLinear(_OneWeight, nn.Linear):
+class _Multiplied(_OneWeight, nn.Linear):
+    """A module that multiplies its input with its weight."""
+
+    activations: Activations | None = None
+    """How its input is rounded first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(x if self.activations is None else self.activations.round(x), self.bias)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.activations is None else f", activations={self.activations}")
+
+
+class PackedLinear(_Multiplied):
     """A linear layer on packed weights."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(x, self.bias)
 
-
-class PackedConv1D(_OneWeight, nn.Linear):
+class PackedConv1D(_Multiplied):
     """GPT-2's ``Conv1D``, whose dense weight is (in, out): packed as (out, in) it is a linear layer, also for PEFT."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(x, self.bias)
 
 
 class PackedEmbedding(_OneWeight, nn.Embedding):

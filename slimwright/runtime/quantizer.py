@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimwright.errors import InputError
-from slimwright.runtime.format import DenseForm, read_config, read_dense
+from slimwright.runtime.format import DenseForm, read_activations, read_config, read_dense
 from slimwright.runtime.modules import (
     DenseExpertLeaf,
     ExpertLeaf,
@@ -154,6 +154,7 @@ class SlimwrightQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.grids: dict[str, Grid] = read_config(quantization_config.to_dict())
         self.forms: dict[str, DenseForm] = read_dense(quantization_config.to_dict())
+        self.activations = read_activations(quantization_config.to_dict())
         self.part_names: set[str] = set()
         self.dropped: list[tuple[list[str], list[str]]] = []
         self.tied: dict[str, str] = {}
@@ -291,6 +292,10 @@ class SlimwrightQuantizer(HfQuantizer):
         # Gemma's embed_scale is made by the model's initialization, which must then see the module
         module._is_hf_initialized = not module._non_persistent_buffers_set  # type: ignore[assignment]
         module.pack_parameter(parameter, PackedSpec(grid, flipped if transposed else shape, transposed))
+        if disk in self.activations:
+            if not isinstance(module, (PackedLinear, PackedConv1D)):
+                raise InputError(f"config.json rounds what enters '{disk}', which is no linear layer's: it is damaged.")
+            module.activations = self.activations[disk]
 
     def _stack(self, names: _Names, disk: str, target: str, converter: Any) -> None:
         """Note one tensor of experts that are stored one by one and packed somewhere in the model."""

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimwright.errors import SlimwrightError
 from slimwright.model.structure import Site
+from slimwright.weights.activations import Activations
 
 TILE_BYTES = 64 << 20
 """Bytes of a tile in float32 (DESIGN §1.5)."""
@@ -33,6 +34,7 @@ class WeightSource(ABC):
 
     Attributes:
         held: (rows, columns) of any float dtype: the whole matrix, used instead of :meth:`rows` while it is there.
+        activations: how a linear layer's input is rounded before it is multiplied, and watched; None: not.
         watch: called with every input (..., in) that a forward multiplies the weight with, and the number of the expert
             (0 where the site is one matrix).
         watch_output: called with every product that is part of a graph of gradients, the number of the expert (of an
@@ -40,6 +42,7 @@ class WeightSource(ABC):
     """
 
     held: Tensor | None = None
+    activations: Activations | None = None
     watch: Callable[[Tensor, int], None] | None = None
     watch_output: Callable[[Tensor, Any, slice], None] | None = None
 
@@ -87,6 +90,8 @@ class _StreamedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         source = self.source
+        if source.activations is not None:
+            x = source.activations.round(x)
         if source.watch is not None:
             source.watch(x, 0)
         if source.held is not None:

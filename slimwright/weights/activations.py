@@ -71,6 +71,11 @@ class Activations:
         scope = "token" if self.per_token else "tensor"
         return f"{self.kind}:{scope}" + ("" if self.scale is None else f"={self.scale!r}")
 
+    @property
+    def ready(self) -> bool:
+        """Whether tensors can be rounded: a scale per token is found on the way, one for all must have been before."""
+        return self.per_token or self.scale is not None
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales: x (..., features), any float dtype → (int8 or float8_e4m3fn of x's shape, float32 of shape
         (..., 1), or () for one scale).

@@ -12,7 +12,9 @@ import torch
 from slimwright.job import verify as verification
 from slimwright.job.fit import FitReport, fit
 from slimwright.job.work import Work
+from slimwright.zoo import bundled_path
 from tests.families import cached
+from tests.methods.bundled import with_outliers
 
 PLAIN = "quantize/rtn,clip=none"
 """Rounding without the search for a range: these tests are about jobs, not about solvers."""
@@ -66,3 +68,20 @@ def files(directory: Path) -> dict[str, bytes]:
 def result(in_this_process: None, tmp_path_factory: pytest.TempPathFactory) -> FitReport:
     """A tiny Qwen2 at 40 %; never write to it."""
     return fitted(tiny(), tmp_path_factory.mktemp("result") / "out", size="40%")
+
+
+@pytest.fixture(scope="session")
+def outliers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The bundled model with channels that are large in the activations and small in the weights: the same function."""
+    from safetensors.torch import save_file
+
+    directory = tmp_path_factory.mktemp("outliers")
+    for file in bundled_path().iterdir():
+        if file.suffix != ".safetensors":
+            (directory / file.name).write_bytes(file.read_bytes())
+    save_file(
+        {name: tensor.contiguous() for name, tensor in with_outliers().items()},
+        directory / "model.safetensors",
+        {"format": "pt"},
+    )
+    return str(directory)

@@ -14,10 +14,8 @@ from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import edits
 from slimwright.job.fold_walk import FoldWalk
 from slimwright.plan import Plan
-from slimwright.zoo import bundled_path
 from tests.families import FAMILIES
 from tests.job.conftest import files, fitted, tiny
-from tests.methods.bundled import with_outliers
 
 FEW: dict[str, Any] = {"calibration_tokens": 512, "calibration_length": 16, "data": None}
 
@@ -75,23 +73,6 @@ def test_a_rotation_before_a_fold(tmp_path: Path) -> None:
     assert report["verified"]["ok"] and report["verified"]["edits_error"] < 1e-2
     with pytest.raises(InputError, match="comes before other folds"):
         fitted(tiny("llama"), tmp_path / "b", **{**options, "folds": ["fold/awq", "fold/rotation"]})
-
-
-@pytest.fixture(scope="module")
-def outliers(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The bundled model with channels that are large in the activations and small in the weights: the same function."""
-    from safetensors.torch import save_file
-
-    directory = tmp_path_factory.mktemp("outliers")
-    for file in bundled_path().iterdir():
-        if file.suffix != ".safetensors":
-            (directory / file.name).write_bytes(file.read_bytes())
-    save_file(
-        {name: tensor.contiguous() for name, tensor in with_outliers().items()},
-        directory / "model.safetensors",
-        {"format": "pt"},
-    )
-    return str(directory)
 
 
 def test_folds_help_where_there_are_outliers(outliers: str, tmp_path: Path) -> None:
