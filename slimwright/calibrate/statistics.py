@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from slimwright.calibrate.site_statistics import SiteStatistics
 from slimwright.calibrate.walk import Batch
 from slimwright.errors import InputError
-from slimwright.methods.registry import SiteStatistics
 from slimwright.model.structure import Site
 from slimwright.runtime.streamed import WeightSource
 
