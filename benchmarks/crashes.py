@@ -93,7 +93,7 @@ def injected(directory: Path, every: int) -> list[Row]:
     def run(out: Path, **environment: str) -> int:
         def job() -> None:
             os.environ.update(environment)
-            fit(str(source), str(out), size="40%", max_shard_bytes=20_000, quiet=True)
+            fit(str(source), str(out), size="40%", max_shard_bytes=20_000, statistics_cache="off", quiet=True)
 
         child = forked(job, out.parent / "log.txt")
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
