@@ -12,11 +12,16 @@ from torch import Tensor
 from slimwright.calibrate.site_statistics import SiteStatistics
 from slimwright.calibrate.walk import Batch
 from slimwright.errors import InputError
+from slimwright.kernels.gram import add_gram as add_gram_compiled
+from slimwright.kernels.gram import gram_available
 from slimwright.model.structure import Site
 from slimwright.runtime.streamed import WeightSource
 
 STRIPS = 4
 """Column strips in which a Gram's lower triangle is computed: 5/8 of the products of the whole."""
+
+SUMMED_TOKENS = 1024
+"""Tokens that are summed up at once: copies of more would take memory and leave the cache."""
 
 EXPERT_TOKENS = 64
 """Tokens below which an expert is solved without data."""
@@ -25,6 +30,12 @@ EXPERT_TOKENS = 64
 def bf16_is_fast() -> bool:
     """Whether this CPU multiplies bfloat16 natively."""
     found = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(found is not None and found())
+
+
+def _has_tiles() -> bool:
+    """Whether this CPU multiplies matrix tiles (AMX): torch's products are the fastest then."""
+    found = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(found is not None and found())
 
 
@@ -42,20 +53,25 @@ def _products_in_bf16(wanted: bool) -> Iterator[None]:
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add ``xᵀ x`` to the lower triangle of ``total``, by strips (what else they touch is overwritten when it is read).
+    """Add ``xᵀ x`` to the lower triangle of ``total`` (what else is touched is overwritten when the sum is read).
 
     Args:
         total: (in, in) float32.
         x: (tokens, in) of any float dtype. The sums are float32 whatever that is; bfloat16 factors are exact.
     """
-    exact = x.dtype == torch.bfloat16 and bf16_is_fast()
-    x = x.float()
+    tiles = _has_tiles()
+    x = x.contiguous()
+    if not tiles and gram_available(x, total):
+        add_gram_compiled(total, x)
+        return
     columns = x.shape[1]
     step = columns if columns < 512 else -(-columns // STRIPS)
-    with _products_in_bf16(exact):
-        for start in range(0, columns, step):
-            stop = min(start + step, columns)
-            total[start:stop, :stop].addmm_(x[:, start:stop].t(), x[:, :stop])
+    for part in x.split(SUMMED_TOKENS):
+        factor = part.float()
+        with _products_in_bf16(tiles and x.dtype == torch.bfloat16):
+            for start in range(0, columns, step):
+                stop = min(start + step, columns)
+                total[start:stop, :stop].addmm_(factor[:, start:stop].t(), factor[:, :stop])
 
 
 def _symmetric(lower: Tensor) -> Tensor:
@@ -95,12 +111,14 @@ class InputSums:
         if not x.shape[0]:
             return
         self.tokens += x.shape[0]
-        size = x.abs()
-        torch.maximum(self._absmax, size.amax(0).float(), out=self._absmax)
-        self._abssum += size.sum(0, dtype=torch.float32)
+        for part in x.split(SUMMED_TOKENS):
+            size = part.abs()
+            torch.maximum(self._absmax, size.amax(0).float(), out=self._absmax)
+            self._abssum += size.sum(0, dtype=torch.float32)
+            if weights is None:
+                self._sum_of_inputs += part.sum(0, dtype=torch.float32)
         if weights is None:
             self._weight += x.shape[0]
-            self._sum_of_inputs += x.sum(0, dtype=torch.float32)
         else:
             self._weight += float(weights.sum(dtype=torch.float64))
             self._sum_of_inputs += weights @ x
