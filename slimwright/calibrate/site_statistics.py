@@ -12,6 +12,12 @@ from torch import Tensor
 
 from slimwright.errors import InputError
 
+REORDERED_ROWS = 256
+"""Rows of a Gram that are put in order at once."""
+
+REVERSED_ELEMENTS = 1 << 18
+"""Elements of a factor that are turned round at once."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SiteStatistics:
@@ -115,21 +121,43 @@ class SiteStatistics:
 
 
 def _factor(gram: Tensor, damp: float, order: Tensor | None) -> tuple[Tensor, float]:
-    diagonal = gram.diagonal()
-    mean = float(diagonal.mean())
+    """:meth:`SiteStatistics.factor`, in the memory of one matrix beside the Gram."""
+    mean = float(gram.diagonal().mean())
     if not math.isfinite(mean):
         raise InputError("The Gram holds NaN or Inf.")
     mean = mean if mean > 0 else 1.0
     backwards = torch.arange(gram.shape[0]) if order is None else order
     backwards = backwards.flip(0)  # a lower factor of the reversed matrix is an upper one of the matrix itself
-    reversed_gram = gram.index_select(0, backwards).index_select(1, backwards)
-    kept = reversed_gram.diagonal().clone()
-    kept[kept <= 0] = mean
+    diagonal = gram.diagonal()[backwards]
+    diagonal[diagonal <= 0] = mean
     damping = damp * mean
+    failed = torch.empty((), dtype=torch.int32)
     for _ in range(60):
-        reversed_gram.diagonal().copy_(kept + damping)
-        lower, failed = torch.linalg.cholesky_ex(reversed_gram)
+        lower = _reordered(gram, backwards).t()  # symmetric; stored by columns it is factorized where it lies
+        lower.diagonal().copy_(diagonal + damping)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed and torch.isfinite(lower.diagonal()).all():
-            return lower.flip(0, 1), damping
+            _reverse(lower.t().view(-1))
+            return lower, damping
         damping = max(2 * damping, 1e-6 * mean)
     raise InputError("The Gram cannot be factorized: it holds NaN or Inf.")
+
+
+def _reordered(matrix: Tensor, order: Tensor) -> Tensor:
+    """``matrix[order][:, order]``, contiguous, a few rows at a time."""
+    reordered = torch.empty_like(matrix)
+    for start in range(0, len(order), REORDERED_ROWS):
+        rows = slice(start, start + REORDERED_ROWS)
+        reordered[rows] = matrix.index_select(0, order[rows]).index_select(1, order)
+    return reordered
+
+
+def _reverse(values: Tensor) -> None:
+    """Turn a vector round in its own memory. Of a square matrix's elements that reverses both its axes."""
+    half, step = len(values) // 2, REVERSED_ELEMENTS
+    for start in range(0, half, step):
+        stop = min(start + step, half)
+        left, right = values[start:stop], values[len(values) - stop : len(values) - start]
+        held = left.flip(0)
+        left.copy_(right.flip(0))
+        right.copy_(held)

@@ -21,7 +21,7 @@ from slimwright.calibrate.walk import Batch
 from slimwright.errors import InputError
 from slimwright.model.inputs import dummy_inputs
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Tokens of one forward: enough to keep the matrix products busy."""
 
 

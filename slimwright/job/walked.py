@@ -219,6 +219,7 @@ class WalkedBuild:
             if sites:
                 collector = Collector(self.sources, sites)
                 self._collect(step, collector)
+                trim()  # of what the forwards freed
                 self._solve(sites, collector.statistics, finish)
                 commit()
                 del collector
@@ -229,6 +230,7 @@ class WalkedBuild:
             for index in step.indices:
                 step.advance(index, step.output(index))
             self.walked.release(step.unit)
+            trim()
         for held in self.sources.values():
             held.release()
         self._solve_without_data(self._left(), finish, "no forward on the calibration data reached it")
