@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from slimwright.calibrate import walk
+from slimwright.calibrate.walk import Walk
 from slimwright.errors import InputError
+from slimwright.job import work
 from slimwright.job.build import Tile
+from slimwright.job.probe import Probe
 from slimwright.zoo import bundled_path
 from tests.families import FAMILIES
 from tests.job.conftest import files, fitted, tiny
@@ -152,3 +156,49 @@ def test_quality_is_measured_on_what_the_user_gave(tmp_path: Path) -> None:
     assert "a tenth of" in kept["verified"]["inputs"] and str(data) in kept["verified"]["inputs"]
     assert given["verified"]["inputs"] == str(other)
     assert kept["quality"]["kl"]["value"] != given["quality"]["kl"]["value"]
+
+
+def test_a_crash_in_the_probe_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the groups that were scored before it, those in the journal are not scored again."""
+    options = {"size": "40%", "method": "quantize/gptq", **FEW}
+    fitted(tiny("llama"), tmp_path / "whole", **options)
+    original, settled = Probe._settle, list[str]()
+
+    def fail_late(self: Probe, group: str, losses: object) -> None:
+        if len(settled) == 9:
+            raise KeyboardInterrupt
+        settled.append(group)
+        original(self, group, losses)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(work, "COMMIT_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Probe, "_settle", fail_late)
+        with pytest.raises(KeyboardInterrupt):
+            fitted(tiny("llama"), tmp_path / "out", **options)
+    before, again = set(settled), list[str]()
+    monkeypatch.setattr(
+        Probe, "_settle", lambda self, group, losses: (again.append(group), original(self, group, losses))
+    )
+    fitted(tiny("llama"), tmp_path / "out", **options)
+    assert again and not before & set(again)
+    assert files(tmp_path / "whole") == files(tmp_path / "out")
+
+
+def test_spilled_hidden_states_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both walks of a job whose hidden states all lie in files end as those of one that keeps them in memory."""
+    options = {"size": "40%", "method": "quantize/gptq", "calibration_tokens": 1024, "calibration_length": 32}
+    fitted(tiny("llama"), tmp_path / "memory", **options)
+    spilled: list[int] = []
+    original = Walk._spill
+
+    def spill(self: Walk) -> None:
+        self._cap = 0
+        before = self.spilled_bytes
+        original(self)
+        spilled.append(self.spilled_bytes - before)
+
+    monkeypatch.setattr(walk, "SPILLED_BYTES", 1)
+    monkeypatch.setattr(Walk, "_spill", spill)
+    fitted(tiny("llama"), tmp_path / "files", **options)
+    assert sum(size > 0 for size in spilled) > 4
+    assert files(tmp_path / "memory") == files(tmp_path / "files")
