@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimwright.calibrate.walk import Batch, Call, Unit, Walk
-from slimwright.errors import SlimwrightError
+from slimwright.errors import InputError, SlimwrightError
 from slimwright.model.structure import Site, Structure
 from slimwright.runtime.streamed import WeightSource
 
@@ -164,6 +164,11 @@ class ReverseWalk:
             loss, tokens = (direction * noise).sum(), direction.shape[0]
         else:
             rows = self._batch.counted(logits).float()
+            if not torch.isfinite(rows).all():
+                raise InputError(
+                    f"The model's logits hold NaN or Inf on {self._batch.named(logits)}: leave that sample out, repair "
+                    "the model, or fit without data (--data none)."
+                )
             chance = torch.softmax(rows.detach(), dim=-1)
             labels = torch.multinomial(chance, 1, generator=self._generator)[:, 0]
             loss, tokens = torch.nn.functional.cross_entropy(rows, labels, reduction="sum"), rows.shape[0]

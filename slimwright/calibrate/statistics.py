@@ -128,6 +128,11 @@ class InputSums:
         else:
             add_gram(self._sum, x.detach())
 
+    @property
+    def finite(self) -> bool:
+        """Whether no input was NaN or Inf."""
+        return bool(torch.isfinite(self._absmax).all())
+
     def gram_sum(self) -> Tensor:
         """(in, in) float32, the sum of ``x xᵀ``: made of the inputs where they are kept, else handed over, once."""
         total, self._sum = self._sum, None
@@ -138,8 +143,9 @@ class InputSums:
         return _symmetric(total)
 
     def statistics(self) -> SiteStatistics:
-        """What solvers are given; without data where no token was seen. Asked for once: the sum becomes the mean."""
-        if not self.tokens:
+        """What solvers are given; without data where no token was seen, or nothing but zeros. Asked for once: the sum
+        becomes the mean."""
+        if not self.tokens or not self._absmax.any():
             return SiteStatistics.none()
         gram = self.gram_sum().div_(self._weight)
         return SiteStatistics(
@@ -193,6 +199,11 @@ class Collector:
             raise InputError(
                 f"The inputs of '{site.name}' are not the batch's tokens one by one, so they cannot be weighed: use a "
                 "solver that counts all tokens alike."
+            )
+        if not sums.finite:
+            raise InputError(
+                f"The inputs of '{site.name}'{f' in {site.block}' if site.block else ''} hold NaN or Inf on "
+                f"{self._batch.named(x)}: leave that sample out, or fit without data (--data none)."
             )
 
     def statistics(self, site: Site) -> list[SiteStatistics]:

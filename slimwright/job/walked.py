@@ -342,7 +342,7 @@ class WalkedBuild:
         without = sum(tile.solver is not None and not tile.solver.needs for tile in tiles)
         nbytes = self.source.tensors[tiles[0].unit.name].nbytes
         if without == len(tiles):
-            reason = reason or "too few tokens reached it on the calibration data"
+            reason = reason or "on the calibration data too few tokens reached it, or nothing but zeros"
             return solved_line(tiles[0].unit, tiles[0], result, nbytes, reason)
         reason = f"calibrated on {self.calibration.samples.kind}"
         if without:
