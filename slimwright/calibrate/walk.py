@@ -309,14 +309,14 @@ class Walk:
             size = first.untyped_storage().nbytes()
             if any(not t.is_contiguous() or t.numel() * t.element_size() != size for t in tensors):
                 continue  # a view of something larger: moving it would free nothing
-            mapped = _mapped_copy(first, self._scratch)
+            mapped = mapped_copy(first, self._scratch)
             for tensor in {id(t): t for t in tensors}.values():
                 tensor.data = mapped.view(tensor.shape)
             used -= size
             self.spilled_bytes += size
 
 
-def _mapped_copy(tensor: Tensor, scratch: Path | None) -> Tensor:
+def mapped_copy(tensor: Tensor, scratch: Path | None) -> Tensor:
     """A copy whose pages belong to an unlinked file, so that the kernel may write them out.
 
     Raises:

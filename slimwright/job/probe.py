@@ -110,9 +110,10 @@ class Probe:
         """What the reverse walk finds, or found in an earlier job."""
         found = self.reuse.sensitivities()
         if not found:
-            walked = self.walked
+            walked, how = self.walked, self.calibration
             found = ReverseWalk(
-                walked.model, self.structure, walked.sources, self._few(), walked.hold, walked.release
+                walked.model, self.structure, walked.sources, self._few(), walked.hold, walked.release,
+                cap=how.hidden_cap, scratch=how.scratch,
             ).run()  # fmt: skip
             self.reuse.keep_sensitivities(found)
         return found
