@@ -1,11 +1,11 @@
 """Killed anywhere, a job ends with the same bytes: ``python -m benchmarks.crashes [--every N] [--kills N]``.
 
 Two parts. *Injected*: a crash at every point of slimwright.checkpoint.faults that a job reaches (journal commits, whole
-and torn; renames; shard boundaries; writes, whole and torn; steps of publishing), on a small model in several shards.
-The jobs run in forked children of one process that has imported everything; their model's class is registered in that
-process only, so that verification runs there too. *Killed*: kill -9 of real ``python -m slimwright fit`` processes on
-the bundled LM at random instants of the whole run, some aimed at its last seconds; every other time only the main
-process dies, and its verifying child is left to itself.
+and torn; renames; shard boundaries; writes, whole and torn; steps of publishing), on a small model in several shards,
+through both walks. The jobs run in forked children of one process that has imported everything; their model's class is
+registered in that process only, so that verification runs there too. *Killed*: kill -9 of real ``python -m slimwright
+fit`` processes on the bundled LM, calibrated, at random instants of the whole run, some aimed at its last seconds;
+every other time only the main process dies, and its verifying child is left to itself.
 
 Each time OUT must be absent or whole; the same command must then end well, with byte-identical weight files, plan and
 config, and leave nothing else behind.
@@ -93,7 +93,10 @@ def injected(directory: Path, every: int) -> list[Row]:
     def run(out: Path, **environment: str) -> int:
         def job() -> None:
             os.environ.update(environment)
-            fit(str(source), str(out), size="40%", max_shard_bytes=20_000, quiet=True)
+            fit(
+                str(source), str(out), size="40%", method="quantize/gptq", calibration_tokens=256,
+                calibration_length=16, max_shard_bytes=20_000, statistics_cache="off", quiet=True,
+            )  # fmt: skip
 
         child = forked(job, out.parent / "log.txt")
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -160,7 +163,10 @@ def killed(directory: Path, count: int) -> list[Row]:
     model = str(bundled_path())
 
     def command(out: Path) -> list[str]:
-        return [sys.executable, "-m", "slimwright", "fit", model, "--size", "40%", "--out", str(out)]
+        return [
+            sys.executable, "-m", "slimwright", "fit", model, "--size", "40%", "--out", str(out),
+            "--calibration-tokens", "8192", "--statistics-cache", "off",
+        ]  # fmt: skip
 
     def run(out: Path) -> tuple[int, str]:
         done = subprocess.run(command(out), capture_output=True, text=True, check=False)

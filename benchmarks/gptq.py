@@ -39,7 +39,7 @@ from slimwright.calibrate.tokens import Samples
 from slimwright.calibrate.walk import Batch
 from slimwright.job.fit import fit
 rows = torch.load(sys.argv[2])
-batches = tuple(Batch({"input_ids": part}) for part in rows.split(8))
+batches = tuple(Batch({"input_ids": part}) for part in rows.split(4))
 calibration.samples = lambda *a, **k: Samples(batches, rows.numel(), "random tokens", "0" * 64)
 report = fit(sys.argv[1], sys.argv[3], grid="int4:g128:sym", method=sys.argv[4], rules=["embed: keep"], quiet=True)
 events = [json.loads(line) for line in open(sys.argv[3] + "/events.jsonl")]

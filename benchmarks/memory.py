@@ -1,8 +1,9 @@
 """A model much larger than the memory: fit to 4 bits inside a cgroup, and its time against plain reading and writing.
 
-``python -m benchmarks.memory [llama|experts|small ...]``. The checkpoints (13 GB each, random bf16, sharded) are made
-and removed here. Memory is limited to a bare import of slimwright and its verbs plus the cap; where no cgroup can be
-made, a watcher kills the job at the same sum of anonymous memory.
+``python -m benchmarks.memory [llama|experts|small|calibrated ...]``. The checkpoints (13 GB each, random bf16, sharded)
+are made and removed here. *calibrated* is one of 2.2 GB, by GPTQ on 16,384 random tokens, under 2 GB. Memory is limited
+to a bare import of slimwright and its verbs plus the cap; where no cgroup can be made, a watcher kills the job at the
+same sum of anonymous memory.
 """
 
 from __future__ import annotations
@@ -18,10 +19,22 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.shapes import GPT_OSS_13GB, LLAMA_8B_24, QWEN2_05B, make
+from benchmarks.shapes import GPT_OSS_13GB, LLAMA_1B, LLAMA_8B_24, QWEN2_05B, make
 
 CAP = 1_500_000_000
-CASES = {"llama": LLAMA_8B_24, "experts": GPT_OSS_13GB, "small": QWEN2_05B}
+DATA_FREE = (
+    ["--grid", "int4:g128", "--method", "quantize/rtn,clip=none"],
+    ["--grid", "int4:g128", "--data", "none"],
+    ["--size", "4.25bit", "--data", "none"],
+)
+CALIBRATED = (["--grid", "int4:g128", "--method", "quantize/gptq"],)
+CASES = {
+    "llama": (LLAMA_8B_24, CAP, DATA_FREE),
+    "experts": (GPT_OSS_13GB, CAP, DATA_FREE),
+    "small": (QWEN2_05B, CAP, DATA_FREE),
+    "calibrated": (LLAMA_1B, 2_000_000_000, CALIBRATED),
+}
+"""Shape, bytes of memory above a bare import, arguments of each job."""
 CGROUP = Path("/sys/fs/cgroup/memory")
 
 
@@ -63,17 +76,18 @@ def floor(model: Path, written: int) -> float:
 
 def run(name: str, root: Path, arguments: list[str]) -> dict[str, object]:
     """One case: the job inside the limit, the floor before and after it."""
-    model = make(CASES[name], root / name)
+    shape, cap, _ = CASES[name]
+    model = make(shape, root / name)
     out = root / f"{name}-out"
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
-    limit = bare_import() + CAP
+    limit = bare_import() + cap
     enter, group = in_cgroup(limit)
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     before = floor(model, size * 26 // 100)
     command = [
         sys.executable, "-m", "slimwright", "fit", str(model), "--out", str(out), "--json",
-        "--job-memory", str(CAP), *arguments,
+        "--job-memory", str(cap), *arguments,
     ]  # fmt: skip
     started = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter)  # noqa: PLW1509
@@ -124,14 +138,10 @@ def _watch(child: subprocess.Popen[str], limit: int) -> None:
 
 
 def main(names: list[str], root: Path) -> list[dict[str, object]]:
-    """All cases named, each with one grid everywhere and with the mixed search."""
+    """All cases named, each with its arguments."""
     results = []
     for name in names:
-        for arguments in (
-            ["--grid", "int4:g128", "--method", "quantize/rtn,clip=none"],
-            ["--grid", "int4:g128"],
-            ["--size", "4.25bit"],
-        ):
+        for arguments in CASES[name][2]:
             result = run(name, root, arguments)
             results.append(result)
             print(json.dumps(result), flush=True)
@@ -141,5 +151,7 @@ def main(names: list[str], root: Path) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    found = main(sys.argv[1:] or ["llama", "experts"], Path(os.environ.get("BENCH_DIRECTORY", "/tmp/shapes")))
+    found = main(
+        sys.argv[1:] or ["llama", "experts", "calibrated"], Path(os.environ.get("BENCH_DIRECTORY", "/tmp/shapes"))
+    )
     sys.exit(any(result["exit"] != 0 for result in found))

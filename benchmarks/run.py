@@ -22,6 +22,7 @@ BENCHMARKS = {
     "merge_quality": "what every merge method keeps of four tasks",
     "zoo": "trained models: figure, training time, what rounding costs",
     "solvers": "what every solver loses on the cards' synthetic setups",
+    "calibrated": "what every solver loses in whole jobs, on the bundled LM, the zoo and MiniLM",
     "memory": "13 GB models under 1.5 GB of memory",
     "gptq": "GPTQ beside llm-compressor's, and as a multiple of its floor",
 }

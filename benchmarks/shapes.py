@@ -32,6 +32,13 @@ QWEN2_05B = {
 }  # fmt: skip
 """Qwen2-0.5B's shape: 988 MB in bf16."""
 
+LLAMA_1B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 5632,
+    "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32_000,
+    "max_position_embeddings": 2048, "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "dtype": "bfloat16",
+}  # fmt: skip
+"""TinyLlama's shape: 2.2 GB in bf16."""
+
 
 def make(config: dict[str, object], directory: Path, shard_bytes: int = 2_000_000_000) -> Path:
     """Write a checkpoint with random weights (scaled by 1/sqrt(inputs); norms near 1) unless it is there already."""

@@ -94,6 +94,9 @@ def fit(
     ] = None,
     search: Annotated[str, typer.Option(hidden=True, help="Budget solver: dp or milp.")] = "dp",
     job_time: Annotated[str | None, typer.Option(hidden=True, help="Stop after this long: 600, 10m, 2h.")] = None,
+    statistics_cache: Annotated[
+        str, typer.Option(hidden=True, help="Cache for what walks find, for other sizes of the same job; or off.")
+    ] = "2GB",
     device: Annotated[str, typer.Option(hidden=True, help="auto or cpu.")] = "auto",
     seed: Annotated[int, typer.Option(hidden=True, help="Seed of everything random.")] = 0,
     shard_size: Annotated[str, typer.Option(hidden=True, help="Largest weight file.")] = "5GB",
@@ -123,7 +126,7 @@ def fit(
         data=data, eval_data=eval_data, calibration_tokens=calibration_tokens, calibration_length=calibration_length,
         method=method, folds=None if fold is None else tuple(fold), activations=activations, search=search,
         job_time=None if job_time is None else _seconds(job_time), device=device, seed=seed,
-        max_shard_bytes=parse_bytes(shard_size, "--shard-size"),
+        max_shard_bytes=parse_bytes(shard_size, "--shard-size"), statistics_cache=statistics_cache,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if as_json:
@@ -297,7 +300,8 @@ def cache_ls(as_json: Json = False) -> None:
     console = Console()
     console.print(f"{cache_directory()}: {sum(e['bytes'] for e in found) / 1e6:.1f} MB", highlight=False)
     for entry in found:
-        console.print(f"  {entry['bytes'] / 1e6:9.1f} MB  {entry['name']}", highlight=False, markup=False)
+        line = f"  {entry['bytes'] / 1e6:9.1f} MB  {entry['name']}  {entry.get('what', '')}".rstrip()
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @cache_app.command("rm")

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimwright.calibrate.walk import Batch, Call, Unit, Walk
-from slimwright.errors import SlimwrightError
+from slimwright.calibrate.walk import SPILLED_BYTES, Batch, Call, Unit, Walk, mapped_copy
+from slimwright.errors import InputError, SlimwrightError
 from slimwright.model.structure import Site, Structure
 from slimwright.runtime.streamed import WeightSource
 
@@ -74,6 +75,8 @@ class ReverseWalk:
         batches: fewer tokens than for Grams do; every unit's inputs of all batches are kept.
         hold, release: called around a unit's runs, to have its weights in memory.
         seed: of the drawn labels.
+        cap: bytes of what leaves the units that may be kept in memory; what is more goes to mapped files.
+        scratch: directory of those files; None is the system's.
     """
 
     def __init__(
@@ -85,7 +88,11 @@ class ReverseWalk:
         hold: Hold,
         release: Hold,
         seed: int = 0,
+        cap: int | None = None,
+        scratch: Path | None = None,
     ) -> None:
+        self._left = cap
+        self._scratch = scratch
         self.model = model
         self.structure = structure
         self.sources = sources
@@ -97,6 +104,7 @@ class ReverseWalk:
         self._lookups: dict[str, tuple[Tensor, _Squares]] = {}
         self._batch = Batch({})
         self.tokens = 0
+        self.spilled_bytes = 0
 
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, list[Sensitivity]]:
         """One for each matrix of each site, by disk name; sites that no gradient reached are left out.
@@ -139,7 +147,7 @@ class ReverseWalk:
                         step.advance(index, call.output())
                     continue
                 with torch.no_grad():
-                    output, leaves = _as_leaves(call.output())
+                    output, leaves = self._as_leaves(call.output())
                 members.append(_Record(index, call, leaves))
                 with torch.enable_grad():
                     step.advance(index, output)
@@ -148,6 +156,24 @@ class ReverseWalk:
                 records.append((step.unit, members))
             progress(min(len(records), total), total)
         return records
+
+    def _as_leaves(self, output: Any) -> tuple[Any, list[Tensor]]:
+        """The output with its tensors as leaves of a new graph, and those leaves."""
+        leaves: list[Tensor] = []
+
+        def leaf(tensor: Tensor) -> Tensor:
+            held = tensor.detach()
+            size = held.numel() * held.element_size()
+            if self._left is not None and size >= SPILLED_BYTES:
+                if size > self._left:
+                    held = mapped_copy(held, self._scratch)
+                    self.spilled_bytes += size
+                else:
+                    self._left -= size
+            leaves.append(held.requires_grad_(True))
+            return leaves[-1]
+
+        return _mapped(output, leaf), leaves
 
     def _finish(self, index: int, output: Any) -> None:
         """The loss of one forward's output, and its gradient."""
@@ -164,6 +190,11 @@ class ReverseWalk:
             loss, tokens = (direction * noise).sum(), direction.shape[0]
         else:
             rows = self._batch.counted(logits).float()
+            if not torch.isfinite(rows).all():
+                raise InputError(
+                    f"The model's logits hold NaN or Inf on {self._batch.named(logits)}: leave that sample out, repair "
+                    "the model, or fit without data (--data none)."
+                )
             chance = torch.softmax(rows.detach(), dim=-1)
             labels = torch.multinomial(chance, 1, generator=self._generator)[:, 0]
             loss, tokens = torch.nn.functional.cross_entropy(rows, labels, reduction="sum"), rows.shape[0]
@@ -248,17 +279,6 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: _mapped(item, change) for key, item in value.items()}
     return value
-
-
-def _as_leaves(output: Any) -> tuple[Any, list[Tensor]]:
-    """The output with its tensors as leaves of a new graph, and those leaves."""
-    leaves: list[Tensor] = []
-
-    def leaf(tensor: Tensor) -> Tensor:
-        leaves.append(tensor.detach().requires_grad_(True))
-        return leaves[-1]
-
-    return _mapped(output, leaf), leaves
 
 
 def _back_through(record: _Record) -> None:

@@ -9,14 +9,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from slimwright.calibrate.site_statistics import SiteStatistics
 from slimwright.calibrate.walk import Batch
 from slimwright.errors import InputError
-from slimwright.methods.registry import SiteStatistics
+from slimwright.kernels.gram import add_gram as add_gram_compiled
+from slimwright.kernels.gram import gram_available
 from slimwright.model.structure import Site
 from slimwright.runtime.streamed import WeightSource
 
 STRIPS = 4
 """Column strips in which a Gram's lower triangle is computed: 5/8 of the products of the whole."""
+
+SUMMED_TOKENS = 1024
+"""Tokens that are summed up at once: copies of more would take memory and leave the cache."""
 
 EXPERT_TOKENS = 64
 """Tokens below which an expert is solved without data."""
@@ -25,6 +30,12 @@ EXPERT_TOKENS = 64
 def bf16_is_fast() -> bool:
     """Whether this CPU multiplies bfloat16 natively."""
     found = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(found is not None and found())
+
+
+def _has_tiles() -> bool:
+    """Whether this CPU multiplies matrix tiles (AMX): torch's products are the fastest then."""
+    found = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(found is not None and found())
 
 
@@ -42,20 +53,25 @@ def _products_in_bf16(wanted: bool) -> Iterator[None]:
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add ``xᵀ x`` to the lower triangle of ``total``, by strips (what else they touch is overwritten when it is read).
+    """Add ``xᵀ x`` to the lower triangle of ``total`` (what else is touched is overwritten when the sum is read).
 
     Args:
         total: (in, in) float32.
         x: (tokens, in) of any float dtype. The sums are float32 whatever that is; bfloat16 factors are exact.
     """
-    exact = x.dtype == torch.bfloat16 and bf16_is_fast()
-    x = x.float()
+    tiles = _has_tiles()
+    x = x.contiguous()
+    if not tiles and gram_available(x, total):
+        add_gram_compiled(total, x)
+        return
     columns = x.shape[1]
     step = columns if columns < 512 else -(-columns // STRIPS)
-    with _products_in_bf16(exact):
-        for start in range(0, columns, step):
-            stop = min(start + step, columns)
-            total[start:stop, :stop].addmm_(x[:, start:stop].t(), x[:, :stop])
+    for part in x.split(SUMMED_TOKENS):
+        factor = part.float()
+        with _products_in_bf16(tiles and x.dtype == torch.bfloat16):
+            for start in range(0, columns, step):
+                stop = min(start + step, columns)
+                total[start:stop, :stop].addmm_(factor[:, start:stop].t(), factor[:, :stop])
 
 
 def _symmetric(lower: Tensor) -> Tensor:
@@ -97,12 +113,14 @@ class InputSums:
         if not x.shape[0]:
             return
         self.tokens += x.shape[0]
-        size = x.abs()
-        torch.maximum(self._absmax, size.amax(0).float(), out=self._absmax)
-        self._abssum += size.sum(0, dtype=torch.float32)
+        for part in x.split(SUMMED_TOKENS):
+            size = part.abs()
+            torch.maximum(self._absmax, size.amax(0).float(), out=self._absmax)
+            self._abssum += size.sum(0, dtype=torch.float32)
+            if weights is None:
+                self._sum_of_inputs += part.sum(0, dtype=torch.float32)
         if weights is None:
             self._weight += x.shape[0]
-            self._sum_of_inputs += x.sum(0, dtype=torch.float32)
         else:
             self._weight += float(weights.sum(dtype=torch.float64))
             self._sum_of_inputs += weights @ x
@@ -114,6 +132,11 @@ class InputSums:
         else:
             add_gram(self._sum, x.detach())
 
+    @property
+    def finite(self) -> bool:
+        """Whether no input was NaN or Inf."""
+        return bool(torch.isfinite(self._absmax).all())
+
     def gram_sum(self) -> Tensor:
         """(in, in) float32, the sum of ``x xᵀ``: made of the inputs where they are kept, else handed over, once."""
         total, self._sum = self._sum, None
@@ -124,8 +147,9 @@ class InputSums:
         return _symmetric(total)
 
     def statistics(self) -> SiteStatistics:
-        """What solvers are given; without data where no token was seen. Asked for once: the sum becomes the mean."""
-        if not self.tokens:
+        """What solvers are given; without data where no token was seen, or nothing but zeros. Asked for once: the sum
+        becomes the mean."""
+        if not self.tokens or not self._absmax.any():
             return SiteStatistics.none()
         gram = self.gram_sum().div_(self._weight) if self._gram else None
         return SiteStatistics(
@@ -181,6 +205,11 @@ class Collector:
             raise InputError(
                 f"The inputs of '{site.name}' are not the batch's tokens one by one, so they cannot be weighed: use a "
                 "solver that counts all tokens alike."
+            )
+        if not sums.finite:
+            raise InputError(
+                f"The inputs of '{site.name}'{f' in {site.block}' if site.block else ''} hold NaN or Inf on "
+                f"{self._batch.named(x)}: leave that sample out, or fit without data (--data none)."
             )
 
     def statistics(self, site: Site) -> list[SiteStatistics]:

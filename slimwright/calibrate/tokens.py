@@ -21,7 +21,7 @@ from slimwright.calibrate.walk import Batch
 from slimwright.errors import InputError
 from slimwright.model.inputs import dummy_inputs
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Tokens of one forward: enough to keep the matrix products busy."""
 
 
@@ -55,12 +55,18 @@ def reads_text(model: Any) -> bool:
 
 
 def sequence_length(config: PretrainedConfig, asked: int | None = None, most: int = 512) -> int:
-    """Tokens of one sequence: what was asked, at most what the model has positions for."""
+    """Tokens of one sequence: what was asked, at most what the model has positions for.
+
+    Raises:
+        InputError: more was asked than the model has positions.
+    """
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     positions = next(
         (value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0), None
     )
+    if asked and positions and asked > positions:
+        raise InputError(f"--calibration-length {asked} is more than the {positions} positions that the model has.")
     length = asked or most
     return max(8, min(length, positions - 4)) if positions else length
 
@@ -120,7 +126,8 @@ def samples(
         )  # fmt: skip
     if not batches:
         raise InputError(
-            f"The data has too little text: its {len(found)} documents do not make one sequence of {length} tokens."
+            f"The data has too little text: what of it the solvers may see ({len(found)} "
+            f"document{'s' if len(found) != 1 else ''}) does not make one sequence of {length} tokens."
         )
     return Samples(tuple(batches), counted, "text", _digest(batches), example)
 

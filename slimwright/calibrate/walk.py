@@ -50,6 +50,15 @@ class Batch:
             mask = next((m.reshape(-1) for m in self.masks.values() if m.numel() == x.shape[0]), None)
         return (x if mask is None else x[mask]).reshape(-1, x.shape[-1])
 
+    def named(self, x: Tensor) -> str:
+        """The document of the first row of ``x`` that holds NaN or Inf in a token that counts, for an error message;
+        the batch's first where rows cannot be told apart."""
+        mask = self.masks.get(tuple(x.shape[:2]))
+        bad = ~torch.isfinite(x).flatten(2).all(-1) if x.ndim >= 3 else torch.zeros(1, 1, dtype=torch.bool)
+        rows = (bad if mask is None else bad & mask).any(-1).nonzero()
+        row = int(rows[0]) if len(rows) else 0
+        return f"the sample '{self.documents[row]}'" if row < len(self.documents) else "the calibration data"
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -300,14 +309,14 @@ class Walk:
             size = first.untyped_storage().nbytes()
             if any(not t.is_contiguous() or t.numel() * t.element_size() != size for t in tensors):
                 continue  # a view of something larger: moving it would free nothing
-            mapped = _mapped_copy(first, self._scratch)
+            mapped = mapped_copy(first, self._scratch)
             for tensor in {id(t): t for t in tensors}.values():
                 tensor.data = mapped.view(tensor.shape)
             used -= size
             self.spilled_bytes += size
 
 
-def _mapped_copy(tensor: Tensor, scratch: Path | None) -> Tensor:
+def mapped_copy(tensor: Tensor, scratch: Path | None) -> Tensor:
     """A copy whose pages belong to an unlinked file, so that the kernel may write them out.
 
     Raises:

@@ -20,7 +20,7 @@ from slimwright.job.edits import with_edits
 from slimwright.job.ledger import Entry, block_of, kept_line
 from slimwright.job.options import CAST_BYTES, cast_entry, kept_entry, weight_entries
 from slimwright.job.parallel import in_order
-from slimwright.job.weights import ErrorSum, plain_rounding, site_tiles, solve_rows, survey
+from slimwright.job.weights import ErrorSum, output_errors, plain_rounding, site_tiles, solve_rows, survey
 from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import CAST, Assignment, Plan
@@ -33,7 +33,7 @@ COMMIT_BYTES = 256_000_000
 COPY_BYTES = 16 << 20
 """Bytes of a tile that is copied as it is."""
 
-MEASURED_ROWS = 32
+MEASURED_ROWS = 16
 """Rows of a tile whose outputs' error is measured where the solver had data: all would take as long as solving."""
 
 
@@ -258,10 +258,10 @@ class Tile:
             result.after.add(tile, dense)
         else:
             some = slice(0, min(tile.shape[0], max(MEASURED_ROWS, grid.row_multiple(site.columns))))
-            if self.plain is not None:
-                plain = self.plain.solve(tile[some], without).dense()
-                result.before.add_outputs(tile[some], plain, self.stats.gram)
-            result.after.add_outputs(tile[some], dense[some], self.stats.gram)
+            plain = self.plain.solve(tile[some], without).dense() if self.plain is not None else dense[some]
+            before, after = output_errors(self.stats.gram, tile[some], plain, dense[some])
+            result.before.merge(before)
+            result.after.merge(after)
         if not math.isfinite(result.after.error):
             raise InputError(f"'{site.name}' on {grid} gives values that are not finite: use another grid for it.")
         return result

@@ -18,7 +18,7 @@ from slimwright.job.options import FEW_GROUPS, FINE_LADDER, LADDER, sampling
 from slimwright.job.parallel import in_order
 from slimwright.job.probe import REVERSE_LOGITS, REVERSE_TOKENS, SCORED_PRODUCTS
 from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, SAMPLED_TILES, logits_width, tokens_for
-from slimwright.job.walked import GRAM_BYTES, SOLVED_ELEMENTS, walk_dtype
+from slimwright.job.walked import SOLVED_ELEMENTS, walk_dtype
 from slimwright.job.weights import TILE_ELEMENTS, plain_rounding
 from slimwright.methods import GroupFold, SiteStatistics, WeightSolver
 from slimwright.model.structure import Structure
@@ -158,7 +158,7 @@ def forecast(
     compared = sum(min(site.numel, SAMPLED_TILES * TILE_ELEMENTS) for site in sites)
     overhead = 3e-4 * len(source.tensors)
     phases = {}
-    walks = walk_cost(source, structure, solver, rates, tokens_seen, cap) if tokens_seen else None
+    walks = walk_cost(source, structure, solver, rates, tokens_seen, cap, searched) if tokens_seen else None
     if folds and walks is not None:
         products = min(FOLD_PRODUCTS, sum(site.numel * site.columns for site in sites))
         phases["fold"] = sum(walks.fold + fold.trials * products / rates.multiply for fold in folds)
@@ -224,9 +224,16 @@ class WalkCost:
 
 
 def walk_cost(
-    source: Checkpoint, structure: Structure, solver: WeightSolver, rates: Rates, tokens: int, cap: int
+    source: Checkpoint,
+    structure: Structure,
+    solver: WeightSolver,
+    rates: Rates,
+    tokens: int,
+    cap: int,
+    searched: bool,
 ) -> WalkCost:
-    """What calibrating on ``tokens`` takes beside solving: forwards, Grams, their factors, the scoring of options."""
+    """What calibrating on ``tokens`` takes beside solving: forwards, Grams, their factors; where options are searched,
+    scoring them and the reverse walk."""
     dtype = walk_dtype(source, structure)
     multiply = _multiply_rate(dtype)
     units = [unit for unit in walk_units(structure).values() if unit.sites]
@@ -237,7 +244,7 @@ def walk_cost(
     squares = sum(n * n for group in grams for n in group.values())
     cubes = sum(n**3 for group in grams for n in group.values())
     forward = 1.3 * tokens * block_weights / multiply  # attention and what lies between the products
-    gram = 0.7 * tokens * squares / multiply
+    gram = 0.65 * tokens * squares / multiply  # half the products, at four fifths of the rate
     factor = cubes / 6 / (0.3 * rates.multiply)
     products = sum(site.numel * site.columns for site in structure.sites.values())
     scored = min(products, SCORED_PRODUCTS) * len(LADDER) / rates.multiply
@@ -248,23 +255,28 @@ def walk_cost(
     build = 2 * forward + gram + factor + fed + 1.0
 
     largest = max([sum(site.numel for site in unit.sites) for unit in units] or [0])
-    held = largest * dtype.itemsize
+    size = dtype.itemsize
+    held = largest * size
     whole = max([sum(4 * n * n for n in group.values()) for group in grams] or [0])
-    widest = max([site.columns for site in structure.sites.values()] or [1])
     tallest = max([site.weight_shape[-2] for unit in units if unit.block for site in unit.sites] or [1])
     hidden = max(
         [site.columns for site in structure.sites.values() if site.role in ("q", "qkv", "gate", "up")] or [512]
     )
-    running = min(tokens, BATCH_TOKENS) * (4 * tallest + 4 * widest + 8 * hidden) * 4
-    tiles = torch.get_num_threads() * 6 * 4 * SOLVED_ELEMENTS
-    kept = dtype.itemsize * sum(source.tensors[name].numel for name in structure.kept if name in source.tensors)
-    states = 3 * tokens * hidden * dtype.itemsize
-    base = held + 2 * kept + 60_000_000 + 2 * torch.get_num_threads() * THREAD_BYTES
-    solving = 2 * whole + min(3 * whole, 2 * GRAM_BYTES + 12 * widest * widest) + tiles
-    collecting = whole + running + 4 * min(tokens, BATCH_TOKENS) * widest
-    reversing = running + 6 * 4 * REVERSE_LOGITS + 2 * reverse * hidden * 4 * len(units)
-    peak = base + max(solving, collecting, reversing)
-    return WalkCost(forward + gram + 1.0, probe, build, int(peak + min(states, cap // 4)), int(peak))
+    running = min(tokens, BATCH_TOKENS) * (size * (3 * tallest + 4 * hidden) + 2 * 4 * hidden)
+    tiles = torch.get_num_threads() * 7 * 4 * SOLVED_ELEMENTS
+    kept = size * sum(source.tensors[name].numel for name in structure.kept if name in source.tensors)
+    states = tokens * hidden * size
+    base = held + states + 2 * kept + 60_000_000 + 2 * torch.get_num_threads() * THREAD_BYTES
+    solving = 2 * whole + tiles  # Grams and their factors
+    collecting = whole + running
+    peak = base + max(solving, collecting)
+    movable = states
+    if searched:
+        backwards = min(tokens, BATCH_TOKENS, max(512, REVERSE_LOGITS // max(1, logits_width(structure))))
+        graph = backwards * (size * 2 * (4 * tallest + 8 * hidden) + 24 * hidden)
+        peak = max(peak, base + graph + 6 * 4 * REVERSE_LOGITS)
+        movable = max(movable, reverse * hidden * size * len(units))
+    return WalkCost(forward + gram + 1.0, probe, build, int(peak + min(movable, cap // 4)), int(peak))
 
 
 def _multiply_rate(dtype: torch.dtype) -> float:

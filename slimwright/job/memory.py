@@ -50,7 +50,7 @@ def reuse_freed_pages() -> None:
     1.4 times the speed of solving on one core. :func:`trim` gives it back when a phase is over."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 256 << 20), (_TOP_PAD, 16 << 20)):
+        for parameter, value in ((_MMAP_THRESHOLD, 8 << 20), (_TRIM_THRESHOLD, 256 << 20), (_TOP_PAD, 16 << 20)):
             libc.mallopt(parameter, value)
 
 

@@ -22,6 +22,7 @@ from slimwright.errors import InputError
 from slimwright.job.build import Calibration
 from slimwright.job.options import chosen_rows, evenly_spaced, score_casts
 from slimwright.job.parallel import in_order
+from slimwright.job.reuse import Reuse
 from slimwright.job.walked import WalkedModel
 from slimwright.job.weights import survey, without_data
 from slimwright.methods import SiteStatistics
@@ -51,6 +52,7 @@ class Probe:
         table: options by group, with their costs.
         done: losses by group that an earlier run found.
         record: called with each group's losses.
+        reuse: sensitivities that earlier jobs found.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Probe:
         table: Mapping[str, list[Option]],
         done: Mapping[str, Losses],
         record: Callable[[str, Losses], None],
+        reuse: Reuse,
     ) -> None:
         self.source = source
         self.structure = structure
@@ -68,6 +71,7 @@ class Probe:
         self.table = table
         self.losses: dict[str, Losses] = dict(done)
         self.record = record
+        self.reuse = reuse
         self.groups = structure.choice_groups()
         self.walked = WalkedModel(source, structure, calibration)
         products = sum(site.numel * site.columns for site in structure.sites.values())
@@ -87,9 +91,7 @@ class Probe:
             self._casts({})
             return self.losses
         walked = self.walked
-        sensitivities = ReverseWalk(
-            walked.model, self.structure, walked.sources, self._few(), walked.hold, walked.release
-        ).run()  # fmt: skip
+        sensitivities = self._sensitivities()
         for name, source in walked.sources.items():
             if source.site.kind == "embedding":
                 self._score([source.site], {name: [SiteStatistics.none()]}, sensitivities, lookup=True)
@@ -103,6 +105,18 @@ class Probe:
     def _open(self, unit: Unit) -> list[Site]:
         """A unit's sites that are still to be scored."""
         return [site for site in unit.sites if site.choice_group not in self.losses]
+
+    def _sensitivities(self) -> Mapping[str, list[Sensitivity]]:
+        """What the reverse walk finds, or found in an earlier job."""
+        found = self.reuse.sensitivities()
+        if not found:
+            walked, how = self.walked, self.calibration
+            found = ReverseWalk(
+                walked.model, self.structure, walked.sources, self._few(), walked.hold, walked.release,
+                cap=how.hidden_cap, scratch=how.scratch,
+            ).run()  # fmt: skip
+            self.reuse.keep_sensitivities(found)
+        return found
 
     def _few(self) -> list[Batch]:
         """Batches for the reverse walk: of fewer rows and fewer tokens."""

@@ -13,6 +13,7 @@ from slimwright.methods import GroupFold, WeightSolver, parse_method
 from slimwright.methods.rotation import RotationFold
 from slimwright.plan import DEFAULT_METHOD, Edit, Plan, Rule
 from slimwright.search import check_solver
+from slimwright.sizes import parse_bytes
 from slimwright.weights import parse_grid
 from slimwright.weights.activations import Activations
 
@@ -45,6 +46,7 @@ class FitOptions:
     trust_remote_code: bool = False
     quiet: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
+    statistics_cache: str = "2GB"
     data_digest: str = ""
 
     @property
@@ -75,6 +77,20 @@ class FitOptions:
         if self.plan is not None:
             specs = list(Plan.load(Path(self.plan)).activations.values())
         return not all(Activations.parse(spec).ready for spec in specs)
+
+    @property
+    def statistics_cap(self) -> int:
+        """Bytes that what walks found may take in the cache; 0: nothing is kept, nor looked up.
+
+        Raises:
+            InputError: neither a size nor ``off``.
+        """
+        if self.statistics_cache == "off":
+            return 0
+        try:
+            return parse_bytes(self.statistics_cache, "--statistics-cache")
+        except InputError as error:
+            raise InputError(f"{str(error).rstrip('.')}; or give off.") from None
 
     def recipe(self) -> dict[str, Any]:
         """What decides the result's bytes beside the source and the machine."""
@@ -147,6 +163,7 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
         raise InputError(f"--calibration-tokens must be at least 64, not {asked.calibration_tokens}.")
     if asked.calibration_length is not None and asked.calibration_length < 8:
         raise InputError(f"--calibration-length must be at least 8, not {asked.calibration_length}.")
+    _ = asked.statistics_cap
     check_solver(asked.search)
     if asked.plan is not None and (asked.folds is not None or asked.activations is not None):
         option = "--fold" if asked.folds is not None else "--activations"

@@ -224,6 +224,7 @@ class WalkedBuild:
             if sites:
                 collector = Collector(self.sources, sites)
                 self._collect(step, collector)
+                trim()  # of what the forwards freed
                 self._solve(sites, collector.statistics, finish)
                 commit()
                 del collector
@@ -234,6 +235,7 @@ class WalkedBuild:
             for index in step.indices:
                 step.advance(index, step.output(index))
             self.walked.release(step.unit)
+            trim()
         for held in self.sources.values():
             held.release()
         self._solve_without_data(self._left(), finish, "no forward on the calibration data reached it")
@@ -345,7 +347,7 @@ class WalkedBuild:
         without = sum(tile.solver is not None and not tile.solver.needs for tile in tiles)
         nbytes = self.source.tensors[tiles[0].unit.name].nbytes
         if without == len(tiles):
-            reason = reason or "too few tokens reached it on the calibration data"
+            reason = reason or "on the calibration data too few tokens reached it, or nothing but zeros"
             return solved_line(tiles[0].unit, tiles[0], result, nbytes, reason)
         reason = f"calibrated on {self.calibration.samples.kind}"
         if without:

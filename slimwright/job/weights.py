@@ -80,12 +80,6 @@ class ErrorSum:
         self.error += float(written.sub_(source).square_().sum(dtype=torch.float64))
         self.norm += float(torch.linalg.vector_norm(source, dtype=torch.float64)) ** 2
 
-    def add_outputs(self, source: Tensor, written: Tensor, gram: Tensor) -> None:
-        """The same of the outputs on the data that the Gram (columns, columns) was made of."""
-        difference = written - source
-        self.error += float(((difference @ gram) * difference).sum(dtype=torch.float64))
-        self.norm += float(((source @ gram) * source).sum(dtype=torch.float64))
-
     def merge(self, other: ErrorSum) -> None:
         """Add another sum to this one."""
         self.error += other.error
@@ -95,6 +89,14 @@ class ErrorSum:
     def relative(self) -> float:
         """||W - Q||² / ||W||², 0 for a zero weight that is met exactly."""
         return self.error / self.norm if self.norm else (0.0 if self.error == 0 else float("inf"))
+
+
+def output_errors(gram: Tensor, source: Tensor, *versions: Tensor) -> list[ErrorSum]:
+    """The errors of several versions of some rows (rows, columns), as errors of their outputs on the data that the Gram
+    (columns, columns) was made of. One product for all, since reading the Gram is most of the work."""
+    stacked = torch.cat([source, *(version - source for version in versions)])
+    squares = ((stacked @ gram) * stacked).sum(1, dtype=torch.float64).view(-1, source.shape[0]).sum(1).tolist()
+    return [ErrorSum(error, squares[0]) for error in squares[1:]]
 
 
 def solve_rows(

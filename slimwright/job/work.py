@@ -58,6 +58,7 @@ from slimwright.job.result import (
     versions,
     write_papers,
 )
+from slimwright.job.reuse import Reuse, edits_key
 from slimwright.methods import GroupFold, WeightSolver, parse_method
 from slimwright.model.structure import Structure
 from slimwright.plan import Edit, Plan, rounded_groups
@@ -285,10 +286,7 @@ class Work:
         if self.asked.data == "none":
             table = score_options(state.source, state.structure, target.options, dict(found), record)
         else:
-            losses = Probe(
-                state.source, state.structure, self._calibration(state), target.options, dict(found), record
-            ).run()
-            table = with_losses(target.options, losses)
+            table = with_losses(target.options, self._probed(state, found, record))
         journal.commit()
         allocation = search(table, target.budget - target.rest, solver=self.asked.search)
         castable = set(state.structure.castable)
@@ -302,6 +300,25 @@ class Work:
         )
         if self.asked.activations is not None:
             state.plan.activations = rounded_groups(self.asked.activations, state.plan, state.structure)
+
+    def _probed(
+        self,
+        state: _State,
+        found: Mapping[str, list[float | None]],
+        record: Callable[[str, list[float | None]], None],
+    ) -> Mapping[str, Sequence[float | None]]:
+        """Losses of every option, from the walks or from those of an earlier job on the same data."""
+        calibration, options = self._calibration(state), state.target.options
+        edits = edits_key(state.target.edits, state.scales)
+        reuse = Reuse(state.source, calibration, self.asked.statistics_cap, self.asked.model, edits)
+        kept = {group: losses for group, losses in reuse.losses(options).items() if group not in found}
+        if kept:
+            state.reporter.log(f"Losses of {len(kept)} groups are known from an earlier job on this model and data.")
+        done = {**found, **kept}
+        losses = Probe(state.source, state.structure, calibration, options, done, record, reuse).run()
+        groups = [group for group in state.structure.choice_groups() if len(options[group]) > 1]
+        reuse.keep_losses(options, {group: losses[group] for group in groups})
+        return losses
 
     def _build(self, state: _State) -> None:
         """Solve and write every tensor; then everything else that belongs into the directory."""

@@ -1,8 +1,8 @@
 """Compiled kernels of what torch does slowly: loops over small groups, and steps of which each needs the one before.
 
-One C++ file with a plain C interface, called through ctypes, which lets other threads run meanwhile. It is compiled
+C++ files with a plain C interface, called through ctypes, which lets other threads run meanwhile. They are compiled
 once, at first use, into the cache; where there is no compiler, the callers' own torch code does the work (as it does
-for tensors that are not on the CPU, and under ``SLIMWRIGHT_KERNELS=off``). The file says what is equal bit for bit.
+for tensors that are not on the CPU, and under ``SLIMWRIGHT_KERNELS=off``). The files say what is equal bit for bit.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from slimwright.directories import cache_directory
 
 __all__ = ["available", "library", "pointer", "why_not"]
 
-ABI = 1
-_SOURCE = Path(__file__).with_name("solve.cpp")
+ABI = 2
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("solve.cpp", "gram.cpp"))
 _FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
 )  # fmt: skip
@@ -82,16 +82,17 @@ def _compiled() -> Path:
         OSError: no compiler; subprocess.SubprocessError: it failed.
     """
     compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
-    key = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), os.uname().machine.encode()]))
-    target = cache_directory() / "kernels" / f"solve-{key.hexdigest()[:16]}.so"
+    parts = [*(source.read_bytes() for source in _SOURCES), " ".join(_FLAGS).encode(), os.uname().machine.encode()]
+    key = hashlib.sha256(b"\0".join(parts))
+    target = cache_directory() / "kernels" / f"kernels-{key.hexdigest()[:16]}.so"
     if target.exists():
         return target
     if compiler is None:
         raise OSError("there is no C++ compiler")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / "solve.so"
-        command = [*compiler.split(), *_FLAGS, "-o", str(made), str(_SOURCE)]
+        made = Path(folder) / "kernels.so"
+        command = [*compiler.split(), *_FLAGS, "-o", str(made), *map(str, _SOURCES)]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
         os.replace(made, target)  # another process may have made the same meanwhile: either will do
     return target

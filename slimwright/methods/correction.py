@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from slimwright.calibrate.site_statistics import SiteStatistics
 from slimwright.errors import InputError
-from slimwright.methods.registry import SiteStatistics
 from slimwright.weights import Compressed
 
 

@@ -72,7 +72,9 @@ def _round_tile(
 ) -> tuple[Tensor, Params]:
     columns = weight.shape[1]
     # Columns lie along the first dimension here, so that each is contiguous.
-    target = weight.t().contiguous() if order is None else weight.t().index_select(0, order)
+    target = weight.t().contiguous()
+    if order is not None:
+        target = target.index_select(0, order)
     rounded, error = torch.empty_like(target), torch.empty_like(target)
     positions = torch.arange(columns) if order is None else order
     group = grid.fit_block(columns)
@@ -98,9 +100,7 @@ def _round_tile(
         levels.round_block(block, upper, index, rounded[first:last])
         torch.sub(target[first:last], rounded[first:last], out=error[first:last])
     if order is not None:
-        unordered = torch.empty_like(rounded)
-        unordered[order] = rounded
-        rounded = unordered
+        rounded = rounded.index_select(0, order.argsort())
     if callable(params):
         params = {name: torch.cat([part[name] for part in found], dim=1) for name in found[0]}
     return rounded.t().contiguous(), params

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from slimwright.calibrate import sensitivity
 from slimwright.calibrate.sensitivity import ReverseWalk
 from slimwright.calibrate.walk import Batch
 from slimwright.checkpoint import Checkpoint
@@ -18,7 +21,7 @@ from slimwright.runtime.streamed import load_streamed
 from tests.families import FAMILIES, cached
 
 
-def reversed_walk(name: str, batches: int = 1):
+def reversed_walk(name: str, batches: int = 1, **options: object):
     source = Checkpoint.open(str(cached(name, torch.float32)))
     structure = discover(source)
     cls, config = model_of(source)
@@ -34,7 +37,7 @@ def reversed_walk(name: str, batches: int = 1):
         for site in unit.sites:
             sources[site.name].release()
 
-    walk = ReverseWalk(model, structure, sources, inputs, hold, release)
+    walk = ReverseWalk(model, structure, sources, inputs, hold, release, **options)  # type: ignore[arg-type]
     return source, structure, cls, inputs, walk
 
 
@@ -148,3 +151,18 @@ def test_embeddings_know_how_often_their_rows_are_looked_up() -> None:
     assert torch.equal(looked_up.inputs.argsort(stable=True), (counts + 1).float().argsort(stable=True))
     assert float(looked_up.inputs.sum()) == pytest.approx(1)
     assert float(looked_up.outputs.min()) > 0
+
+
+def test_spilled_states_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "SPILLED_BYTES", 1)
+    found = []
+    for cap in (None, 5000, 0):
+        walk = reversed_walk("llama", 3, cap=cap, scratch=tmp_path)[-1]
+        found.append(walk.run())
+        assert (walk.spilled_bytes > 0) == (cap is not None)
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, matrices in found[0].items():
+            for one, two in zip(matrices, other[name], strict=True):
+                assert torch.equal(one.outputs, two.outputs) and one.share == two.share
+    assert not list(tmp_path.iterdir())

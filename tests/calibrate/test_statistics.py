@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from slimwright.calibrate.site_statistics import SiteStatistics
 from slimwright.calibrate.statistics import InputSums, add_gram
 
 
@@ -39,3 +40,37 @@ def test_no_tokens_is_no_data() -> None:
     sums = InputSums(4)
     sums.add(torch.zeros(0, 4))
     assert sums.statistics().gram is None
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 300, 700])
+@pytest.mark.parametrize("damp", [0.0, 0.01])
+def test_a_factor_is_that_of_the_ordered_damped_gram(columns: int, damp: float) -> None:
+    """``R Rᵀ`` is the Gram in that order with the damping on its diagonal, R upper triangular; the Gram stays."""
+    generator = torch.Generator().manual_seed(columns)
+    x = torch.randn(4 * columns + 3, columns, generator=generator, dtype=torch.float64).float()
+    x[:, columns // 2] = 0  # never seen: it gets the diagonal's mean
+    stats = SiteStatistics.from_inputs(x)
+    assert stats.gram is not None
+    before = stats.gram.clone()
+    order = torch.randperm(columns, generator=generator)
+    for own in (None, order):
+        factor, damping = stats.factor(damp, own)
+        mean = before.diagonal().mean()
+        expected = before.double().clone()
+        if expected[columns // 2, columns // 2] == 0:
+            expected[columns // 2, columns // 2] = mean if mean > 0 else 1.0
+        expected += damping * torch.eye(columns, dtype=torch.float64)
+        if own is not None:
+            expected = expected[own][:, own]
+        assert damping == pytest.approx(damp * float(mean if mean > 0 else 1.0))
+        assert torch.equal(factor, factor.triu())
+        torch.testing.assert_close(factor.double() @ factor.double().T, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(stats.gram, before)
+
+
+def test_damping_grows_until_the_factorization_succeeds() -> None:
+    """A matrix of ones has rank one: without damping it cannot be factorized."""
+    stats = SiteStatistics(tokens=1, gram=torch.ones(400, 400))
+    factor, damping = stats.factor(0.0)
+    assert 0 < damping < 1e-2
+    torch.testing.assert_close(factor @ factor.T, torch.ones(400, 400) + damping * torch.eye(400), rtol=1e-3, atol=1e-3)

@@ -55,8 +55,8 @@ def tiny(name: str = "qwen2") -> str:
 
 
 def fitted(model: str, out: Path, **options: Any) -> FitReport:
-    """``fit`` with plain rounding and without a word on stderr."""
-    return fit(model, str(out), **{"method": PLAIN, "quiet": True, **options})
+    """``fit`` with plain rounding, without a word on stderr, and without what other jobs kept in the user's cache."""
+    return fit(model, str(out), **{"method": PLAIN, "quiet": True, "statistics_cache": "off", **options})
 
 
 def files(directory: Path) -> dict[str, bytes]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from slimwright.calibrate import walk
+from slimwright.calibrate.walk import Walk
 from slimwright.errors import InputError
+from slimwright.job import work
 from slimwright.job.build import Tile
+from slimwright.job.probe import Probe
 from slimwright.zoo import bundled_path
 from tests.families import FAMILIES
 from tests.job.conftest import files, fitted, tiny
@@ -152,3 +158,83 @@ def test_quality_is_measured_on_what_the_user_gave(tmp_path: Path) -> None:
     assert "a tenth of" in kept["verified"]["inputs"] and str(data) in kept["verified"]["inputs"]
     assert given["verified"]["inputs"] == str(other)
     assert kept["quality"]["kl"]["value"] != given["quality"]["kl"]["value"]
+
+
+def test_a_crash_in_the_probe_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the groups that were scored before it, those in the journal are not scored again."""
+    options = {"size": "40%", "method": "quantize/gptq", **FEW}
+    fitted(tiny("llama"), tmp_path / "whole", **options)
+    original, settled = Probe._settle, list[str]()
+
+    def fail_late(self: Probe, group: str, losses: object) -> None:
+        if len(settled) == 9:
+            raise KeyboardInterrupt
+        settled.append(group)
+        original(self, group, losses)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(work, "COMMIT_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Probe, "_settle", fail_late)
+        with pytest.raises(KeyboardInterrupt):
+            fitted(tiny("llama"), tmp_path / "out", **options)
+    before, again = set(settled), list[str]()
+    monkeypatch.setattr(
+        Probe, "_settle", lambda self, group, losses: (again.append(group), original(self, group, losses))
+    )
+    fitted(tiny("llama"), tmp_path / "out", **options)
+    assert again and not before & set(again)
+    assert files(tmp_path / "whole") == files(tmp_path / "out")
+
+
+def test_spilled_hidden_states_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both walks of a job whose hidden states all lie in files end as those of one that keeps them in memory."""
+    options = {"size": "40%", "method": "quantize/gptq", "calibration_tokens": 1024, "calibration_length": 32}
+    fitted(tiny("llama"), tmp_path / "memory", **options)
+    spilled: list[int] = []
+    original = Walk._spill
+
+    def spill(self: Walk) -> None:
+        self._cap = 0
+        before = self.spilled_bytes
+        original(self)
+        spilled.append(self.spilled_bytes - before)
+
+    monkeypatch.setattr(walk, "SPILLED_BYTES", 1)
+    monkeypatch.setattr(Walk, "_spill", spill)
+    fitted(tiny("llama"), tmp_path / "files", **options)
+    assert sum(size > 0 for size in spilled) > 4
+    assert files(tmp_path / "memory") == files(tmp_path / "files")
+
+
+def changed(tmp_path: Path, name: str, value: float) -> str:
+    """A tiny Llama with one tensor filled with a value."""
+    model = shutil.copytree(tiny("llama"), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors[name] = torch.full_like(tensors[name], value)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return str(model)
+
+
+@pytest.mark.parametrize("limit", [{"grid": "int4:g32"}, {"size": "40%"}])
+def test_inputs_that_are_not_finite_are_named(limit: dict[str, str], tmp_path: Path) -> None:
+    """The norm's weight is finite, but what leaves it is not."""
+    model = changed(tmp_path, "model.layers.1.post_attention_layernorm.weight", 3e38)
+    with pytest.raises(InputError) as error:
+        fitted(model, tmp_path / "out", method="quantize/gptq", **limit, **FEW)
+    sentence = str(error.value)
+    if "grid" in limit:
+        assert "'model.layers.1.mlp.gate_proj.weight' in model.layers.1" in sentence
+    else:
+        assert "The model's logits hold NaN or Inf" in sentence
+    assert "on the sample 'random-0-0'" in sentence and len(sentence.splitlines()) == 1
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_site_that_sees_only_zeros_is_rounded_without_data(tmp_path: Path) -> None:
+    model = changed(tmp_path, "model.layers.1.post_attention_layernorm.weight", 0.0)
+    report = fitted(model, tmp_path / "out", method="quantize/gptq", grid="int4:g32", **FEW)
+    lines = {line["site"]: line for line in report["ledger"]}
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        line = lines[f"model.layers.1.mlp.{name}.weight"]
+        assert line["state"] == "data-free" and "nothing but zeros" in line["reason"]
+    assert lines["model.layers.1.self_attn.q_proj.weight"]["state"] == "calibrated"

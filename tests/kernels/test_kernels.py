@@ -11,7 +11,7 @@ import torch
 import slimwright
 from slimwright import kernels
 from slimwright.errors import InputError
-from slimwright.kernels import solve
+from slimwright.kernels import gram, solve
 from slimwright.weights import Int
 from slimwright.weights.packing import pack_codes, unpack_codes
 from slimwright.weights.ranges import shrink_ranges
@@ -141,3 +141,26 @@ def test_without_a_compiler_torch_does_the_work(tmp_path: object, monkeypatch: p
             slimwright.method("quantize/rtn", grid="int9")
     finally:
         kernels._load.cache_clear()
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (3, 5), (7, 16), (100, 17), (513, 47), (1025, 100), (40, 257)])
+def test_grams_of_bfloat16_inputs(tokens: int, columns: int) -> None:
+    """Against double; on any number of threads the same bits; what lies beside the matrix is not touched."""
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+    room = torch.full((columns + 2, columns), 7.0)
+    total = room[1:-1].zero_()
+    if not gram.gram_available(x, total):
+        pytest.skip("this CPU has no bfloat16 products")
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        total.zero_()
+        gram.add_gram(total, x)
+        gram.add_gram(total, x)
+        found.append(total.tril())
+    torch.set_num_threads(before)
+    exact = 2 * (x.double().T @ x.double()).tril()
+    assert float((found[0].double() - exact).abs().max()) <= 3e-6 * float(exact.abs().max())
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert (room[0] == 7).all() and (room[-1] == 7).all()

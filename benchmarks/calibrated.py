@@ -1,0 +1,131 @@
+"""Every solver at 4 and 3 bits in whole jobs: what the result loses on held-out text.
+
+    python -m benchmarks.calibrated [MODEL ...] [--markdown] [--seeds 3]
+
+MODEL is ``bundled``, ``minilm`` or the name of a zoo model (trained when first asked for); all if none is named.
+Every weight is put on int4:g64 or int3:g64 (on the real zero point's where a solver needs that) by `fit --grid`,
+calibrated on 16,384 tokens. The loss is the KL divergence from the source in nats per token, of an encoder without
+logits one minus the mean cosine. The bundled model's GPTQ at 3 bits is repeated with other data (``--seeds``): each
+must lose at most 0.7 times what rounding loses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import slimwright
+from benchmarks.common import Row, exit_code, publish, scratch
+from slimwright.zoo import bundled_path, minilm_path, model
+from slimwright.zoo.recipes import RECIPES
+
+GRIDS = ("int4:g64", "int3:g64")
+TOKENS = 16384
+SOLVERS = {
+    "rtn, min-max": "quantize/rtn,clip=none",
+    "rtn": "quantize/rtn",
+    "hqq, real zero": "quantize/hqq",
+    "imatrix": "quantize/imatrix",
+    "awq (clip only)": "quantize/awq",
+    "adaquant": "quantize/adaquant",
+    "gptq of the paper": "quantize/gptq,clip=none,act_order=false",
+    "gptq": "quantize/gptq",
+    "ldlq": "quantize/ldlq",
+    "decoupleq, real zero": "quantize/decoupleq",
+}
+REAL = ("quantize/hqq", "quantize/decoupleq")
+MODELS = ("bundled", "minilm", *(name for name, recipe in RECIPES.items() if not recipe.fine_tune))
+
+
+def path_of(name: str) -> Path:
+    """The directory of a model."""
+    return bundled_path() if name == "bundled" else minilm_path() if name == "minilm" else model(name)
+
+
+def lost(name: str, grid: str, method: str, folder: Path, **options: Any) -> Row:
+    """One job: what its result loses, with the interval, and how long it took."""
+    real = ":real" if method.split(",", maxsplit=1)[0] in REAL else ""
+    without = {"data": "none"} if method.split(",", maxsplit=1)[0] in ("quantize/rtn", "quantize/hqq") else {}
+    started = time.perf_counter()
+    report = slimwright.fit(
+        str(path_of(name)), str(folder), grid=grid + real, method=method, quiet=True,
+        **{"calibration_tokens": TOKENS, **without, **options},
+    )  # fmt: skip
+    quality, data = report["quality"], report["calibration"]
+    if "kl" in quality:
+        loss, low, high = (quality["kl"][key] for key in ("value", "low", "high"))
+    else:
+        loss, high, low = (1 - quality["cosine_mean"][key] for key in ("value", "low", "high"))
+    return {
+        "figure": "KL" if "kl" in quality else "1 - cosine", "loss": loss, "low": low, "high": high,
+        "bits": report["size"]["bits_per_weight"], "seconds": time.perf_counter() - started,
+        "calibration": data if isinstance(data, str) else data["kind"],
+    }  # fmt: skip
+
+
+def table(names: list[str]) -> list[Row]:
+    """One row per model, grid and solver."""
+    rows: list[Row] = []
+    for name in names:
+        for grid in GRIDS:
+            for solver, method in SOLVERS.items():
+                with scratch("calibrated") as folder:
+                    row = {"model": name, "grid": grid, "solver": solver} | lost(name, grid, method, folder / "out")
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    return rows
+
+
+def seeds(count: int, rows: list[Row]) -> list[Row]:
+    """GPTQ at 3 bits on the bundled model with the data of several seeds, against rounding."""
+    plain = next(r["loss"] for r in rows if (r["model"], r["grid"], r["solver"]) == ("bundled", "int3:g64", "rtn"))
+    found = []
+    for seed in range(count):
+        with scratch("calibrated") as folder:
+            row = lost("bundled", "int3:g64", "quantize/gptq", folder / "out", seed=seed)
+        row |= {"model": "bundled", "grid": "int3:g64", "solver": f"gptq, seed {seed}", "of_rtn": row["loss"] / plain}
+        found.append(row | {"ok": row["of_rtn"] <= 0.7})
+        print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table per grid: solvers down, models across."""
+    lines = []
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    by = {(row["model"], row["grid"], row["solver"]): row for row in rows}
+    for grid in GRIDS:
+        lines += [f"`{grid}`:", "", f"| solver | {' | '.join(models)} |", "|---|" + "---|" * len(models)]
+        for solver in SOLVERS:
+            cells = [f"{by[name, grid, solver]['loss']:.4g}" for name in models if (name, grid, solver) in by]
+            lines.append(f"| {solver} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("models", nargs="*", help=", ".join(MODELS))
+    arguments.add_argument("--markdown", action="store_true", help="print the tables of docs/solvers.md")
+    arguments.add_argument("--seeds", type=int, default=3, help="how often GPTQ is repeated on the bundled model")
+    options = arguments.parse_args()
+    started = time.time()
+    rows = table(options.models or list(MODELS))
+    if "bundled" in (options.models or MODELS):
+        rows += seeds(options.seeds, rows)
+    if options.markdown:
+        print(markdown(rows))
+    columns = {
+        "model": "model", "grid": "grid", "solver": "solver", "figure": "figure", "loss": "loss", "low": "low",
+        "high": "high", "bits": "bits", "of_rtn": "of rtn's", "calibration": "calibrated on", "seconds": "s",
+        "ok": "ok",
+    }  # fmt: skip
+    return exit_code(publish("calibrated", rows, columns, started))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+// Gram matrices of bfloat16 inputs, summed in float32: torch has no such product on the CPU (its bfloat16 products round
+// their sums to bfloat16, and the float32 ones run at half the rate). Plain C ABI, no torch, no threads of its own:
+// several threads may work on one matrix at once, and every element is summed by one of them in one order, so that the
+// result does not depend on how many there are.
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && ((defined(__GNUC__) && __GNUC__ >= 10) || defined(__clang__))
+#define HAS_BF16 1
+#include <immintrin.h>
+#define BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,fma")))
+#else
+#define HAS_BF16 0
+#endif
+
+namespace {
+
+constexpr int64_t PANEL = 16;  // columns that are packed together: one register of pairs
+constexpr int64_t WIDE = 3;    // panels of the wide side of a tile
+constexpr int64_t TALL = 8;    // columns of its other side
+
+#if HAS_BF16
+
+// total[r][c] += sum over pairs of a[r] b[c] for TALL columns r of one panel and N panels of columns c.
+// a, b: panels (pairs, PANEL) of two tokens each; rows, columns: how many of the tile are real.
+template <int N>
+BF16 void tile(const uint32_t* a, const uint32_t* b, int64_t pairs, float* total, int64_t stride, int64_t rows,
+               int64_t columns) {
+    __m512 sums[TALL][N];
+    for (int r = 0; r < TALL; r++)
+        for (int n = 0; n < N; n++) sums[r][n] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < pairs; k++) {
+        __m512bh right[N];
+        for (int n = 0; n < N; n++) right[n] = (__m512bh)_mm512_loadu_si512(b + (n * pairs + k) * PANEL);
+        for (int r = 0; r < TALL; r++) {
+            const __m512bh left = (__m512bh)_mm512_set1_epi32(int(a[k * PANEL + r]));
+            for (int n = 0; n < N; n++) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], left, right[n]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < N; n++) {
+            const int64_t left = columns - n * PANEL;
+            if (left <= 0) break;
+            const __mmask16 real = left >= PANEL ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
+            float* to = total + r * stride + n * PANEL;
+            _mm512_mask_storeu_ps(to, real, _mm512_add_ps(_mm512_maskz_loadu_ps(real, to), sums[r][n]));
+        }
+}
+
+// One pair of tokens of 16 columns; second null: there is no second token.
+BF16 void pack_pair(const uint16_t* first, const uint16_t* second, __mmask16 real, uint32_t* out) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, first));
+    const __m512i high = second ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, second)) : _mm512_setzero_si512();
+    _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+#endif
+
+}  // namespace
+
+extern "C" {
+
+int slimwright_has_bf16() {
+#if HAS_BF16
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl");
+#else
+    return 0;
+#endif
+}
+
+// Tokens (rows of x, columns) in pairs, by panels of 16 columns: packed (panels, pairs, 16) of two bfloat16 each.
+// Panels number first, first + step, ... are written.
+#if HAS_BF16
+BF16 void slimwright_gram_pack(const uint16_t* x, int64_t tokens, int64_t columns, int64_t first, int64_t step,
+                               uint32_t* packed) {
+    const int64_t panels = (columns + PANEL - 1) / PANEL, pairs = (tokens + 1) / 2;
+    for (int64_t p = first; p < panels; p += step) {
+        const int64_t left = columns - p * PANEL;
+        const __mmask16 real = left >= PANEL ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
+        for (int64_t k = 0; k < pairs; k++) {
+            const uint16_t* token = x + 2 * k * columns + p * PANEL;
+            pack_pair(token, 2 * k + 1 < tokens ? token + columns : nullptr, real, packed + (p * pairs + k) * PANEL);
+        }
+    }
+}
+
+// Adds packedᵀ packed to the lower triangle of total (columns, columns), what is beside it in a tile included. `next`
+// is shared by all threads that work on this matrix and starts at 0.
+BF16 void slimwright_gram_add(const uint32_t* packed, int64_t pairs, int64_t columns, int64_t* next, float* total) {
+    const int64_t panels = (columns + PANEL - 1) / PANEL;
+    for (;;) {
+        const int64_t wide = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED) * WIDE;  // the longest strips come first
+        if (wide >= panels) return;
+        const uint32_t* b = packed + wide * pairs * PANEL;
+        for (int64_t row = wide * PANEL; row < columns; row += TALL) {
+            const uint32_t* a = packed + row / PANEL * pairs * PANEL + row % PANEL;
+            const int64_t n = panels - wide < WIDE ? panels - wide : WIDE;
+            const int64_t needed = row / PANEL - wide + 1 < n ? row / PANEL - wide + 1 : n;  // none right of the diagonal
+            float* to = total + row * columns + wide * PANEL;
+            const int64_t rows = columns - row < TALL ? columns - row : TALL, left = columns - wide * PANEL;
+            if (needed == 3) tile<3>(a, b, pairs, to, columns, rows, left);
+            else if (needed == 2) tile<2>(a, b, pairs, to, columns, rows, left);
+            else tile<1>(a, b, pairs, to, columns, rows, left);
+        }
+    }
+}
+#else
+void slimwright_gram_pack(const uint16_t*, int64_t, int64_t, int64_t, int64_t, uint32_t*) {}
+void slimwright_gram_add(const uint32_t*, int64_t, int64_t, int64_t*, float*) {}
+#endif
+
+}  // extern "C"
