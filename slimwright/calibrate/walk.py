@@ -37,11 +37,14 @@ class Batch:
         masks: boolean masks of the tokens that count, by the shape (batch, length) of the sequence they belong to; a
             sequence whose shape has none counts wholly.
         documents: name of each row's document.
+        outputs: (rows, length) positions whose output counts, where these are not those of the sequence: of a text with
+            an image in it, the text's.
     """
 
     inputs: dict[str, Tensor]
     masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     documents: tuple[str, ...] = ()
+    outputs: Tensor | None = None
 
     def counted(self, x: Tensor) -> Tensor:
         """The rows (tokens, in) of ``x`` (..., in) whose tokens count, padding left out."""
@@ -49,6 +52,12 @@ class Batch:
         if mask is None and x.ndim == 2:
             mask = next((m.reshape(-1) for m in self.masks.values() if m.numel() == x.shape[0]), None)
         return (x if mask is None else x[mask]).reshape(-1, x.shape[-1])
+
+    def predicted(self, logits: Tensor) -> Tensor:
+        """The rows (tokens, classes) of the model's output whose tokens count."""
+        if self.outputs is not None and logits.shape[:2] == self.outputs.shape:
+            return logits[self.outputs]
+        return self.counted(logits)
 
 
 @dataclass(frozen=True)
@@ -250,7 +259,9 @@ class Walk:
 
         accepted = inspect.signature(self.model.forward).parameters
         extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-        return self.model(**batch.inputs, **extra)
+        dtype = self.model.dtype  # of images and sounds: not every model converts them itself
+        inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in batch.inputs.items()}
+        return self.model(**inputs, **extra)
 
     def _patch(self, unit: Unit) -> Any:
         module = self.model.get_submodule(unit.module)

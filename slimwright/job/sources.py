@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from slimwright.calibrate.data import Document, fingerprint
 from slimwright.errors import InputError, NotBuiltError
+from slimwright.evaluate.accuracy import labels_of
 from slimwright.evaluate.documents import STANDARD_LIBRARY, read_texts, sample
 from slimwright.evaluate.retrieval import RetrievalTask, is_task, read_task, standard_library_task, task_of_pairs
 from slimwright.evaluate.subject import Kind
@@ -95,32 +95,14 @@ def read_source(
     texts = tuple(sample(found, nbytes))
     if len(texts) < 2 and kind in ("encoder", "classifier"):
         raise InputError(f"The data '{source}' holds one text, but intervals need at least two.")
-    return Source(name, source, texts, labels=_labels(source, texts, classes) if kind == "classifier" else None)
+    labels = labels_of(source, texts, {name: index for index, name in enumerate(classes)})
+    return Source(name, source, texts, labels=labels if kind == "classifier" else None)
 
 
 def _retrieval(name: str, source: str, task: RetrievalTask) -> Source:
     if len(task.queries) < 2:
         raise InputError(f"The data '{source}' holds one query, but intervals need at least two.")
     return Source(name, source, tuple(Document(identifier, text) for identifier, text in task.documents.items()), task)
-
-
-def _labels(source: str, texts: tuple[Document, ...], classes: tuple[str, ...]) -> Tensor | None:
-    """Indices of the classes, given as such or by name; None if no text has one."""
-    given = [document for document in texts if document.label is not None]
-    if not given:
-        return None
-    if len(given) < len(texts):
-        raise InputError(f"Only {len(given)} of the {len(texts)} texts of '{source}' that are measured have a label.")
-    indices = []
-    for document in texts:
-        index = classes.index(document.label) if document.label in classes else document.label
-        if not isinstance(index, int) or not 0 <= index < len(classes):
-            raise InputError(
-                f"The label '{str(document.label)[:60]}' of {document.name} in '{source}' is no class of the model "
-                f"({', '.join(classes)[:200]})."
-            )
-        indices.append(index)
-    return torch.tensor(indices)
 
 
 def _images(name: str, source: str, classes: int) -> Source:
