@@ -219,9 +219,12 @@ class Walk:
     def __iter__(self) -> Iterator[Step]:
         """The steps, in the order in which forwards reach the units. Leaving the loop early drops the forwards."""
         self._main = getcurrent()
+        caching = _caching_configs(self.model)
         patched = [(path, self._patch(unit)) for path, unit in self.units.items()]
         runs: dict[str, int] = {}
         try:
+            for config in caching:
+                config.use_cache = False
             with torch.set_grad_enabled(self._gradients):
                 self._forwards = [greenlet(self._forward) for _ in self.batches]
                 for index, batch in enumerate(self.batches):
@@ -236,6 +239,8 @@ class Walk:
                         step.advance(index, step.output(index))
                     runs[unit.module] = step.run + 1
         finally:
+            for config in caching:
+                config.use_cache = True
             for path, original in patched:
                 self._unpatch(path, original)
             for forward in self._forwards:
@@ -316,6 +321,13 @@ class Walk:
                 tensor.data = mapped.view(tensor.shape)
             used -= size
             self.spilled_bytes += size
+
+
+def _caching_configs(model: PreTrainedModel) -> list[Any]:
+    """The configs that let a forward keep keys and values. A block may run more than once, and would see what it kept;
+    not every model hands ``use_cache=False`` on to the one inside it."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    return [config for config in configs.values() if getattr(config, "use_cache", False) is True]
 
 
 def _mapped_copy(tensor: Tensor, scratch: Path | None) -> Tensor:
