@@ -326,7 +326,9 @@ class Walk:
 def _caching_configs(model: PreTrainedModel) -> list[Any]:
     """The configs that let a forward keep keys and values. A block may run more than once, and would see what it kept;
     not every model hands ``use_cache=False`` on to the one inside it."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
     return [config for config in configs.values() if getattr(config, "use_cache", False) is True]
 
 

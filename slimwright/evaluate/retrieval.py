@@ -66,8 +66,8 @@ def standard_library_task() -> RetrievalTask:
     Texts that occur twice (queries or passages) are left out altogether, since no ranking could tell them apart; so are
     queries of fewer than four words and passages of fewer than 60 characters.
 
-    No passage has two queries, so that queries may be drawn as if they were independent. Nothing is random: a version of
-    Python gives the same task on every machine.
+    No passage has two queries, so that queries may be drawn as if they were independent. Nothing is random: a version
+    of Python gives the same task on every machine.
     """
     from slimwright.zoo.text import standard_library
 
@@ -192,8 +192,8 @@ def _documented(node: ast.AST) -> bool:
 
 
 def task_of_pairs(found: Sequence[Document]) -> RetrievalTask:
-    """First texts of pairs as queries, their second texts as documents; at most 1,000 queries and 1,300 documents, in the
-    order of the names' hashes. Pairs that share a text are joined: a query may have several documents."""
+    """First texts of pairs as queries, their second texts as documents; at most 1,000 queries and 1,300 documents, in
+    the order of the names' hashes. Pairs that share a text are joined: a query may have several documents."""
     queries: dict[str, str] = {}
     judgements: dict[str, dict[str, int]] = {}
     answers: dict[str, str] = {}
