@@ -152,10 +152,10 @@ def _cut(
             above = ""
         elif words and not code:
             above = f"{above} {words}".strip()
-    code = textwrap.dedent("\n".join(line for line, _ in kept)).split("\n")
+    dedented = textwrap.dedent("\n".join(line for line, _ in kept)).split("\n")
     made: list[list[tuple[str, str]]] = []
     room = 0
-    for line, (_, words) in zip(code, kept, strict=True):
+    for line, (_, words) in zip(dedented, kept, strict=True):
         if len(line) + 1 > room:
             made.append([])
             room = DOCUMENT_CHARACTERS
