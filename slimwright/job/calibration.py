@@ -29,6 +29,7 @@ LEAST_TOKENS, MOST_TOKENS = 16384, 65536
 LOOKED_AT = 1000
 """Images or sounds kept for evaluation that are decoded before work starts: more than are measured on."""
 
+
 def with_data(
     asked: FitOptions, source: Checkpoint, structure: Structure, note: Callable[[str], None]
 ) -> tuple[FitOptions, list[Document]]:
