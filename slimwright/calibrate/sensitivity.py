@@ -27,6 +27,9 @@ from slimwright.runtime.streamed import WeightSource
 
 Hold = Callable[[Unit], None]
 
+EMBEDDINGS = ("image_embeds", "text_embeds")
+"""What models of two towers call their vectors."""
+
 
 @dataclass(frozen=True)
 class Sensitivity:
@@ -181,15 +184,17 @@ class ReverseWalk:
         logits = output.get("logits") if hasattr(output, "get") else None
         if logits is None or logits.ndim < 2 or logits.shape[-1] < 2:
             logits = None
-            found = [v for v in output.values() if isinstance(v, Tensor) and v.requires_grad and v.ndim >= 2]
+            found = {k: v for k, v in output.items() if isinstance(v, Tensor) and v.requires_grad and v.ndim >= 2}
             if not found:
                 raise SlimwrightError("The model's output has no gradient: calibrate with --data none.")
-            vectors = self._batch.counted(found[0]).float()
-            direction = torch.nn.functional.normalize(vectors, dim=-1)
-            noise = torch.randn(direction.shape, generator=self._generator)
-            loss, tokens = (direction * noise).sum(), direction.shape[0]
+            towers = [found[name] for name in EMBEDDINGS if name in found]  # of two towers the vectors of both
+            loss, tokens = torch.zeros(()), 0
+            for vectors in towers or list(found.values())[:1]:
+                direction = torch.nn.functional.normalize(self._batch.counted(vectors).float(), dim=-1)
+                noise = torch.randn(direction.shape, generator=self._generator)
+                loss, tokens = loss + (direction * noise).sum(), direction.shape[0]
         else:
-            rows = self._batch.counted(logits).float()
+            rows = self._batch.predicted(logits).float()
             if not torch.isfinite(rows).all():
                 raise InputError(
                     f"The model's logits hold NaN or Inf on {self._batch.named(logits)}: leave that sample out, repair "

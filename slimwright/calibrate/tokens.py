@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from slimwright.calibrate.data import Document, whole_text
+from slimwright.calibrate.feeding import TEXT, Feed, Row, batches_of, fed, ordered
 from slimwright.calibrate.walk import Batch
 from slimwright.errors import InputError
 from slimwright.model.inputs import dummy_inputs
@@ -32,7 +32,8 @@ class Samples:
     Attributes:
         batches: the forwards.
         tokens: how many tokens count.
-        kind: what they are, for the report: ``text``, ``pairs``, ``images`` or ``random inputs``.
+        kind: what they are, for the report: ``text``, ``images``, ``images and text``, ``sounds``, ``sounds and text``
+            or ``random inputs``.
         digest: SHA-256 (hex) of all token ids and features.
         example: token ids of the first sample and the text that it was made from, for the log.
     """
@@ -50,8 +51,7 @@ RANDOM = "random inputs"
 
 def reads_text(model: Any) -> bool:
     """Whether the model's inputs are token ids and nothing else."""
-    probe = dummy_inputs(model, batch=1, length=8)
-    return "input_ids" in probe and not any(k.startswith(("pixel", "input_features", "input_values")) for k in probe)
+    return fed(model) == TEXT
 
 
 def sequence_length(config: PretrainedConfig, asked: int | None = None, most: int = 512) -> int:
@@ -91,38 +91,43 @@ def samples(
     seed: int = 0,
     experts: bool = False,
     batch_tokens: int = BATCH_TOKENS,
+    whole: bool = False,
 ) -> Samples:
     """Batches for a walk over ``model``.
 
     Documents are taken in an order drawn from ``seed`` until ``tokens`` are there. A causal model gets them joined, its
     end token between them, and cut to equal lengths: nothing is padded. An encoder gets one document (or pair) a row,
     cut into pieces of at most ``length``, padded to the longest of its batch, padding masked. An encoder-decoder reads
-    a piece with its encoder and the piece's beginning with its decoder.
+    a piece with its encoder and the piece's beginning with its decoder. What reads images or sounds gets one document a
+    row, see :mod:`slimwright.calibrate.feeding`.
 
     Args:
         model: a transformers model (its forward's signature and config are read).
-        tokenizer: of the model; None or a model that does not read text: random inputs.
+        tokenizer: of the model, or its processor if it reads images or sounds; None: random inputs.
         tokens: how many are wanted; fewer are made where the data has fewer.
         length: of a sequence; None is 512 or what the model has positions for.
         experts: the model routes tokens to experts, which do not see the mask: rows of a batch then have equal lengths.
         batch_tokens: tokens of one forward.
+        whole: each document is one row, cut off at ``length``, whatever the model.
 
     Raises:
-        InputError: the documents hold too little text for one sequence, or messages without a chat template.
+        InputError: the documents hold too little text for one sequence, messages without a chat template, an image or
+            a sound that cannot be read.
     """
     config = model.config
     length = sequence_length(config, length)
-    if tokenizer is None or not reads_text(model):
+    if tokenizer is None:
         return _random(model, tokens, length, seed, batch_tokens)
+    order = ordered(found, seed)
+    if not reads_text(model):
+        return _of_media(Feed(model, tokenizer, length), order, tokens, batch_tokens)
     probe = dummy_inputs(model, batch=1, length=min(length, 16))
-    order = list(found)
-    random.Random(seed).shuffle(order)
     vocabulary = config.get_text_config().vocab_size
-    if causal(config):
+    if causal(config) and not whole:
         batches, counted, example = _packed(tokenizer, order, tokens, length, vocabulary, batch_tokens)
     else:
         batches, counted, example = _padded(
-            tokenizer, order, tokens, length, vocabulary, probe, experts, batch_tokens
+            tokenizer, order, tokens, length, vocabulary, probe, experts, batch_tokens, whole
         )  # fmt: skip
     if not batches:
         raise InputError(
@@ -187,11 +192,12 @@ def _padded(
     probe: dict[str, Tensor],
     experts: bool,
     batch_tokens: int,
+    whole: bool,
 ) -> tuple[list[Batch], int, dict[str, Any]]:
     rows: list[tuple[list[int], str]] = []
     counted = 0
     for document in order:
-        for text in _cut(document, length):
+        for text in [document] if whole else _cut(document, length):
             ids = _encode(tokenizer, text, special=True, length=length)
             _check(ids, vocabulary)
             if len(ids) >= 2:
@@ -251,6 +257,20 @@ def _random(model: Any, tokens: int, length: int, seed: int, batch_tokens: int) 
         batches.append(Batch(inputs, documents=tuple(f"random-{len(batches)}-{row}" for row in range(rows))))
         counted += rows * length
     return Samples(tuple(batches), counted, RANDOM, _digest(batches))
+
+
+def _of_media(feed: Feed, order: Sequence[Document], tokens: int, batch_tokens: int) -> Samples:
+    """Images and sounds, alone or with text: documents until ``tokens`` positions are there."""
+    rows: list[Row] = []
+    counted = 0
+    for document in order:
+        rows.append(feed.row(document))
+        counted += rows[-1].tokens
+        if counted >= tokens:
+            break
+    batches = batches_of(rows, batch_tokens)
+    kind = ("images" if "image" in feed.kinds else "sounds") + (" and text" if "text" in feed.kinds else "")
+    return Samples(tuple(batches), counted, kind, _digest(batches), dict(rows[0].example))
 
 
 def _digest(batches: Sequence[Batch]) -> str:

@@ -37,11 +37,14 @@ class Batch:
         masks: boolean masks of the tokens that count, by the shape (batch, length) of the sequence they belong to; a
             sequence whose shape has none counts wholly.
         documents: name of each row's document.
+        outputs: (rows, length) positions whose output counts, where these are not those of the sequence: of a text with
+            an image in it, the text's.
     """
 
     inputs: dict[str, Tensor]
     masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     documents: tuple[str, ...] = ()
+    outputs: Tensor | None = None
 
     def counted(self, x: Tensor) -> Tensor:
         """The rows (tokens, in) of ``x`` (..., in) whose tokens count, padding left out."""
@@ -58,6 +61,12 @@ class Batch:
         rows = (bad if mask is None else bad & mask).any(-1).nonzero()
         row = int(rows[0]) if len(rows) else 0
         return f"the sample '{self.documents[row]}'" if row < len(self.documents) else "the calibration data"
+
+    def predicted(self, logits: Tensor) -> Tensor:
+        """The rows (tokens, classes) of the model's output whose tokens count."""
+        if self.outputs is not None and logits.shape[:2] == self.outputs.shape:
+            return logits[self.outputs]
+        return self.counted(logits)
 
 
 @dataclass(frozen=True)
@@ -219,9 +228,12 @@ class Walk:
     def __iter__(self) -> Iterator[Step]:
         """The steps, in the order in which forwards reach the units. Leaving the loop early drops the forwards."""
         self._main = getcurrent()
+        caching = _caching_configs(self.model)
         patched = [(path, self._patch(unit)) for path, unit in self.units.items()]
         runs: dict[str, int] = {}
         try:
+            for config in caching:
+                config.use_cache = False
             with torch.set_grad_enabled(self._gradients):
                 self._forwards = [greenlet(self._forward) for _ in self.batches]
                 for index, batch in enumerate(self.batches):
@@ -236,6 +248,8 @@ class Walk:
                         step.advance(index, step.output(index))
                     runs[unit.module] = step.run + 1
         finally:
+            for config in caching:
+                config.use_cache = True
             for path, original in patched:
                 self._unpatch(path, original)
             for forward in self._forwards:
@@ -259,7 +273,9 @@ class Walk:
 
         accepted = inspect.signature(self.model.forward).parameters
         extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-        return self.model(**batch.inputs, **extra)
+        dtype = self.model.dtype  # of images and sounds: not every model converts them itself
+        inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in batch.inputs.items()}
+        return self.model(**inputs, **extra)
 
     def _patch(self, unit: Unit) -> Any:
         module = self.model.get_submodule(unit.module)
@@ -314,6 +330,15 @@ class Walk:
                 tensor.data = mapped.view(tensor.shape)
             used -= size
             self.spilled_bytes += size
+
+
+def _caching_configs(model: PreTrainedModel) -> list[Any]:
+    """The configs that let a forward keep keys and values. A block may run more than once, and would see what it kept;
+    not every model hands ``use_cache=False`` on to the one inside it."""
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    return [config for config in configs.values() if getattr(config, "use_cache", False) is True]
 
 
 def mapped_copy(tensor: Tensor, scratch: Path | None) -> Tensor:

@@ -6,7 +6,7 @@ from slimwright.evaluate.bootstrap import Estimate, interval, paired_interval
 from slimwright.evaluate.cosine import COSINE_MEAN, cosine_similarity, mean_pool
 from slimwright.evaluate.divergence import KL, TOP1_AGREEMENT, compare_logits
 from slimwright.evaluate.perplexity import PERPLEXITY, token_nats
-from slimwright.evaluate.quality import EncoderQuality, LanguageQuality
+from slimwright.evaluate.quality import ClassifierQuality, EncoderQuality, LanguageQuality
 from slimwright.evaluate.ranking import MAP, MRR, NDCG_AT_10, RECALL_AT_100, score_rankings
 from slimwright.evaluate.table import Metric, Table
 
@@ -21,6 +21,7 @@ __all__ = [
     "PERPLEXITY",
     "RECALL_AT_100",
     "TOP1_AGREEMENT",
+    "ClassifierQuality",
     "EncoderQuality",
     "Estimate",
     "LanguageQuality",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
+from slimwright.evaluate.accuracy import ACCURACY, correct
 from slimwright.evaluate.bits_per_byte import BITS_PER_BYTE
 from slimwright.evaluate.bootstrap import Estimate, interval
 from slimwright.evaluate.cosine import cosine_similarity, mean_pool
@@ -198,3 +199,57 @@ class EncoderQuality:
             "cosine_min": Estimate(least, least, least).to_json(),
             "documents": len(cosines),
         }
+
+
+class ClassifierQuality:
+    """KL divergence and top-1 agreement between two classifiers, and the accuracy of both where the classes are known.
+
+    Intervals come from the bootstrap over samples.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._columns: dict[str, list[np.ndarray]] = {}
+
+    def add(self, names: Sequence[str], reference: Tensor, candidate: Tensor, labels: Tensor | None = None) -> None:
+        """Add samples.
+
+        Args:
+            names: of the samples.
+            reference: (samples, classes) logits.
+            candidate: the same shape.
+            labels: (samples,) indices of classes; to all calls or to none.
+
+        Raises:
+            InputError: see :func:`compare_logits` and :func:`slimwright.evaluate.accuracy.correct`; labels in some
+                calls only.
+        """
+        if self._names and (labels is not None) != ("before" in self._columns):
+            raise InputError("Labels were given for some of the samples only.")
+        columns = {name: found.numpy() for name, found in compare_logits(reference, candidate).items()}
+        if labels is not None:
+            columns |= {"before": correct(reference, labels).numpy(), "after": correct(candidate, labels).numpy()}
+        self._names += names
+        for name, values in columns.items():
+            self._columns.setdefault(name, []).append(values)
+
+    def result(self, seed: int = 0) -> dict[str, Any]:
+        """``{"kl": {value, low, high}, "top1_agreement": {...}, "documents": n}``; with labels also ``"accuracy"``:
+        ``{"before": {...}, "after": {...}, "difference": {...}}`` with the paired interval of after − before.
+
+        Raises:
+            InputError: fewer than two samples were added.
+        """
+        if len(self._names) < 2:
+            raise InputError(
+                f"Quality needs at least two samples to compare, but there are {len(self._names)}: give more."
+            )
+        columns = {name: np.concatenate(parts).astype(np.float64) for name, parts in self._columns.items()}
+        table = Table.of(
+            self._names, tokens=np.ones(len(self._names)), kl=columns["kl"], top1_agreement=columns["top1_agreement"]
+        )
+        found: dict[str, Any] = {metric.name: metric.score(table, seed).to_json() for metric in (KL, TOP1_AGREEMENT)}
+        if "before" in columns:
+            before, after = (Table.of(self._names, correct=columns[when]) for when in ("before", "after"))
+            found[ACCURACY.name] = ACCURACY.change(before, after, seed)
+        return {**found, "documents": len(self._names)}

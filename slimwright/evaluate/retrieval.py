@@ -5,13 +5,17 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import io
 import json
+import re
 import textwrap
+import tokenize
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +26,14 @@ from slimwright.evaluate.documents import by_name
 from slimwright.evaluate.ranking import score_rankings
 from slimwright.evaluate.table import Table
 
-QUERIES = 300
-DOCUMENTS = 500
+QUERIES = 1000
+DOCUMENTS = 1300
 DOCUMENT_CHARACTERS = 500
-MOST_OF_A_MODULE = 40
+MOST_OF_A_MODULE = 240
 SHORTEST_QUERY = 4  # words
 SHORTEST_DOCUMENT = 60  # characters
 DEPTH = 1000
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 Judgements = Mapping[str, Mapping[str, int]]
 
@@ -50,76 +55,145 @@ class RetrievalTask:
 
 @cache
 def standard_library_task() -> RetrievalTask:
-    """Docstring → function, on the held-out modules of the running Python's standard library.
+    """Words → code, on the held-out modules of the running Python's standard library.
 
-    Queries are the first paragraphs of docstrings, documents the source of functions and methods without their
-    docstring, cut at 500 characters; functions without a docstring are documents that belong to no query. At most 40
-    functions of a module, 300 queries and 500 documents are taken, in the order of the identifiers' hashes. Texts that
-    occur twice (docstrings or bodies) are left out altogether, since no ranking could tell them apart; so are
-    docstrings of fewer than four words and bodies of fewer than 60 characters.
+    Documents are the passages of at most 500 characters that the source of functions and methods is cut into at line
+    ends, without docstrings and comments. The query of a function's first passage is the first paragraph of its
+    docstring; of a function without one, the words of its name and parameters, and then the passage lacks that line.
+    The query of any other passage is the first comment in it; passages without one are documents that belong to no
+    query. At most 240 passages of a module are taken, and 1,000 queries and 1,300 documents in all, in the order of the
+    identifiers' hashes.
+    Texts that occur twice (queries or passages) are left out altogether, since no ranking could tell them apart; so are
+    queries of fewer than four words and passages of fewer than 60 characters.
 
-    Nothing is random: a version of Python gives the same task on every machine.
+    No passage has two queries, so that queries may be drawn as if they were independent. Nothing is random: a version
+    of Python gives the same task on every machine.
     """
     from slimwright.zoo.text import standard_library
 
-    found: list[tuple[str, str | None, str]] = []
+    found: list[Passage] = []
     for module in standard_library("heldout"):
         if module.path.endswith(".py"):
-            functions = [(f"{module.path}:{name}", query, body) for name, query, body in _functions(module.text)]
-            found += sorted(functions, key=_by_hash)[:MOST_OF_A_MODULE]
-    bodies, asked = _counts(body for _, _, body in found), _counts(query for _, query, _ in found if query)
-    usable = sorted((f for f in found if bodies[f[2]] == 1 and len(f[2]) >= SHORTEST_DOCUMENT), key=_by_hash)
-    answers = [f for f in usable if f[1] and asked[f[1]] == 1 and len(f[1].split()) >= SHORTEST_QUERY][:QUERIES]
-    names = {name for name, _, _ in answers}
-    others = [f for f in usable if f[0] not in names][: DOCUMENTS - len(answers)]
+            own = [Passage(f"{module.path}:{p.name}", p.query, p.code) for p in _passages(module.text)]
+            found += sorted(own, key=_by_hash)[:MOST_OF_A_MODULE]
+    codes, asked = Counter(p.code for p in found), Counter(p.query for p in found)
+    usable = sorted((p for p in found if codes[p.code] == 1 and len(p.code) >= SHORTEST_DOCUMENT), key=_by_hash)
+    answers = [p for p in usable if asked[p.query] == 1 and len(p.query.split()) >= SHORTEST_QUERY][:QUERIES]
+    names = {p.name for p in answers}
+    others = [p for p in usable if p.name not in names][: DOCUMENTS - len(answers)]
     return RetrievalTask(
-        {f"docstring of {name}": str(query) for name, query, _ in answers},
-        {name: body for name, _, body in sorted(answers + others)},
-        {f"docstring of {name}": {name: 1} for name, _, _ in answers},
+        {f"words of {p.name}": p.query for p in answers},
+        {p.name: p.code for p in sorted(answers + others)},
+        {f"words of {p.name}": {p.name: 1} for p in answers},
     )
 
 
-def _by_hash(function: tuple[str, str | None, str]) -> bytes:
-    return hashlib.sha256(function[0].encode()).digest()
+class Passage(NamedTuple):
+    """A piece of a function: its identifier, the words that ask for it (or none), and its code."""
+
+    name: str
+    query: str
+    code: str
 
 
-def _counts(texts: Iterator[str]) -> dict[str, int]:
-    counted: dict[str, int] = {}
-    for text in texts:
-        counted[text] = counted.get(text, 0) + 1
-    return counted
+def _by_hash(passage: Passage) -> bytes:
+    return hashlib.sha256(passage.name.encode()).digest()
 
 
-def _functions(source: str) -> Iterator[tuple[str, str | None, str]]:
-    """(qualified name, first paragraph of the docstring, source without docstring) of functions and methods; a function
-    inside a function is part of it. Of functions of one name in one module the last counts, as in Python."""
-    lines = source.splitlines()
-    found: dict[str, tuple[str | None, str]] = {}
+def _passages(source: str) -> Iterator[Passage]:
+    """The passages of a module's functions and methods; a function inside a function is part of it. Of functions of one
+    name the last counts, as in Python."""
+    lines, comments = source.splitlines(), _comments(source)
+    found: dict[str, list[Passage]] = {}
 
     def visit(node: ast.AST, prefix: str) -> None:
         for child in getattr(node, "body", []):
             if isinstance(child, ast.ClassDef):
                 visit(child, f"{prefix}{child.name}.")
             elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                start, stop = child.lineno - 1, child.end_lineno or child.lineno
                 doc = ast.get_docstring(child, clean=False)
-                kept = lines[start:stop]
-                if doc is not None:
-                    first = child.body[0]
-                    kept = lines[start : first.lineno - 1] + lines[first.end_lineno or first.lineno : stop]
-                paragraph = inspect.cleandoc(doc).split("\n\n")[0] if doc else ""
-                body = textwrap.dedent("\n".join(kept)).strip()[:DOCUMENT_CHARACTERS]
                 if len(child.body) > (doc is not None):
-                    found[prefix + child.name] = (" ".join(paragraph.split()) or None, body)
+                    found[prefix + child.name] = _cut(prefix + child.name, child, doc, lines, comments)
 
     visit(ast.parse(source), "")
-    for name, (query, body) in found.items():
-        yield name, query, body
+    for passages in found.values():
+        yield from passages
+
+
+def _comments(source: str) -> dict[int, tuple[int, str]]:
+    """Column and words of the comment of each line, by number (from 1), that has one."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {t.start[0]: (t.start[1], t.string.lstrip("#: ").strip()) for t in tokens if t.type == tokenize.COMMENT}
+
+
+def _cut(
+    name: str,
+    function: ast.FunctionDef | ast.AsyncFunctionDef,
+    doc: str | None,
+    lines: Sequence[str],
+    comments: Mapping[int, tuple[int, str]],
+) -> list[Passage]:
+    """A function's passages, each with the words that ask for it, see :func:`standard_library_task`; a comment is a
+    whole line or several in a row."""
+    within: list[ast.AST] = [node for node in ast.walk(function) if _documented(node)]
+    inner = {n for node in within for n in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)}  # type: ignore[attr-defined]
+    first = " ".join(inspect.cleandoc(doc).split("\n\n")[0].split()) if doc else ""
+    start = function.lineno
+    if not first and function.body[0].lineno > start:
+        first, start = _words_of(name, function.args), function.body[0].lineno
+    kept: list[tuple[str, str]] = []  # a line of code and the words above it
+    above = ""
+    for number in range(start, (function.end_lineno or function.lineno) + 1):
+        line = lines[number - 1]
+        column, words = comments.get(number, (len(line), ""))
+        code = line[:column].rstrip()
+        if code and number not in inner:
+            kept.append((code, above))
+            above = ""
+        elif words and not code:
+            above = f"{above} {words}".strip()
+    dedented = textwrap.dedent("\n".join(line for line, _ in kept)).split("\n")
+    made: list[list[tuple[str, str]]] = []
+    room = 0
+    for line, (_, words) in zip(dedented, kept, strict=True):
+        if len(line) + 1 > room:
+            made.append([])
+            room = DOCUMENT_CHARACTERS
+        made[-1].append((line[:DOCUMENT_CHARACTERS], words))
+        room -= len(line) + 1
+    passages = []
+    for index, part in enumerate(made):
+        enough = (words for _, words in part if len(words.split()) >= SHORTEST_QUERY and not _is_code(words))
+        query = first if index == 0 and len(first.split()) >= SHORTEST_QUERY else next(enough, "")
+        label = name if index == 0 else f"{name} [{index + 1}]"
+        passages.append(Passage(label, query, "\n".join(line for line, _ in part)))
+    return passages
+
+
+def _words_of(name: str, parameters: ast.arguments) -> str:
+    """The words that a function's name, its class's and its parameters' are made of."""
+    given = [p.arg for p in (*parameters.posonlyargs, *parameters.args, *parameters.kwonlyargs)]
+    names = [*name.split("."), *(p for p in given if p not in ("self", "cls"))]
+    return " ".join(word.lower() for found in names for word in _WORDS.findall(found))
+
+
+def _is_code(comment: str) -> bool:
+    """Whether a comment is code that was put aside."""
+    try:
+        ast.parse(comment)
+    except SyntaxError:
+        return False
+    return True
+
+
+def _documented(node: ast.AST) -> bool:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None
 
 
 def task_of_pairs(found: Sequence[Document]) -> RetrievalTask:
-    """First texts of pairs as queries, their second texts as documents; at most 300 queries and 500 documents, in the
-    order of the names' hashes. Pairs that share a text are joined: a query may have several documents."""
+    """First texts of pairs as queries, their second texts as documents; at most 1,000 queries and 1,300 documents, in
+    the order of the names' hashes. Pairs that share a text are joined: a query may have several documents."""
     queries: dict[str, str] = {}
     judgements: dict[str, dict[str, int]] = {}
     answers: dict[str, str] = {}

@@ -87,7 +87,7 @@ class _Job:
         structure = discover(source, trust_remote_code=asked.trust_remote_code)
         if structure.note:
             self.notes.append(structure.note)
-        asked, found = with_data(asked, source, structure)
+        asked, found = with_data(asked, source, structure, self.notes.append)
         self.asked = asked
         edits = tuple(asked.edits())
         source, structure = rotated(source, structure, edits)

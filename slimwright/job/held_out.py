@@ -3,7 +3,7 @@ random inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimwright.calibrate.data import Document, documents, split, whole_text
-from slimwright.calibrate.tokens import causal, reads_text, samples
+from slimwright.calibrate.feeding import TEXT, fed, load_processor, usable
+from slimwright.calibrate.tokens import causal, samples
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
+from slimwright.evaluate.accuracy import class_indices, labels_of
 from slimwright.evaluate.bits_per_byte import token_bytes
 from slimwright.model.inputs import dummy_inputs
 
@@ -38,12 +40,30 @@ class HeldOut:
         mask: (rows, length) tokens that count; None: all.
         target_bytes: (rows, length) UTF-8 bytes that each token of ``input_ids`` stands for, where the model reads from
             left to right and the tokenizer says; None: no perplexity.
+        labels: (rows,) int64, of samples whose class is known; None: it is not.
     """
 
     names: list[str]
     inputs: dict[str, Tensor]
     mask: Tensor | None = None
     target_bytes: Tensor | None = None
+    labels: Tensor | None = None
+
+
+def given_documents(source: str, model: Any, note: Callable[[str], None] = lambda sentence: None) -> list[Document]:
+    """The documents of a source that hold what the model reads.
+
+    Args:
+        note: told how many were left out.
+
+    Raises:
+        InputError: nothing is there, or no document holds it.
+    """
+    found = documents(source)
+    chosen = usable(found, fed(model), source, type(model).__name__)
+    if len(chosen) < len(found):
+        note(f"{len(found) - len(chosen)} of the {len(found)} documents of {source} do not hold what the model reads.")
+    return chosen
 
 
 def held_out(
@@ -62,19 +82,20 @@ def held_out(
         InputError: the user's data holds too little text.
     """
     length = _length(model, tokens, batch_tokens)
-    tokenizer = load_tokenizer(source) if reads_text(model) else None
     given = eval_data or data
+    tokenizer = load_reader(source, model)
     if given:
-        found = documents(eval_data) if eval_data else split(documents(data))[1]
+        found = given_documents(given, model)
+        found = found if eval_data else split(found)[1]
         words = eval_data or f"a tenth of {data}, kept from the solvers"
-        if tokenizer is not None and causal(model.config):
+        if fed(model) == TEXT and causal(model.config) and not class_indices(model):
             batches = list(_rows(tokenizer, model, found, length, tokens, batch_tokens, whole=False))
         else:
-            batches = _of_samples(tokenizer, model, found, length, tokens, batch_tokens, seed)
+            batches = _of_samples(tokenizer, model, found, given, length, tokens, batch_tokens, seed)
         if not batches:
             raise InputError(f"The data {given} holds too little text to measure the result's quality on.")
         return words, batches
-    if tokenizer is not None:
+    if tokenizer is not None and fed(model) == TEXT:
         from slimwright.zoo.text import standard_library
 
         text = [Document(found.path, found.text[: 16 * length]) for found in standard_library("heldout")]
@@ -120,7 +141,7 @@ def _rows(
             seen += len(row)
         if len(rows) >= count or seen >= max(tokens, 2 * length):
             break
-    read = causal(model.config)
+    read = causal(model.config) and not class_indices(model)
     probe = dummy_inputs(model, batch=1, length=length)
     step = max(1, min(batch_tokens // length, 64))
     for first in range(0, len(rows), step):
@@ -155,15 +176,30 @@ def _encode(tokenizer: Any, document: Document) -> tuple[list[int], list[int] | 
 
 
 def _of_samples(
-    tokenizer: Any, model: Any, found: Sequence[Document], length: int, tokens: int, batch_tokens: int, seed: int
+    reader: Any,
+    model: Any,
+    found: Sequence[Document],
+    given: str,
+    length: int,
+    tokens: int,
+    batch_tokens: int,
+    seed: int,
 ) -> list[HeldOut]:
-    """As calibration makes batches for encoders; shorter sequences where there is little text."""
+    """As calibration makes batches; shorter sequences where there is little text. A classifier gets whole documents."""
+    classes = class_indices(model)
+    labels = labels_of(given, found, classes) if classes else None
+    of_document = {} if labels is None else dict(zip((document.name for document in found), labels.tolist()))
+    if classes and causal(model.config):
+        batch_tokens = 1  # such a model finds the last token by its padding token, which it need not have
     while True:
         try:
-            made = samples(model, tokenizer, found, tokens=tokens, length=length, seed=seed, batch_tokens=batch_tokens)
+            made = samples(
+                model, reader, found, tokens=tokens, length=length, seed=seed, batch_tokens=batch_tokens,
+                whole=bool(classes),
+            )  # fmt: skip
             break
         except InputError:
-            if length <= SHORTEST_SEQUENCE:
+            if length <= SHORTEST_SEQUENCE or fed(model) != TEXT:
                 raise
             length //= 2
     batches, seen = [], dict[str, int]()
@@ -173,7 +209,9 @@ def _of_samples(
             seen[name] = seen.get(name, 0) + 1
             names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
         first = next(iter(batch.inputs.values()))
-        batches.append(HeldOut(names, batch.inputs, batch.masks.get(tuple(first.shape))))
+        mask = batch.masks.get(tuple(first.shape)) if batch.outputs is None else batch.outputs
+        own = torch.tensor([of_document[name] for name in batch.documents]) if of_document else None
+        batches.append(HeldOut(names, batch.inputs, mask, labels=own))
     return batches
 
 
@@ -217,6 +255,17 @@ def retrieval_quality(written: Path, original: PreTrainedModel, parameters: int,
         tables.append(score_task(task, queries, embed(model, None, list(task.documents.values()))))
     after, before = tables
     return {NDCG_AT_10.name: NDCG_AT_10.change(before, after, seed)}
+
+
+def load_reader(source: Checkpoint, model: Any) -> Any | None:
+    """What turns data into the model's inputs: its tokenizer, or its processor if it reads images or sounds; None if it
+    has none that loads."""
+    if fed(model) == TEXT:
+        return load_tokenizer(source)
+    try:
+        return load_processor(source.model_path, fed(model))
+    except InputError:
+        return None
 
 
 def load_tokenizer(source: Checkpoint) -> Any | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from slimwright.calibrate.feeding import load_processor
 from slimwright.checkpoint import write_bytes_atomic, write_json_atomic
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.evaluate.harness import require_harness
@@ -119,12 +120,16 @@ class _Measurement:
             require_harness()
         sources = _named(asked.data or ["stdlib"])
 
-        def tokenizer() -> Any:
+        def reader() -> Any:
+            if self.kind == "vision":
+                return load_processor(subjects[0].directory, frozenset({"image"}))
             return load_tokenizer(subjects[0])
 
+        self._decoded = tempfile.TemporaryDirectory(prefix="slimwright-images-")  # until the measurement is dropped
+        classes = {name: index for index, name in enumerate(subjects[0].classes)}
+        nbytes, folder = parse_bytes(asked.text, "--text"), Path(self._decoded.name)
         self.sources = [
-            read_source(name, source, self.kind, parse_bytes(asked.text, "--text"), subjects[0].classes, tokenizer)
-            for name, source in sources.items()
+            read_source(name, source, self.kind, nbytes, classes, reader, folder) for name, source in sources.items()
         ]
         if self.kind != "vision":
             for subject in subjects:

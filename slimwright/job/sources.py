@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slimwright.calibrate.data import Document, fingerprint
+from slimwright.calibrate.data import Document, documents, fingerprint
+from slimwright.calibrate.feeding import usable
+from slimwright.calibrate.media import read_image
 from slimwright.errors import InputError, NotBuiltError
-from slimwright.evaluate.documents import STANDARD_LIBRARY, read_texts, sample
+from slimwright.evaluate.accuracy import labels_of
+from slimwright.evaluate.documents import STANDARD_LIBRARY, by_name, read_texts, sample
 from slimwright.evaluate.retrieval import RetrievalTask, is_task, read_task, standard_library_task, task_of_pairs
 from slimwright.evaluate.subject import Kind
 from slimwright.job.measuring import Data
+
+MOST_IMAGES = 1024
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,10 @@ class Source:
 
     Attributes:
         name: as in the report; ``source``: as the user gave it.
-        texts: what is read; for a retrieval task its documents.
+        texts: what is read; for a retrieval task its documents; of images that were decoded their documents.
         task: the retrieval task, or None.
         labels: (samples,) int64 indices of classes, or None.
-        images: the file of an image source.
+        images: the file that holds what a classifier of images is fed.
     """
 
     name: str
@@ -49,7 +54,7 @@ class Source:
     @property
     def names(self) -> list[str]:
         """Of the rows: documents, or images by number."""
-        if self.images is None:
+        if self.images is None or self.texts:
             return [document.name for document in self.texts]
         assert self.labels is not None
         return [str(index) for index in range(len(self.labels))]
@@ -58,6 +63,8 @@ class Source:
         """For the report."""
         found: dict[str, Any] = {"name": self.name, "source": self.source, "documents": len(self.names)}
         if self.images is not None:
+            if self.texts:
+                return {**found, "hash": fingerprint(self.texts)}
             return {**found, "hash": hashlib.sha256(self.images.read_bytes()).hexdigest()}
         size = sum(len(document.text.encode(errors="replace")) for document in self.texts)
         queries = {"queries": len(self.task.queries)} if self.task else {}
@@ -65,28 +72,37 @@ class Source:
 
 
 def read_source(
-    name: str, source: str, kind: Kind, nbytes: int, classes: tuple[str, ...], tokenizer: Callable[[], Any]
+    name: str,
+    source: str,
+    kind: Kind,
+    nbytes: int,
+    classes: Mapping[str, int],
+    reader: Callable[[], Any],
+    scratch: Path,
 ) -> Source:
     """Read a source for models of a kind.
 
     Args:
         name: as in the report.
         source: ``stdlib`` or see :func:`slimwright.calibrate.data.documents`; for encoders also a folder in BEIR's
-            layout, and ``stdlib`` and pairs are retrieval tasks; for classifiers of images a safetensors file with
+            layout, and ``stdlib`` and pairs are retrieval tasks; for classifiers of images also a safetensors file with
             ``pixel_values`` (images, channels, height, width) as the model takes them, and ``labels`` (images,).
         kind: of the models.
         nbytes: of text that are taken, about; of retrieval tasks all is.
-        classes: names of the classifiers' labels.
-        tokenizer: gives the reference's.
+        classes: indices of the classifiers' classes by name.
+        reader: gives the reference's tokenizer, or its processor of images.
+        scratch: directory for decoded images.
 
     Raises:
         InputError: what is there does not serve.
     """
     if kind == "vision":
-        return _images(name, source, len(classes))
+        if Path(source).suffix == ".safetensors":
+            return _pixels(name, source, len(set(classes.values())))
+        return _images(name, source, classes, reader, scratch / f"{name}.safetensors")
     if kind == "encoder" and (source == STANDARD_LIBRARY or is_task(source)):
         return _retrieval(name, source, standard_library_task() if source == STANDARD_LIBRARY else read_task(source))
-    found = read_texts(source, tokenizer)
+    found = read_texts(source, reader)
     pairs = [document for document in found if document.pair is not None]
     if kind == "encoder" and len(pairs) == len(found):
         return _retrieval(name, source, task_of_pairs(found))
@@ -95,7 +111,7 @@ def read_source(
     texts = tuple(sample(found, nbytes))
     if len(texts) < 2 and kind in ("encoder", "classifier"):
         raise InputError(f"The data '{source}' holds one text, but intervals need at least two.")
-    return Source(name, source, texts, labels=_labels(source, texts, classes) if kind == "classifier" else None)
+    return Source(name, source, texts, labels=labels_of(source, texts, classes) if kind == "classifier" else None)
 
 
 def _retrieval(name: str, source: str, task: RetrievalTask) -> Source:
@@ -104,31 +120,26 @@ def _retrieval(name: str, source: str, task: RetrievalTask) -> Source:
     return Source(name, source, tuple(Document(identifier, text) for identifier, text in task.documents.items()), task)
 
 
-def _labels(source: str, texts: tuple[Document, ...], classes: tuple[str, ...]) -> Tensor | None:
-    """Indices of the classes, given as such or by name; None if no text has one."""
-    given = [document for document in texts if document.label is not None]
-    if not given:
-        return None
-    if len(given) < len(texts):
-        raise InputError(f"Only {len(given)} of the {len(texts)} texts of '{source}' that are measured have a label.")
-    indices = []
-    for document in texts:
-        index = classes.index(document.label) if document.label in classes else document.label
-        if not isinstance(index, int) or not 0 <= index < len(classes):
-            raise InputError(
-                f"The label '{str(document.label)[:60]}' of {document.name} in '{source}' is no class of the model "
-                f"({', '.join(classes)[:200]})."
-            )
-        indices.append(index)
-    return torch.tensor(indices)
+def _images(name: str, source: str, classes: Mapping[str, int], reader: Callable[[], Any], file: Path) -> Source:
+    """Images of documents, as the reference's processor makes them for all models."""
+    if source == STANDARD_LIBRARY:
+        raise InputError("Classifiers of images need --data: a folder of images, rows with 'image', or .safetensors.")
+    found = usable(documents(source), frozenset({"image"}), source, "a classifier of images")
+    found = sorted(found, key=by_name)[:MOST_IMAGES]
+    if len(found) < 2:
+        raise InputError(f"The data '{source}' holds one image, but intervals need at least two.")
+    labels, processor = labels_of(source, found, classes), reader()
+    made = [processor(images=[read_image(image)], return_tensors="pt")["pixel_values"] for image in found]
+    if len({pixels.shape for pixels in made}) > 1:
+        raise InputError(f"The processor makes images of several sizes of '{source}': resize them to one.")
+    save_file({"pixel_values": torch.cat(made)}, file)
+    return Source(name, source, tuple(found), labels=labels, images=file)
 
 
-def _images(name: str, source: str, classes: int) -> Source:
+def _pixels(name: str, source: str, classes: int) -> Source:
     path = Path(source).expanduser()
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise InputError(
-            f"Images are read from a .safetensors file with `pixel_values` and `labels`, which '{source}' is not."
-        )
+    if not path.is_file():
+        raise InputError(f"The data {source} does not exist.")
     try:
         found = load_file(path)
     except (SafetensorError, OSError) as error:

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from slimwright.checkpoint import Checkpoint, TensorEntry
 from slimwright.errors import SlimwrightError
-from slimwright.evaluate.quality import EncoderQuality, LanguageQuality
 from slimwright.job.build import Unit, plan_units
 from slimwright.job.edits import folded, rotated
-from slimwright.job.held_out import HeldOut, held_out, load_tokenizer, retrieval_quality
+from slimwright.job.gathering import Gathering
+from slimwright.job.held_out import held_out, load_tokenizer, retrieval_quality
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of, open_source
 from slimwright.job.parallel import in_order
@@ -269,7 +269,7 @@ def _compare_outputs(
         source, packed, data=spec.data, eval_data=spec.eval_data, tokens=spec.tokens, batch_tokens=spec.batch_tokens,
         seed=spec.seed,
     )  # fmt: skip
-    quality: LanguageQuality | EncoderQuality | None = None
+    quality = Gathering()
     for index, batch in enumerate(batches):
         got = _outputs(packed, batch.inputs)
         if index == 0:
@@ -287,17 +287,10 @@ def _compare_outputs(
             trim()
         if not outcome.ok:
             return
-        asis = _outputs(original, batch.inputs)
-        quality = quality or (
-            LanguageQuality() if "logits" in got and _is_distribution(got["logits"]) else EncoderQuality()
-        )
-        _add(quality, batch, asis, got)
+        quality.add(batch, _outputs(original, batch.inputs), got)
         step(len(batches) + 1 + index, 2 * len(batches))
     outcome.evaluations += 1
-    assert quality is not None
-    found = quality.result(spec.seed)
-    outcome.quality = {name: value for name, value in found.items() if isinstance(value, dict)}
-    outcome.measured_on = {name: value for name, value in found.items() if not isinstance(value, dict)}
+    outcome.quality, outcome.measured_on = quality.result(spec.seed)
     outcome.quality |= retrieval_quality(Path(spec.written), original, structure.parameters, spec.seed)
     if spec.sample and hasattr(packed, "generate") and packed.can_generate():
         outcome.samples = _samples(source, original, packed)
@@ -350,40 +343,6 @@ def _judge_edits(got: dict[str, Tensor], expected: dict[str, Tensor], outcome: O
 def _relative(value: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest magnitude expected."""
     return float((value - expected).abs().max()) / max(float(expected.abs().max()), 1e-30)
-
-
-def _is_distribution(logits: Tensor) -> bool:
-    """Whether the last dimension is a choice among classes."""
-    return logits.ndim >= 2 and logits.shape[-1] > 1
-
-
-def _add(
-    quality: LanguageQuality | EncoderQuality, batch: HeldOut, before: dict[str, Tensor], after: dict[str, Tensor]
-) -> None:
-    """Add one batch, one document a row."""
-
-    def counted(row: int, length: int) -> Tensor:
-        if batch.mask is None or batch.mask.shape[1] < length:
-            return torch.ones(length, dtype=torch.bool)
-        return batch.mask[row, :length]
-
-    if isinstance(quality, LanguageQuality):
-        for row, name in enumerate(batch.names):
-            old, new = (found["logits"][row].reshape(-1, found["logits"].shape[-1]) for found in (before, after))
-            mask = counted(row, old.shape[0])
-            if batch.target_bytes is None:
-                quality.add(name, old, new, mask)
-                continue
-            following = batch.inputs["input_ids"][row, 1:]  # the last token has none that came after it
-            quality.add(name, old[:-1], new[:-1], mask[1:], following, batch.target_bytes[row, 1:])
-        return
-    key = next(
-        (k for k in ("last_hidden_state", "image_embeds", "text_embeds", "pooler_output") if k in before),
-        next(iter(before)),
-    )
-    for row, name in enumerate(batch.names):
-        old, new = (found[key][row].reshape(-1, found[key].shape[-1]) for found in (before, after))
-        quality.add(name, old, new, counted(row, old.shape[0]))
 
 
 SAMPLE_TOKENS = 24

@@ -66,7 +66,7 @@ def dummy_inputs(
         inputs["decoder_input_ids"] = _tokens(config, decoder, batch, length, generator)
     image_token = _first(config, "image_token_id", "image_token_index")
     if "pixel_values" in inputs and "input_ids" in inputs and image_token is not None:
-        count = _image_tokens(model, model_class, config, inputs["pixel_values"])
+        count = image_tokens(model, model_class, config, inputs["pixel_values"])
         images = torch.full((batch, count), image_token, dtype=torch.int64)
         inputs["input_ids"] = torch.cat([images, inputs["input_ids"]], dim=1)
     if main not in inputs:
@@ -152,7 +152,7 @@ def _audio_shape(config: PretrainedConfig, model_class: type[PreTrainedModel]) -
     return bins, 2 * positions
 
 
-def _image_tokens(
+def image_tokens(
     model: PreTrainedModel | PretrainedConfig,
     model_class: type[PreTrainedModel],
     config: PretrainedConfig,

@@ -59,13 +59,14 @@ def before_after(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("Weight files", words.size(before), words.size(size.get("after"))),
         ("Bits per weight", words.decimal(wide), words.decimal(size.get("bits_per_weight"))),
     ]
-    perfect = {"kl": "0", "top1_agreement": "100 %", "cosine_mean": "1", "cosine_min": "1"}
+    perfect = {"kl": "0", "top1_agreement": "100 %"}
     for name, leaf in mapping(report.get("quality")).items():
         if not isinstance(leaf, Mapping):
             continue
         label = words.QUALITY_NAMES.get(name, str(name).replace("_", " "))
         if "value" in leaf:
-            rows.append((label, perfect.get(name, DASH), words.estimate(str(name), leaf)))
+            best = "1" if "cosine" in str(name) else perfect.get(name, DASH)
+            rows.append((label, best, words.estimate(str(name), leaf)))
         elif "after" in leaf:
             was, now = (words.estimate(str(name), leaf.get(when)) for when in ("before", "after"))
             rows.append((label, was, now))

@@ -9,9 +9,13 @@ from typing import Any, TypeGuard
 DASH = "–"
 QUALITY_NAMES = {
     "kl": "KL from the source",
-    "top1_agreement": "Same next token",
+    "top1_agreement": "Same first choice",
     "cosine_mean": "Cosine to the source, mean",
     "cosine_min": "Cosine to the source, least",
+    "image_cosine_mean": "Cosine to the source of images, mean",
+    "image_cosine_min": "Cosine to the source of images, least",
+    "text_cosine_mean": "Cosine to the source of texts, mean",
+    "text_cosine_min": "Cosine to the source of texts, least",
     "bits_per_byte": "Bits per byte of text",
     "perplexity": "Perplexity",
     "accuracy": "Accuracy",
@@ -83,7 +87,7 @@ def estimate(name: str, leaf: Any) -> str:
         return DASH
     if name in PERCENT:
         write, unit = (lambda value: decimal(100 * value, 1) if is_number(value) else DASH), " %"
-    elif name.startswith("cosine"):
+    elif "cosine" in name:
         write, unit = (lambda value: decimal(value, 4)), ""
     elif name in ("perplexity", "bits_per_byte"):
         write, unit = (lambda value: f"{value:.4g}" if is_number(value) else DASH), ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,15 @@ from slimwright.runtime.streamed import load_streamed
 from tests.families import FAMILIES, cached
 
 
-def reversed_walk(name: str, batches: int = 1, **options: object):
+def reversed_walk(name: str, batches: int = 1, text_only: bool = False, **options: object):
     source = Checkpoint.open(str(cached(name, torch.float32)))
     structure = discover(source)
     cls, config = model_of(source)
     sources = {name: WalkSource(PlainSource(source, site)) for name, site in structure.sites.items()}
     model = load_streamed(cls, source.model_path, config, sources)
     inputs = [Batch(dummy_inputs(model, batch=2, length=12, seed=seed)) for seed in range(batches)]
+    if text_only:
+        inputs = [replace(batch, outputs=batch.inputs["input_ids"] != IMAGE_TOKEN) for batch in inputs]
 
     def hold(unit) -> None:
         for site in unit.sites:
@@ -66,22 +69,47 @@ def plain_gradients(cls, source, inputs: list[Batch]) -> dict[str, Tensor]:
         module.register_forward_hook(watch(path))
     generator = torch.Generator().manual_seed(0)
     for batch in inputs:
-        output = model(**batch.inputs)
+        output = model(**{n: t.requires_grad_() if t.is_floating_point() else t for n, t in batch.inputs.items()})
         logits = output.get("logits")
         if logits is not None and logits.ndim >= 2 and logits.shape[-1] > 1:
-            rows = logits.reshape(-1, logits.shape[-1])
+            rows = logits[batch.outputs] if batch.outputs is not None else logits.reshape(-1, logits.shape[-1])
             labels = torch.multinomial(torch.softmax(rows.detach(), -1), 1, generator=generator)[:, 0]
             nn.functional.cross_entropy(rows, labels, reduction="sum").backward()
         else:
-            found = next(v for v in output.values() if isinstance(v, Tensor) and v.requires_grad and v.ndim >= 2)
-            vectors = nn.functional.normalize(found.reshape(-1, found.shape[-1]), dim=-1)
-            (vectors * torch.randn(vectors.shape, generator=generator)).sum().backward()
+            towers = [output[name] for name in ("image_embeds", "text_embeds") if name in output]
+            first = (v for v in output.values() if isinstance(v, Tensor) and v.requires_grad and v.ndim >= 2)
+            loss = torch.zeros(())
+            for found in towers or [next(first)]:
+                vectors = nn.functional.normalize(found.reshape(-1, found.shape[-1]), dim=-1)
+                loss = loss + (vectors * torch.randn(vectors.shape, generator=generator)).sum()
+            loss.backward()
     return {path: torch.cat(found).mean(0) for path, found in squares.items()}
 
 
 TEXT = sorted(
     name for name in FAMILIES if name not in ("vit", "clip", "whisper", "llava", "deit", "swin", "siglip", "paligemma")
 )
+
+
+IMAGE_TOKEN = 300
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "llava", "whisper"])
+def test_models_of_images_and_sounds_likewise(name: str) -> None:
+    """CLIP's both towers; of LLaVA only the text's positions are predicted, not the image's."""
+    source, structure, cls, inputs, walk = reversed_walk(name, text_only=name == "llava")
+    found = walk.run()
+    assert walk.tokens == {"vit": 2, "clip": 2, "llava": 24, "whisper": 24}[name]
+    expected = plain_gradients(cls, source, inputs)
+    compared = set()
+    for key, (sensitivity, *more) in found.items():
+        site = structure.sites[key]
+        if more or site.kind != "linear" or site.module not in expected:
+            continue
+        torch.testing.assert_close(sensitivity.outputs.double(), expected[site.module], rtol=2e-3, atol=1e-9)
+        compared.add(site.block)
+    blocks = {block.module for stack in structure.stacks for block in stack.blocks}
+    assert len(blocks - compared) <= (1 if name == "llava" else 0), "the last block of LLaVA's vision is not used"
 
 
 @pytest.mark.parametrize("name", TEXT)

@@ -216,6 +216,29 @@ def test_classifiers_of_images(tmp_path: Path) -> None:
     )
 
 
+def test_a_folder_of_images_is_what_the_processor_makes_of_it(tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="Pillow, which reads images, is not installed")
+    from PIL import Image
+
+    from tests.media import SIDE, model_with_processor, write_image
+
+    a = model_with_processor("vit", tmp_path / "a")
+    b = write(perturbed(make("vit", torch.bfloat16), 0.05), None, tmp_path / "b")
+    names = [write_image(tmp_path / f"{i}.png", i, (SIDE, SIDE)).name for i in range(12)]
+    data = lines(tmp_path / "rows.jsonl", [{"image": name, "label": i % 10} for i, name in enumerate(names)])
+    found = measured(a, b, data={"own": str(data)})
+    pixels = torch.stack([torch.tensor(np.asarray(Image.open(tmp_path / name))).permute(2, 0, 1) for name in names])
+    save_file(
+        {"pixel_values": (pixels / 255 - 0.5) / 0.5, "labels": torch.arange(12) % 10}, tmp_path / "pixels.safetensors"
+    )
+    by_hand = measured(a, b, data={"own": str(tmp_path / "pixels.safetensors")})
+    for model in ("a", "b"):
+        ours, theirs = quality(found, model), quality(by_hand, model)
+        assert set(ours) == set(theirs) >= {"accuracy"}
+        assert all(ours[name]["value"] == pytest.approx(theirs[name]["value"], rel=1e-4) for name in ours)
+    assert found["data"][0]["documents"] == 12
+
+
 def test_in_processes_of_their_own(tmp_path: Path, text: str) -> None:
     """Through the command line: speed, load time, memory, the page and the one object on stdout."""
     a, out = causal(tmp_path / "a"), tmp_path / "out"
@@ -324,11 +347,12 @@ def test_bad_input(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -
         ((a,), {"out": str(tmp_path / "own.jsonl" / "out")}, "own.jsonl is no directory"),
         ((encoder,), {"data": [str(one)]}, "at least two"),
         ((two,), {"data": [str(words)]}, "label '[23]' of words.jsonl:[34] .* is no class of the model"),
-        ((two,), {"data": [str(part)]}, "Only 1 of the 2 texts"),
-        ((vit,), {"data": ["stdlib"]}, "Images are read from a .safetensors file"),
+        ((two,), {"data": [str(part)]}, "Only 1 of the 2 samples"),
+        ((vit,), {"data": ["stdlib"]}, "Classifiers of images need --data"),
         ((vit,), {"data": [str(tmp_path / "images.safetensors")]}, "must hold `pixel_values`"),
         ((vit,), {"data": [str(tmp_path / "labels.safetensors")]}, "no indices of the model's 10 classes"),
         ((vit,), {"data": [str(tmp_path / "broken.safetensors")]}, "cannot be read as safetensors"),
+        ((vit,), {"data": [str(words)]}, "holds an image, which a classifier of images reads: give a folder of images"),
     ]
     for models, options, message in cases:
         with pytest.raises(InputError, match=message) as caught:
