@@ -202,7 +202,9 @@ class _Job:
     ) -> MergeReport:  # fmt: skip
         leader = inputs[like(self.config)]
         inner = held.partial / leader.checkpoint.model_path.relative_to(leader.checkpoint.path)
-        key = job_key(inputs=states, config=repr(self.config.source), seed=self.seed, environment=environment_key())
+        key = job_key(
+            inputs=states, config=repr(self.config.source), seed=self.seed, environment=environment_key("merge")
+        )
         with (
             Journal.open(held.scratch / "journal", key, reset=True) as journal,
             Reporter(predicted.phases, held.partial / "events.jsonl", self.asked.quiet) as reporter,

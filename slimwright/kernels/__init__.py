@@ -1,8 +1,9 @@
 """Compiled kernels of what torch does slowly: loops over small groups, and steps of which each needs the one before.
 
-One C++ file with a plain C interface, called through ctypes, which lets other threads run meanwhile. It is compiled
-once, at first use, into the cache; where there is no compiler, the callers' own torch code does the work (as it does
-for tensors that are not on the CPU, and under ``SLIMWRIGHT_KERNELS=off``). The file says what is equal bit for bit.
+C++ files with a plain C interface, called through ctypes, which lets other threads run meanwhile: ``solve.cpp`` for
+solvers, ``merge.cpp`` for merging. Each is compiled once, at first use, into the cache; where there is no compiler, the
+callers' own torch code does the work (as it does for tensors that are not on the CPU, and under
+``SLIMWRIGHT_KERNELS=off``). The files say what is equal bit for bit.
 """
 
 from __future__ import annotations
@@ -24,19 +25,18 @@ from slimwright.directories import cache_directory
 __all__ = ["available", "library", "pointer", "why_not"]
 
 ABI = 1
-_SOURCE = Path(__file__).with_name("solve.cpp")
 _FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
 )  # fmt: skip
 
 
 @functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, and why there is none."""
+def _load(name: str) -> tuple[ctypes.CDLL | None, str]:
+    """A library by the name of its source, and why there is none."""
     if os.environ.get("SLIMWRIGHT_KERNELS", "").lower() in ("off", "0", "no"):
         return None, "turned off by SLIMWRIGHT_KERNELS"
     try:
-        loaded = ctypes.CDLL(str(_compiled()))
+        loaded = ctypes.CDLL(str(_compiled(Path(__file__).with_name(f"{name}.cpp"))))
         if loaded.slimwright_abi() != ABI:
             return None, "the library is of another version"
         return loaded, ""
@@ -44,14 +44,14 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where there are none."""
-    return _load()[0]
+def library(name: str = "solve") -> ctypes.CDLL | None:
+    """The compiled kernels of a source; None where there are none."""
+    return _load(name)[0]
 
 
-def why_not() -> str:
+def why_not(name: str = "solve") -> str:
     """Why there are no compiled kernels; empty where there are."""
-    return _load()[1]
+    return _load(name)[1]
 
 
 def available(*tensors: Tensor) -> bool:
@@ -75,23 +75,23 @@ def pointer(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> ctypes
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def _compiled() -> Path:
+def _compiled(source: Path) -> Path:
     """The shared library, compiled now if the cache does not have it.
 
     Raises:
         OSError: no compiler; subprocess.SubprocessError: it failed.
     """
     compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
-    key = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), os.uname().machine.encode()]))
-    target = cache_directory() / "kernels" / f"solve-{key.hexdigest()[:16]}.so"
+    key = hashlib.sha256(b"\0".join([source.read_bytes(), " ".join(_FLAGS).encode(), os.uname().machine.encode()]))
+    target = cache_directory() / "kernels" / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if target.exists():
         return target
     if compiler is None:
         raise OSError("there is no C++ compiler")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / "solve.so"
-        command = [*compiler.split(), *_FLAGS, "-o", str(made), str(_SOURCE)]
+        made = Path(folder) / target.name
+        command = [*compiler.split(), *_FLAGS, "-o", str(made), str(source)]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
         os.replace(made, target)  # another process may have made the same meanwhile: either will do
     return target

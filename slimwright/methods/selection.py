@@ -11,14 +11,15 @@ names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slimwright.methods.merging import BLOCK, Sums, Tile
+from slimwright.kernels import merge as kernel
+from slimwright.methods.merging import BLOCK, StoredVectors, Sums, Tile
 
 ROUNDS = 3
 _LOW = 1 << 16
@@ -77,6 +78,10 @@ def survey_magnitudes(values: Sequence[Tensor], selections: Sequence[Sequence[Se
         selections: one list of selections a vector.
         tile: the tile that the values are of.
     """
+    if isinstance(values, StoredVectors) and kernel.ready(*values.given):
+        found = _survey_stored(values, selections, tile)
+        if found is not None:
+            return found
     sums: Sums = {}
     width = torch.int32 if tile.site.numel < 1 << 31 else torch.int64  # one set a tensor is kept until the round ends
     for model, (vector, wanted) in enumerate(zip(values, selections)):
@@ -101,6 +106,46 @@ def survey_magnitudes(values: Sequence[Tensor], selections: Sequence[Sequence[Se
                 for number, part in enumerate(vector.split(BLOCK), tile.start // BLOCK):
                     counts[number] = _count(part, found["threshold"]) - _count(part, found["threshold"] + 1)
                 sums["ties" + key] = counts
+    return sums
+
+
+def _survey_stored(values: StoredVectors, selections: Sequence[Sequence[Selection]], tile: Tile) -> Sums | None:
+    """The same by compiled loops over what is stored; None where a value is not finite."""
+    sums: Sums = {}
+    numel = values.stored[0].numel()
+    wide = tile.site.numel >= 1 << 31
+    sources = kernel.sources(values.stored)
+    histograms: dict[str, tuple[int, int | None]] = {}
+    for model, wanted in enumerate(selections):
+        for index, found in enumerate(wanted):
+            key = f"{model}.{index}"
+            if found.get("done"):
+                continue
+            if "high" not in found:
+                histograms["high" + key] = (model, None)
+            elif "threshold" not in found and not found["few"]:
+                histograms["low" + key] = (model, found["high"])
+            elif "threshold" not in found:
+                gathered = kernel.gather(sources[model], values.minus, numel, found["high"])
+                if gathered is None:
+                    return None
+                sums["few" + key] = Gathered(gathered[0].long() + tile.start, gathered[1])
+            else:
+                counts = kernel.count_equal(sources[model], values.minus, numel, found["threshold"], BLOCK)
+                if counts is None:
+                    return None
+                first = tile.start // BLOCK
+                sums["ties" + key] = torch.zeros(-(-tile.site.numel // BLOCK), dtype=torch.int64)
+                sums["ties" + key][first : first + len(counts)] = counts
+    asked = list(dict.fromkeys(histograms.values()))
+    if asked:
+        chosen = kernel.sources([values.stored[model] for model, _ in asked])
+        counted = kernel.count_bits(chosen, values.minus, numel, [high for _, high in asked])
+        if counted is None:
+            return None
+        made = dict(zip(asked, counted))
+        for key, what in histograms.items():
+            sums[key] = made[what].long() if wide else made[what].clone()
     return sums
 
 
@@ -182,27 +227,53 @@ def threshold_of(found: Selection) -> float:
     return float(np.array(found["threshold"], dtype=np.int32).view(np.float32))
 
 
+EVERYTHING, NOTHING = 0, 0x7F800000
+"""Bits that every finite magnitude has at least, and that none has."""
+
+
+def boundary(
+    found: Selection, name: str, start: int, numel: int, values: Callable[[int, int], Tensor]
+) -> tuple[int, int, int]:
+    """Where a tile is cut, and the bits that a selected magnitude has at least: before that place, and from it on.
+
+    Args:
+        found: a settled selection.
+        name: the tensor's.
+        start: the tile's first element in it.
+        numel: elements of the tile.
+        values: gives those from the first to behind the last of two places in the tile.
+    """
+    if "threshold" not in found or found["threshold"] == 0:
+        bits = EVERYTHING if "threshold" in found or found["all"] else NOTHING
+        return numel, bits, bits
+    bits = found["threshold"]
+    if "cut" not in found:
+        return numel, bits, bits
+    cut_name, index, more = found["cut"]
+    if name != cut_name:
+        bits += name > cut_name
+        return numel, bits, bits
+    place = min(max(0, index - start), numel)
+    if more and place < numel and index >= start:  # so many of the block that begins there are taken too
+        tied = (magnitude_bits(values(place, min(place + BLOCK, numel))) == bits).nonzero().flatten()
+        place += int(tied[more - 1]) + 1
+    return place, bits, bits + 1
+
+
 def keep_largest(values: Tensor, found: Selection, tile: Tile) -> Tensor:
     """``values`` (flat) where selected, 0 elsewhere. May be the same memory."""
-    if "threshold" not in found:
-        return values if found["all"] else torch.zeros_like(values)
-    bits = found["threshold"]
-    if bits == 0:
-        return values
-    if "cut" not in found:
-        return _at_least(values, bits)
-    name, index, more = found["cut"]
-    if tile.site.name != name:
-        return _at_least(values, bits + (tile.site.name > name))
-    place = min(max(0, index - tile.start), len(values))
-    if more and place < len(values) and index >= tile.start:  # so many of the block that begins there are taken too
-        tied = (magnitude_bits(values[place : place + BLOCK]) == bits).nonzero().flatten()
-        place += int(tied[more - 1]) + 1
-    return torch.cat([_at_least(values[:place], bits), _at_least(values[place:], bits + 1)])
+    place, before, behind = boundary(
+        found, tile.site.name, tile.start, len(values), lambda first, last: values[first:last]
+    )
+    if before == behind or place >= len(values):
+        return _at_least(values, before)
+    return torch.cat([_at_least(values[:place], before), _at_least(values[place:], behind)])
 
 
 def _at_least(values: Tensor, bits: int) -> Tensor:
-    """``values`` where the bits of the magnitude are at least these (> 0), 0 elsewhere."""
+    """``values`` where the bits of the magnitude are at least these, 0 elsewhere. May be the same memory."""
+    if bits in (EVERYTHING, NOTHING):
+        return values if bits == EVERYTHING else torch.zeros_like(values)
     below = float(np.array(bits - 1, dtype=np.int32).view(np.float32))
     if values.dtype == torch.float32:
         return torch.nn.functional.hardshrink(values, below)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from slimwright.methods.blending import Blend, together
 from slimwright.methods.consensus import add_to_base, combined
 from slimwright.methods.merging import MergeMethod, MergeSite, State, Sums, Tile
 from slimwright.methods.registry import knob, register
@@ -66,6 +67,13 @@ class Breadcrumbs(MergeMethod):
             delta = tensor.sub_(tile.base)
             deltas.append((keep_largest(delta, outer, tile) - keep_largest(delta, inner, tile)).mul_(weight))
         return add_to_base(tile.base, combined(deltas, weights, self.consensus, self.normalize), self.lambda_)
+
+    def blend(self, models: int, base: bool, state: State) -> Blend:
+        weights = self.each("weight", models)
+        return together(
+            weights, weights, self.consensus, self.normalize, self.lambda_,
+            trims=[outer for outer, _ in state["bounds"]], outliers=[inner for _, inner in state["bounds"]],
+        )  # fmt: skip
 
 
 def _bounds(density: float, gamma: float, numel: int) -> list[Selection]:

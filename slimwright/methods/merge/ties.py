@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from slimwright.methods.blending import Blend, elected
 from slimwright.methods.consensus import add_to_base, disjoint, elected_signs
 from slimwright.methods.merging import MergeMethod, MergeSite, State, Sums, Tile
 from slimwright.methods.registry import knob, register
@@ -60,7 +61,10 @@ class Ties(MergeMethod):
         deltas = tile.deltas()
         if not state["trimmed"]:
             return survey_magnitudes(deltas, state["trim"], tile)
-        signs = elected_signs(self._trimmed(deltas, tile, state), self.sign_method, majority=0)
+        votes = elected(self.blend(len(deltas), True, state), tile)
+        if votes is not None:
+            return {"signs": torch.tensor([votes], dtype=torch.float64)}
+        signs = elected_signs(self._trimmed(list(deltas), tile, state), self.sign_method, majority=0)
         return {"signs": signs.sum(dtype=torch.float64).reshape(1)}
 
     def settle(self, sums: Mapping[str, Sums], state: State) -> State:
@@ -85,3 +89,12 @@ class Ties(MergeMethod):
         signs = elected_signs(deltas, self.sign_method, state["majority"])
         change = disjoint(deltas, self.each("weight", len(deltas)), signs, self.agg)
         return add_to_base(tile.base, change, self.lambda_)
+
+    def blend(self, models: int, base: bool, state: State) -> Blend:
+        how: Literal["mean", "agreeing", "max"] = "agreeing"
+        if self.agg != "sum":
+            how = "mean" if self.agg == "mean" else "max"
+        return Blend(
+            self.each("weight", models), how, by_count=self.sign_method == "count", majority=state["majority"],
+            trims=[trim[0] for trim in state["trim"]], scale=self.lambda_,
+        )  # fmt: skip
