@@ -127,7 +127,7 @@ def elected(blend: Blend, tile: Tile) -> int | None:
     return kernel.votes(sources, tile.stored_base, tile.numel, blend.by_count)
 
 
-def norms(blend: Blend, tile: Tile) -> Tensor | None:
+def stored_norms(blend: Blend, tile: Tile) -> Tensor | None:
     """(2, models) float64: sums of magnitudes, of the vectors and of what stays of them (factors do not count); None
     where the loop cannot run."""
     if not _ready(tile):

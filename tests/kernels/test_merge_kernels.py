@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slimwright import kernels
 from slimwright.kernels import merge as kernel
-from slimwright.methods import method
+from slimwright.methods import method, selection
 from slimwright.methods.blending import blended
 from slimwright.methods.merging import BLOCK, MergeMethod, MergeSite, State, StoredTile, Tile, add_sums
 
@@ -31,11 +31,13 @@ METHODS = [
     ("ties", {"granularity": "tensor", "density": (0.9, 0.3, 1.0), "weight": (1.0, -0.5, 0.25), "majority": "plus"}),
     ("ties", {"granularity": "tensor", "agg": "sum", "sign_method": "count", "lambda_": 0.6}),
     ("ties", {"granularity": "tensor", "agg": "max", "density": 0.0}),
+    ("ties", {"granularity": "tensor", "density": (0.2, 0.0, 0.6), "rescale": "l1", "weight": (0.6, 0.4, 1.0)}),
     ("dare", {"density": 0.3}),
     ("dare", {"density": (0.3, 1.0, 0.7), "rescale": "l1", "consensus": "ties", "weight": (0.6, 0.4, 0.3)}),
     ("dare", {"rescale": "none", "consensus": "ties", "normalize": True, "lambda_": 1.5}),
     ("breadcrumbs", {"density": 0.4, "gamma": 0.1}),
     ("breadcrumbs", {"consensus": "ties", "normalize": True, "gamma": 1.0, "density": 0.0}),
+    ("breadcrumbs", {"density": 0.4, "gamma": 0.1, "rescale": "l1", "weight": (0.6, 0.4, 1.0)}),
     ("breadcrumbs", {"consensus": "ties", "density": 1.0, "lambda_": 1.0}),
 ]
 
@@ -115,6 +117,34 @@ def test_the_loop_writes_the_methods_bytes(
             expected = merger.combine(floats, plain).to(dtype)
             assert found is not None and found.dtype == dtype
             assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), (dtype, tile.start)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.37])
+@pytest.mark.parametrize("numel", [LENGTH, 3 * BLOCK])
+def test_thresholds_among_many_equal_magnitudes(density: float, numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gathered, and what is counted bit by bit and block by block, find the same entries as torch does."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.zeros(numel, dtype=torch.bfloat16)
+    model = (torch.randint(1, 4, (numel,), generator=generator) * 0.25).bfloat16()
+    merger = method("merge/ties", density=density, granularity="tensor", majority="plus")
+    assert isinstance(merger, MergeMethod)
+    site, states = MergeSite("w", (numel,)), []
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr(selection, "GATHERED", limit)
+        for stored in (True, False):
+            parts = []
+            for start in range(0, numel, BLOCK):
+                a, b = model[start : start + BLOCK], base[start : start + BLOCK]
+                plain = Tile(site, start, (a.float(),), b.float(), 0)
+                parts.append(StoredTile(site, start, (a,), b, 0, print) if stored else plain)
+            state = settled(merger, parts)
+            made = [blended(merger.blend(1, True, state), part, torch.bfloat16) for part in parts]  # type: ignore[arg-type]
+            if stored:
+                states.append(torch.cat([part for part in made if part is not None]))
+            else:
+                states.append(torch.cat([merger.combine(part, state).bfloat16() for part in parts]))
+    assert all(torch.equal(state, states[0]) for state in states)
+    assert int((states[0] != 0).sum()) == int(density * numel)
 
 
 def test_what_is_not_finite_is_left_to_torch() -> None:

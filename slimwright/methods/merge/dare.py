@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from slimwright.methods.blending import Blend, norms, together
+from slimwright.methods.blending import Blend, together
 from slimwright.methods.chance import keep_randomly, random_integers
 from slimwright.methods.dropping import DroppingMethod
 from slimwright.methods.merging import State, Tile
@@ -41,8 +41,8 @@ class Dare(DroppingMethod):
         exact = self.rescale == "exact"
         return [1 / density if exact and density > 0 else 1.0 for density in self.each("density", models)]
 
-    def norms(self, tile: Tile, models: int) -> Tensor | None:
-        return norms(Blend((1.0,) * models, densities=self.each("density", models)), tile)
+    def entries(self, models: int) -> Blend:
+        return Blend((1.0,) * models, densities=self.each("density", models))
 
     def blend(self, models: int, base: bool, state: State) -> Blend:
         weights = self.each("weight", models)
