@@ -36,11 +36,12 @@ from slimwright.job.merging.config import MergeConfig, read_config
 from slimwright.job.merging.engine import Done, Engine
 from slimwright.job.merging.extract import extract_adapter
 from slimwright.job.merging.forecast import MergeForecast, forecast
-from slimwright.job.merging.layers import resized_config
-from slimwright.job.merging.plan import Inputs, MergePlan, like, plan_units
+from slimwright.job.merging.modules import WHOLE, resized_module
+from slimwright.job.merging.plan import MergePlan, plan_units
 from slimwright.job.merging.proof import prove
 from slimwright.job.merging.soup import Soup, greedy_soup
 from slimwright.job.merging.sources import MergeInput
+from slimwright.job.merging.targets import Inputs, like
 from slimwright.job.merging.vocabulary import Alignment, align, resized, write_tokenizer
 from slimwright.job.progress import Reporter
 
@@ -125,6 +126,7 @@ class _Job:
             self.notes += self.alignment.notes
         self.template = chosen_template(config.chat_template, inputs) if config.chat_template else None
         plan = plan_units(config, inputs, self.alignment.origins if self.alignment else {})
+        self.notes += plan.notes
         layout = plan_layout(
             [unit.entry for unit in plan.units],
             max_shard_bytes=self.asked.max_shard_bytes or config.out_shard_size or MAX_SHARD_BYTES,
@@ -258,8 +260,9 @@ class _Job:
     def _side_files(self, held: Claim, inner: Path, plan: MergePlan, leader: MergeInput) -> None:
         """config.json and everything that makes the model usable, from the base (the first model)."""
         config = dict(leader.checkpoint.config)
-        if plan.layers is not None:
-            config = resized_config(config, list(plan.layers.chosen), plan.layers.count)
+        for layers in plan.layers:
+            if layers.chosen != tuple(range(layers.count)):
+                config = resized_module(config, layers.module, list(layers.chosen), layers.count)
         if self.alignment is not None:
             config = resized(config, self.alignment.rows)
         if self.config.dtype:
@@ -326,7 +329,7 @@ class _Job:
             "models": [str(reference) for reference in inputs],
             "base": str(config.base) if config.base else None,
             "tensors": {"merged": len(merged), "copied": len(plan.units) - len(merged), "not_read": len(plan.unread)},
-            "layers": None if plan.layers is None else list(plan.layers.chosen),
+            "layers": {layers.module or WHOLE: list(layers.chosen) for layers in plan.layers} or None,
             "size": {
                 "before": sum(given.checkpoint.total_bytes for given in inputs.values()),
                 "after": layout.total_bytes,
