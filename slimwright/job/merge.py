@@ -106,7 +106,7 @@ class _Job:
         self.given, self.out, self.asked, self.watch = given, out, asked, watch
         self.started = time.monotonic()
         self.config: MergeConfig = read_config(given)
-        self.notes = list(self.config.notes)
+        self.notes: list[str] = []
         self.inputs: Inputs = {}
         self.alignment: Alignment | None = None
         self.template: str | None = None
@@ -115,18 +115,8 @@ class _Job:
         self.seed = asked.seed if asked.seed is not None else self.config.seed or 0
 
     def run(self) -> MergeReport:
-        if self.config.metric is not None and not self.asked.dry_run:
-            self._choose_soup()
         config = self.config
-        inputs: Inputs = {reference: MergeInput(reference) for reference in config.references()}
-        self.inputs = inputs
-        self._check_out(inputs)
-        self.alignment = align(config, inputs)
-        if self.alignment is not None:
-            self.notes += self.alignment.notes
-        self.template = chosen_template(config.chat_template, inputs) if config.chat_template else None
-        plan = plan_units(config, inputs, self.alignment.origins if self.alignment else {})
-        self.notes += plan.notes
+        inputs, plan = self._planned()
         layout = plan_layout(
             [unit.entry for unit in plan.units],
             max_shard_bytes=self.asked.max_shard_bytes or config.out_shard_size or MAX_SHARD_BYTES,
@@ -155,6 +145,9 @@ class _Job:
                 self.notes.append(f"{held.out} is the finished result of this same job.")
                 return MergeReport(self._report(plan, inputs, layout, predicted), held.out)
             try:
+                if config.metric is not None:
+                    self._choose_soup(held, states)
+                    inputs, plan = self._planned()
                 if config.method == "merge/lora_extract":
                     return self._extract(held, plan, inputs, layout, predicted)
                 return self._work(held, plan, inputs, layout, predicted, states)
@@ -163,17 +156,30 @@ class _Job:
                     shutil.rmtree(held.partial)
                 raise
 
-    def _choose_soup(self) -> None:
-        """Leave of the models those that a greedy soup keeps."""
-        assert self.out is not None
-        folder = self.out.absolute().with_name(f".{self.out.name}.soup")
+    def _planned(self) -> tuple[Inputs, MergePlan]:
+        """The models opened, their vocabularies aligned, and what will be written."""
+        config = self.config
+        inputs: Inputs = {reference: MergeInput(reference) for reference in config.references()}
+        self.inputs = inputs
+        self._check_out(inputs)
+        self.alignment = align(config, inputs)
+        self.template = chosen_template(config.chat_template, inputs) if config.chat_template else None
+        plan = plan_units(config, inputs, self.alignment.origins if self.alignment else {})
+        self.notes = [*config.notes, *(self.alignment.notes if self.alignment else ()), *plan.notes]
+        if self.soup is not None:
+            chosen = ", ".join(map(str, self.soup.models))
+            self.notes.append(f"The greedy soup kept {len(self.soup.models)} of the models: {chosen}.")
+        return inputs, plan
+
+    def _choose_soup(self, held: Claim, states: Mapping[str, str]) -> None:
+        """Leave of the models those that a greedy soup keeps; scores are kept over crashes."""
 
         def average(config: dict[str, Any], out: Path) -> object:
             return merge(config, out, verify=False, quiet=True, job_memory=self.asked.job_memory)
 
-        self.config, self.soup = greedy_soup(self.config, folder, average)
-        chosen = ", ".join(map(str, self.soup.models))
-        self.notes.append(f"The greedy soup kept {len(self.soup.models)} of the models: {chosen}.")
+        key = job_key(inputs=dict(states), config=repr(self.config.source))
+        with Journal.open(held.scratch / "soup-journal", key, reset=True) as journal:
+            self.config, self.soup = greedy_soup(self.config, held.scratch / "soup", average, journal)
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
@@ -205,7 +211,11 @@ class _Job:
         leader = inputs[like(self.config)]
         inner = held.partial / leader.checkpoint.model_path.relative_to(leader.checkpoint.path)
         key = job_key(
-            inputs=states, config=repr(self.config.source), seed=self.seed, environment=environment_key("merge")
+            inputs=states,
+            models=[str(reference) for reference in inputs],
+            config=repr(self.config.source),
+            seed=self.seed,
+            environment=environment_key("merge"),
         )
         with (
             Journal.open(held.scratch / "journal", key, reset=True) as journal,

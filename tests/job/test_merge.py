@@ -490,10 +490,41 @@ def test_a_greedy_soup_keeps_what_does_not_hurt(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["good", "high", "low", "metric.py", "out"]
     with pytest.raises(SlimwrightError, match="gave no number"):
         slimwright.merge({**config, "metric": "false"}, tmp_path / "other", quiet=True)
+    assert "finished result" in slimwright.merge(config, tmp_path / "out", quiet=True)["notes"][-1]
     with pytest.raises(InputError, match="needs 'models' and a 'metric'"):
         slimwright.merge(
             {"method": "linear", "metric": "x", "models": config["models"]}, tmp_path / "other", quiet=True
         )
+
+
+FAILING = (
+    METRIC
+    + """
+import os, pathlib
+log = pathlib.Path(__file__).with_suffix(".log")
+log.open("a").write(sys.argv[1].rpartition("/")[2] + " ")
+if len(log.read_text().split()) == 4:
+    os._exit(9)
+"""
+)
+
+
+def test_a_resumed_soup_measures_nothing_twice(tmp_path: Path) -> None:
+    """The metric dies at its fourth call; the second run makes that call and the one that is left."""
+    for name, value in {"low": 0.1, "good": 0.8, "high": 1.3}.items():
+        save_checkpoint(tmp_path / name, {"w": torch.full((4, 4), value)})
+    (tmp_path / "metric.py").write_text(FAILING)
+    config = {
+        "method": "greedy_soup", "metric": f"{sys.executable} {tmp_path / 'metric.py'}",
+        "models": [str(tmp_path / name) for name in ("low", "good", "high")],
+    }  # fmt: skip
+    with pytest.raises(SlimwrightError, match="exit 9"):
+        slimwright.merge(config, tmp_path / "out", quiet=True)
+    report = slimwright.merge(config, tmp_path / "out", quiet=True)
+    calls = (tmp_path / "metric.log").read_text().split()
+    assert calls == ["low", "good", "high", "candidate", "candidate", "candidate"]
+    assert [Path(name).name for name in report["soup"]["chosen"]] == ["good", "high"]
+    assert not (tmp_path / "out.partial").exists()
 
 
 # -- LoRA extraction ---------------------------------------------------------------------------------------------------
