@@ -269,16 +269,21 @@ CLONES int slimwright_count_bits(const Source* sources, int count, const void* b
                 for (int i = 0; i < m; i++) to[bits[i] >> 16]++;
             } else {
                 const uint32_t wanted = uint32_t(high[s]);
-                for (int i = 0; i < m; i++)
-                    if (bits[i] >> 16 == wanted) to[bits[i] & 0xffffu]++;
+                uint32_t inside[PIECE];
+                int found = 0;
+                for (int i = 0; i < m; i++) {
+                    inside[found] = bits[i] & 0xffffu;
+                    found += bits[i] >> 16 == wanted;
+                }
+                for (int i = 0; i < found; i++) to[inside[i]]++;
             }
         }
     }
     return flags;
 }
 
-// Places and bits of the magnitudes of one source whose upper 16 bits are `high`. `found` is how many there are, of which
-// the first `room` are given.
+// Places and bits of the magnitudes of one source whose upper 16 bits are `high`. `found` is how many there are; all are
+// given if it is at most `room` less 32.
 CLONES int slimwright_gather(const Source* source, const void* base, int base_kind, int64_t n, int64_t high, int64_t room,
                              int32_t* places, int32_t* bits_out, int64_t* found) {
     constexpr int GROUP = 32;
@@ -295,16 +300,17 @@ CLONES int slimwright_gather(const Source* source, const void* base, int base_ki
         for (int i = m; i < PIECE; i++) bits[i] = 0xffffffffu;
         for (int first = 0; first < m; first += GROUP) {
             uint32_t any = 0;
-            for (int i = 0; i < GROUP; i++) any |= uint32_t(bits[first + i] >> 16 == wanted);
+            for (int i = 0; i < GROUP; i++) any += uint32_t(bits[first + i] >> 16 == wanted);
             if (!any) continue;
-            for (int i = first; i < first + GROUP; i++)
-                if (bits[i] >> 16 == wanted) {
-                    if (total < room) {
-                        places[total] = int32_t(at + i);
-                        bits_out[total] = int32_t(bits[i]);
-                    }
-                    total++;
-                }
+            if (total + GROUP > room) {
+                total += any;
+                continue;
+            }
+            for (int i = first; i < first + GROUP; i++) {  // without a branch: which match is not to be foreseen
+                places[total] = int32_t(at + i);
+                bits_out[total] = int32_t(bits[i]);
+                total += bits[i] >> 16 == wanted;
+            }
         }
     }
     *found = total;

@@ -13,6 +13,7 @@ from slimwright.kernels import library, pointer
 
 PIECE, LANES, RUN = 512, 64, 16384
 """As in merge.cpp."""
+_GROUP = 32
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 HOW = {"sum": 0, "fused": 1, "mean": 2, "agreeing": 3, "max": 4}
 EVERYTHING, NOTHING = 0, 0x7F800000
@@ -111,7 +112,7 @@ def count_bits(given: Any, base: Tensor | None, numel: int, highs: Sequence[int 
 
 def gather(source: Any, base: Tensor | None, numel: int, high: int) -> tuple[Tensor, Tensor] | None:
     """(places, bits), int32 both, of the magnitudes of one source whose upper 16 bits are ``high``, in order."""
-    room = max(1024, numel // 64)
+    room = max(1024, numel // 8)
     while True:
         places, bits = torch.empty(room, dtype=torch.int32), torch.empty(room, dtype=torch.int32)
         found = ctypes.c_int64()
@@ -121,9 +122,9 @@ def gather(source: Any, base: Tensor | None, numel: int, high: int) -> tuple[Ten
         )  # fmt: skip
         if flags:
             return None
-        if found.value <= room:
+        if found.value <= room - _GROUP:
             return places[: found.value].clone(), bits[: found.value].clone()
-        room = found.value
+        room = found.value + _GROUP
 
 
 def count_equal(source: Any, base: Tensor | None, numel: int, bits: int, block: int) -> Tensor | None:

@@ -163,19 +163,19 @@ def settle_magnitudes(sums: Mapping[str, Sums], selections: Sequence[Sequence[Se
 def _settled(sums: Mapping[str, Sums], key: str, found: Selection) -> Selection:
     found = dict(found)
     if "high" not in found:
-        counts = torch.stack([part["high" + key] for part in sums.values()]).sum(0, dtype=torch.int64)
+        counts = _together([part["high" + key] for part in sums.values()])
         found["high"], found["wanted"] = _bin_of(counts, found["keep"])
         found["few"] = found["high"] > 0 and int(counts[found["high"]]) <= GATHERED
     elif found.get("few"):
         bits = {name: part["few" + key].together() for name, part in sums.items()}
-        counts = torch.bincount(torch.cat([own & 0xFFFF for _, own in bits.values()]), minlength=_LOW)
+        counts = _together([torch.bincount(own & 0xFFFF, minlength=_LOW) for _, own in bits.values()])
         low, wanted = _bin_of(counts, found["wanted"])
         found["threshold"], found["wanted"] = (found["high"] << 16) + low, wanted
         if wanted < int(counts[low]) and "value_only" not in found:
             found["cut"] = _cut({n: indices[own == found["threshold"]] for n, (indices, own) in bits.items()}, wanted)
         found["done"] = True
     elif "threshold" not in found:
-        counts = torch.stack([part["low" + key] for part in sums.values()]).sum(0, dtype=torch.int64)
+        counts = _together([part["low" + key] for part in sums.values()])
         low, wanted = _bin_of(counts, found["wanted"])
         found["threshold"], found["wanted"] = (found["high"] << 16) + low, wanted
         # Zeros are the same kept or not, and where all of them are wanted there is nothing to cut.
@@ -183,9 +183,9 @@ def _settled(sums: Mapping[str, Sums], key: str, found: Selection) -> Selection:
     else:
         wanted = found["wanted"]
         for name, part in sums.items():
-            counts = part["ties" + key].cumsum(0)
+            counts = part["ties" + key].numpy().cumsum()
             if int(counts[-1]) >= wanted:
-                block = int(torch.searchsorted(counts, wanted))
+                block = int(np.searchsorted(counts, wanted))
                 found["cut"] = [name, block * BLOCK, wanted - (int(counts[block - 1]) if block else 0)]
                 break
             wanted -= int(counts[-1])
@@ -215,10 +215,18 @@ def _gathered(values: Tensor, first_bits: int, start: int) -> Gathered:
     return Gathered(indices + start, magnitude_bits(torch.cat([some[found], inside[whole:][rest]])))
 
 
-def _bin_of(counts: Tensor, wanted: int) -> tuple[int, int]:
+def _together(histograms: Sequence[Tensor]) -> np.ndarray:
+    """Their sum, int64. In numpy: of arrays this small torch's threads cost more than the work."""
+    total = histograms[0].numpy().astype(np.int64)
+    for histogram in histograms[1:]:
+        total += histogram.numpy()
+    return total
+
+
+def _bin_of(counts: np.ndarray, wanted: int) -> tuple[int, int]:
     """The bin of the ``wanted``-th largest, and how many of that bin are wanted."""
-    from_above = counts.flip(0).cumsum(0)
-    place = int(torch.searchsorted(from_above, wanted))
+    from_above = counts[::-1].cumsum()
+    place = int(np.searchsorted(from_above, wanted))
     return len(counts) - 1 - place, wanted - (int(from_above[place - 1]) if place else 0)
 
 
