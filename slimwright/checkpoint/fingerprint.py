@@ -30,8 +30,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     for name in sorted(checkpoint.tensors):
         info = checkpoint.tensors[name]
         content = hashlib.sha256()
-        for offset, nbytes in _sampled(info.nbytes):
-            content.update(checkpoint.read_pages(name, offset, nbytes))
+        for page in checkpoint.read_pages(name, _sampled(info.nbytes)):
+            content.update(page)
         record = [name, DTYPE_NAMES[info.dtype], list(info.shape), content.hexdigest()]
         digest.update(json.dumps(record).encode() + b"\n")
     return digest.hexdigest()

@@ -122,13 +122,17 @@ def job_key(**parts: Any) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def environment_key() -> dict[str, Any]:
-    """What makes the same code on the same input give other bytes: threads, instruction set, torch, our own code."""
+def environment_key(library: str = "solve") -> dict[str, Any]:
+    """What makes the same code on the same input give other bytes: threads, instruction set, torch, our own code.
+
+    Args:
+        library: which compiled kernels the job uses.
+    """
     return {
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        "kernels": not kernels.why_not(),
+        "kernels": not kernels.why_not(library),
         "slimwright": slimwright.__version__,
         "code": code_version(),
     }

@@ -4,7 +4,7 @@ import mmap
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +136,12 @@ class Checkpoint:
         if end > begin and row_bytes:
             self._mapping(info.file).release(info.start + begin * row_bytes, (end - begin) * row_bytes)
 
-    def read_pages(self, name: str, offset: int, nbytes: int) -> bytes:
-        """`nbytes` of tensor `name` from byte `offset` of its data, by a plain read (for sampling, without mapping)."""
+    def read_pages(self, name: str, pages: Iterable[tuple[int, int]]) -> list[bytes]:
+        """Parts of the data of tensor `name`, given as (first byte, bytes), by plain reads (for sampling, without
+        mapping)."""
         info = self.tensors[name]
-        if offset < 0 or offset + nbytes > info.nbytes:
-            raise ValueError(f"{name} has no bytes {offset}..{offset + nbytes}")
         with open(info.file, "rb", buffering=0) as file:
-            return os.pread(file.fileno(), nbytes, info.start + offset)
+            return [os.pread(file.fileno(), *_inside(info, offset, nbytes)) for offset, nbytes in pages]
 
     def _mapping(self, file: Path) -> "_Mapping":
         with self._lock:
@@ -207,6 +206,13 @@ class _Window:
     def __init__(self, memory: mmap.mmap, address: int, nbytes: int) -> None:
         self._memory = memory
         self.__array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
+
+
+def _inside(info: TensorInfo, offset: int, nbytes: int) -> tuple[int, int]:
+    """How many bytes to read from which place of the file."""
+    if offset < 0 or offset + nbytes > info.nbytes:
+        raise ValueError(f"{info.name} has no bytes {offset}..{offset + nbytes}")
+    return nbytes, info.start + offset
 
 
 def _byte_range(info: TensorInfo, rows: slice | None) -> tuple[int, int, int]:

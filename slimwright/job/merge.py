@@ -36,11 +36,12 @@ from slimwright.job.merging.config import MergeConfig, read_config
 from slimwright.job.merging.engine import Done, Engine
 from slimwright.job.merging.extract import extract_adapter
 from slimwright.job.merging.forecast import MergeForecast, forecast
-from slimwright.job.merging.layers import resized_config
-from slimwright.job.merging.plan import Inputs, MergePlan, like, plan_units
+from slimwright.job.merging.modules import WHOLE, resized_module
+from slimwright.job.merging.plan import MergePlan, plan_units
 from slimwright.job.merging.proof import prove
 from slimwright.job.merging.soup import Soup, greedy_soup
 from slimwright.job.merging.sources import MergeInput
+from slimwright.job.merging.targets import Inputs, like
 from slimwright.job.merging.vocabulary import Alignment, align, resized, write_tokenizer
 from slimwright.job.progress import Reporter
 
@@ -105,7 +106,7 @@ class _Job:
         self.given, self.out, self.asked, self.watch = given, out, asked, watch
         self.started = time.monotonic()
         self.config: MergeConfig = read_config(given)
-        self.notes = list(self.config.notes)
+        self.notes: list[str] = []
         self.inputs: Inputs = {}
         self.alignment: Alignment | None = None
         self.template: str | None = None
@@ -114,17 +115,8 @@ class _Job:
         self.seed = asked.seed if asked.seed is not None else self.config.seed or 0
 
     def run(self) -> MergeReport:
-        if self.config.metric is not None and not self.asked.dry_run:
-            self._choose_soup()
         config = self.config
-        inputs: Inputs = {reference: MergeInput(reference) for reference in config.references()}
-        self.inputs = inputs
-        self._check_out(inputs)
-        self.alignment = align(config, inputs)
-        if self.alignment is not None:
-            self.notes += self.alignment.notes
-        self.template = chosen_template(config.chat_template, inputs) if config.chat_template else None
-        plan = plan_units(config, inputs, self.alignment.origins if self.alignment else {})
+        inputs, plan = self._planned()
         layout = plan_layout(
             [unit.entry for unit in plan.units],
             max_shard_bytes=self.asked.max_shard_bytes or config.out_shard_size or MAX_SHARD_BYTES,
@@ -153,6 +145,9 @@ class _Job:
                 self.notes.append(f"{held.out} is the finished result of this same job.")
                 return MergeReport(self._report(plan, inputs, layout, predicted), held.out)
             try:
+                if config.metric is not None:
+                    self._choose_soup(held, states)
+                    inputs, plan = self._planned()
                 if config.method == "merge/lora_extract":
                     return self._extract(held, plan, inputs, layout, predicted)
                 return self._work(held, plan, inputs, layout, predicted, states)
@@ -161,17 +156,30 @@ class _Job:
                     shutil.rmtree(held.partial)
                 raise
 
-    def _choose_soup(self) -> None:
-        """Leave of the models those that a greedy soup keeps."""
-        assert self.out is not None
-        folder = self.out.absolute().with_name(f".{self.out.name}.soup")
+    def _planned(self) -> tuple[Inputs, MergePlan]:
+        """The models opened, their vocabularies aligned, and what will be written."""
+        config = self.config
+        inputs: Inputs = {reference: MergeInput(reference) for reference in config.references()}
+        self.inputs = inputs
+        self._check_out(inputs)
+        self.alignment = align(config, inputs)
+        self.template = chosen_template(config.chat_template, inputs) if config.chat_template else None
+        plan = plan_units(config, inputs, self.alignment.origins if self.alignment else {})
+        self.notes = [*config.notes, *(self.alignment.notes if self.alignment else ()), *plan.notes]
+        if self.soup is not None:
+            chosen = ", ".join(map(str, self.soup.models))
+            self.notes.append(f"The greedy soup kept {len(self.soup.models)} of the models: {chosen}.")
+        return inputs, plan
+
+    def _choose_soup(self, held: Claim, states: Mapping[str, str]) -> None:
+        """Leave of the models those that a greedy soup keeps; scores are kept over crashes."""
 
         def average(config: dict[str, Any], out: Path) -> object:
             return merge(config, out, verify=False, quiet=True, job_memory=self.asked.job_memory)
 
-        self.config, self.soup = greedy_soup(self.config, folder, average)
-        chosen = ", ".join(map(str, self.soup.models))
-        self.notes.append(f"The greedy soup kept {len(self.soup.models)} of the models: {chosen}.")
+        key = job_key(inputs=dict(states), config=repr(self.config.source))
+        with Journal.open(held.scratch / "soup-journal", key, reset=True) as journal:
+            self.config, self.soup = greedy_soup(self.config, held.scratch / "soup", average, journal)
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
@@ -202,7 +210,13 @@ class _Job:
     ) -> MergeReport:  # fmt: skip
         leader = inputs[like(self.config)]
         inner = held.partial / leader.checkpoint.model_path.relative_to(leader.checkpoint.path)
-        key = job_key(inputs=states, config=repr(self.config.source), seed=self.seed, environment=environment_key())
+        key = job_key(
+            inputs=states,
+            models=[str(reference) for reference in inputs],
+            config=repr(self.config.source),
+            seed=self.seed,
+            environment=environment_key("merge"),
+        )
         with (
             Journal.open(held.scratch / "journal", key, reset=True) as journal,
             Reporter(predicted.phases, held.partial / "events.jsonl", self.asked.quiet) as reporter,
@@ -256,8 +270,9 @@ class _Job:
     def _side_files(self, held: Claim, inner: Path, plan: MergePlan, leader: MergeInput) -> None:
         """config.json and everything that makes the model usable, from the base (the first model)."""
         config = dict(leader.checkpoint.config)
-        if plan.layers is not None:
-            config = resized_config(config, list(plan.layers.chosen), plan.layers.count)
+        for layers in plan.layers:
+            if layers.chosen != tuple(range(layers.count)):
+                config = resized_module(config, layers.module, list(layers.chosen), layers.count)
         if self.alignment is not None:
             config = resized(config, self.alignment.rows)
         if self.config.dtype:
@@ -324,7 +339,7 @@ class _Job:
             "models": [str(reference) for reference in inputs],
             "base": str(config.base) if config.base else None,
             "tensors": {"merged": len(merged), "copied": len(plan.units) - len(merged), "not_read": len(plan.unread)},
-            "layers": None if plan.layers is None else list(plan.layers.chosen),
+            "layers": {layers.module or WHOLE: list(layers.chosen) for layers in plan.layers} or None,
             "size": {
                 "before": sum(given.checkpoint.total_bytes for given in inputs.values()),
                 "after": layout.total_bytes,

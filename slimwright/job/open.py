@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -101,10 +101,13 @@ class DequantizedCheckpoint(DerivedCheckpoint):
             return
         yield from super().tiles(name, max_bytes, multiple)
 
-    def read_pages(self, name: str, offset: int, nbytes: int) -> bytes:
+    def read_pages(self, name: str, pages: Iterable[tuple[int, int]]) -> list[bytes]:
         """Bytes of the dense tensor (for fingerprints), from the rows that hold them."""
         if name not in self._grids:
-            return self._packed.read_pages(name, offset, nbytes)
+            return self._packed.read_pages(name, pages)
+        return [self._page(name, offset, nbytes) for offset, nbytes in pages]
+
+    def _page(self, name: str, offset: int, nbytes: int) -> bytes:
         info = self.tensors[name]
         per_row = math.prod(info.shape[1:]) * info.dtype.itemsize
         first, last = offset // per_row, -(-(offset + nbytes) // per_row)

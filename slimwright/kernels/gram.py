@@ -19,7 +19,7 @@ _PANEL = 16
 
 @functools.cache
 def _supported() -> bool:
-    loaded = library()
+    loaded = library("gram")
     return loaded is not None and bool(loaded.slimwright_has_bf16())
 
 
@@ -39,7 +39,7 @@ def add_gram(total: Tensor, x: Tensor) -> None:
         total: (in, in) float32, contiguous.
         x: (tokens, in) bfloat16, contiguous.
     """
-    loaded = library()
+    loaded = library("gram")
     assert loaded is not None
     tokens, columns = x.shape
     threads = torch.get_num_threads()

@@ -139,8 +139,6 @@ INLINE void unpack_chunk(const uint8_t* packed, uint8_t* codes, int length, int 
 
 extern "C" {
 
-int slimwright_abi() { return 2; }
-
 // Least and largest weight of each group, 0 included (Int.extent): low, high (rows, groups).
 CLONES void slimwright_extent(const float* w, int64_t rows, int64_t columns, int64_t group, float* low, float* high) {
     const int64_t groups = (columns + group - 1) / group;

@@ -34,6 +34,15 @@ def _mixed_indices() -> Tensor:
     return torch.where(x >= 1 << 31, x - (1 << 32), x).to(torch.int32)
 
 
+def block_words(seed: int, name: str, model: int, first: int, count: int) -> Tensor:
+    """(count, 3) int32: the keys of blocks ``first``, ``first + 1``, ..."""
+    words = []
+    for block in range(first, first + count):
+        key = hashlib.sha256(f"{seed}\0{name}\0{model}\0{block}".encode()).digest()
+        words.append([_signed(int.from_bytes(key[i : i + 4], "little")) for i in (0, 4, 8)])
+    return torch.tensor(words, dtype=torch.int32).reshape(count, 3)
+
+
 def random_integers(seed: int, name: str, model: int, start: int, count: int) -> Tensor:
     """``count`` independent int32, uniform over 0 .. 2**31 - 1, for elements ``start``, ``start + 1``, ...
 
@@ -50,9 +59,7 @@ def random_integers(seed: int, name: str, model: int, start: int, count: int) ->
     while at < count:
         block, first = divmod(start + at, BLOCK)
         size = min(BLOCK - first, count - at)
-        text = f"{seed}\0{name}\0{model}\0{block}".encode()
-        key = hashlib.sha256(text).digest()
-        words = [_signed(int.from_bytes(key[i : i + 4], "little")) for i in (0, 4, 8)]
+        words = block_words(seed, name, model, block, 1)[0].tolist()
         x = out[at : at + size]
         torch.bitwise_xor(table[first : first + size], words[0], out=x)
         x *= words[1] | 1

@@ -66,8 +66,14 @@ def disjoint(vectors: Sequence[Tensor], weights: Sequence[float], signs: Tensor,
 
 def normalized(change: Tensor, weights: Sequence[float]) -> Tensor:
     """``change`` divided by the sum of the weights (by 1 where that is zero), in its memory."""
+    total = divisor(weights)
+    return change if total == 1 else change.div_(total)
+
+
+def divisor(weights: Sequence[float]) -> float:
+    """The sum of the weights; 1 where that is zero."""
     total = sum(weights)
-    return change.div_(total) if abs(total) >= 1e-8 else change
+    return total if abs(total) >= 1e-8 else 1.0
 
 
 def combined(vectors: Sequence[Tensor], weights: Sequence[float], consensus: str, normalize: bool) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
+from slimwright.methods.blending import Blend
 from slimwright.methods.consensus import add_to_base, combined
 from slimwright.methods.merging import MergeMethod, State, Sums, Tile
-from slimwright.methods.products import exact_sum
+from slimwright.methods.rescaling import restoring, survey_norms
 
 
 class DroppingMethod(MergeMethod):
@@ -35,16 +35,15 @@ class DroppingMethod(MergeMethod):
     def rounds(self) -> int:
         return int(self.rescale == "l1")
 
+    def entries(self, models: int) -> Blend | None:
+        """Which entries stay, for a compiled loop; None where there is none."""
+        return None
+
     def survey(self, tile: Tile, state: State) -> Sums:
-        deltas = tile.deltas()
-        before = torch.stack([exact_sum(delta.abs()) for delta in deltas])
-        after = torch.stack([exact_sum(delta.abs()) for delta in self.dropped(deltas, tile)])
-        return {"norms": torch.stack([before, after])}
+        return survey_norms(tile, self.entries(len(tile.deltas())), lambda deltas: self.dropped(deltas, tile))
 
     def settle(self, sums: Mapping[str, Sums], state: State) -> State:
-        (found,) = sums.values()
-        before, after = found["norms"].tolist()
-        return {"factors": [b / a if a >= 1e-7 and b >= 1e-7 else 1.0 for b, a in zip(before, after)]}
+        return {"factors": restoring(sums)}
 
     def combine(self, tile: Tile, state: State) -> Tensor:
         assert tile.base is not None

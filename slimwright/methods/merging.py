@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
 from slimwright.methods.registry import Method
+
+if TYPE_CHECKING:
+    from slimwright.methods.blending import Blend
 
 BLOCK = 1 << 18
 """Elements. A tile of an element-wise method begins at a multiple of it, and ends at one or at the tensor's end."""
@@ -76,11 +80,98 @@ class Tile:
     base: Tensor | None = None
     seed: int = 0
 
-    def deltas(self) -> list[Tensor]:
+    def deltas(self) -> Sequence[Tensor]:
         """The task vectors: each model minus the base (the model itself where there is no base). New tensors."""
         if self.base is None:
             return [tensor.clone() for tensor in self.tensors]
         return [tensor - self.base for tensor in self.tensors]
+
+    def vectors(self) -> Sequence[Tensor]:
+        """The base, if there is one, and the models; not to be written into."""
+        return self.tensors if self.base is None else (self.base, *self.tensors)
+
+
+class StoredTile(Tile):
+    """A flat tile as it lies on the disk, in its own dtypes; floats are made when they are first asked for.
+
+    Compiled kernels read what is stored; everything else sees a :class:`Tile`.
+
+    Args:
+        stored: one a model, flat.
+        stored_base: or None.
+        refuse: raises for the model of that number (the base last), which holds NaN or Inf.
+    """
+
+    def __init__(
+        self, site: MergeSite, start: int, stored: tuple[Tensor, ...], stored_base: Tensor | None, seed: int,
+        refuse: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        self.__dict__.update(site=site, start=start, seed=seed, stored=stored, stored_base=stored_base, refuse=refuse)
+
+    stored: tuple[Tensor, ...]
+    stored_base: Tensor | None
+    refuse: Callable[[int], None]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tile."""
+        return self.stored[0].numel()
+
+    def _floats(self, place: int, tensor: Tensor) -> Tensor:
+        given = self.stored if self.stored_base is None else (*self.stored, self.stored_base)
+        wide = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
+        private = tensor.to(wide)
+        if private.data_ptr() == tensor.data_ptr() and place < len(self.stored):
+            private = tensor.clone()
+        if not math.isfinite(float(private.sum())) and not torch.isfinite(private).all():
+            self.refuse(place)
+        return private
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(self._floats(place, tensor) for place, tensor in enumerate(self.stored))
+
+    @cached_property
+    def base(self) -> Tensor | None:  # type: ignore[override]
+        return None if self.stored_base is None else self._floats(len(self.stored), self.stored_base)
+
+    def deltas(self) -> Sequence[Tensor]:
+        return StoredVectors(super().deltas, self.stored, self.stored_base)
+
+    def vectors(self) -> Sequence[Tensor]:
+        given = self.stored if self.stored_base is None else (self.stored_base, *self.stored)
+        return StoredVectors(lambda: list(super(StoredTile, self).vectors()), given, None)
+
+
+class StoredVectors(Sequence[Tensor]):
+    """Vectors of a stored tile: a sequence of float tensors that are made when the first is looked at.
+
+    Attributes:
+        stored: what they are made of.
+        minus: what is subtracted from each, as stored, or None.
+    """
+
+    def __init__(self, make: Callable[[], Sequence[Tensor]], stored: tuple[Tensor, ...], minus: Tensor | None) -> None:
+        self._make, self.stored, self.minus = make, stored, minus
+
+    @property
+    def given(self) -> tuple[Tensor, ...]:
+        """All that is stored."""
+        return self.stored if self.minus is None else (*self.stored, self.minus)
+
+    @cached_property
+    def _made(self) -> Sequence[Tensor]:
+        return self._make()
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        return self._made[index]
 
 
 class MergeMethod(Method):
@@ -130,6 +221,13 @@ class MergeMethod(Method):
     @abstractmethod
     def combine(self, tile: Tile, state: State) -> Tensor:
         """The merged elements of a tile, in its dtype and shape. May write into ``tile.tensors``, not into the base."""
+
+    def blend(self, models: int, base: bool, state: State) -> Blend | None:
+        """What :meth:`combine` does in the form that a compiled loop runs, to the same bytes; None where it has none.
+
+        The proof of a merge computes what the loop wrote again with :meth:`combine`.
+        """
+        return None
 
     # -- on plain tensors ------------------------------------------------------------------------------------------
 

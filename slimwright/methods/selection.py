@@ -11,14 +11,15 @@ names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slimwright.methods.merging import BLOCK, Sums, Tile
+from slimwright.kernels import merge as kernel
+from slimwright.methods.merging import BLOCK, StoredVectors, Sums, Tile
 
 ROUNDS = 3
 _LOW = 1 << 16
@@ -77,6 +78,10 @@ def survey_magnitudes(values: Sequence[Tensor], selections: Sequence[Sequence[Se
         selections: one list of selections a vector.
         tile: the tile that the values are of.
     """
+    if isinstance(values, StoredVectors) and kernel.ready(*values.given):
+        found = _survey_stored(values, selections, tile)
+        if found is not None:
+            return found
     sums: Sums = {}
     width = torch.int32 if tile.site.numel < 1 << 31 else torch.int64  # one set a tensor is kept until the round ends
     for model, (vector, wanted) in enumerate(zip(values, selections)):
@@ -104,6 +109,46 @@ def survey_magnitudes(values: Sequence[Tensor], selections: Sequence[Sequence[Se
     return sums
 
 
+def _survey_stored(values: StoredVectors, selections: Sequence[Sequence[Selection]], tile: Tile) -> Sums | None:
+    """The same by compiled loops over what is stored; None where a value is not finite."""
+    sums: Sums = {}
+    numel = values.stored[0].numel()
+    wide = tile.site.numel >= 1 << 31
+    sources = kernel.sources(values.stored)
+    histograms: dict[str, tuple[int, int | None]] = {}
+    for model, wanted in enumerate(selections):
+        for index, found in enumerate(wanted):
+            key = f"{model}.{index}"
+            if found.get("done"):
+                continue
+            if "high" not in found:
+                histograms["high" + key] = (model, None)
+            elif "threshold" not in found and not found["few"]:
+                histograms["low" + key] = (model, found["high"])
+            elif "threshold" not in found:
+                gathered = kernel.gather(sources[model], values.minus, numel, found["high"])
+                if gathered is None:
+                    return None
+                sums["few" + key] = Gathered(gathered[0].long() + tile.start, gathered[1])
+            else:
+                counts = kernel.count_equal(sources[model], values.minus, numel, found["threshold"], BLOCK)
+                if counts is None:
+                    return None
+                first = tile.start // BLOCK
+                sums["ties" + key] = torch.zeros(-(-tile.site.numel // BLOCK), dtype=torch.int64)
+                sums["ties" + key][first : first + len(counts)] = counts
+    asked = list(dict.fromkeys(histograms.values()))
+    if asked:
+        chosen = kernel.sources([values.stored[model] for model, _ in asked])
+        counted = kernel.count_bits(chosen, values.minus, numel, [high for _, high in asked])
+        if counted is None:
+            return None
+        made = dict(zip(asked, counted))
+        for key, what in histograms.items():
+            sums[key] = made[what].long() if wide else made[what].clone()
+    return sums
+
+
 def settle_magnitudes(sums: Mapping[str, Sums], selections: Sequence[Sequence[Selection]]) -> list[list[Selection]]:
     """The selections after a round."""
     return [
@@ -118,19 +163,19 @@ def settle_magnitudes(sums: Mapping[str, Sums], selections: Sequence[Sequence[Se
 def _settled(sums: Mapping[str, Sums], key: str, found: Selection) -> Selection:
     found = dict(found)
     if "high" not in found:
-        counts = torch.stack([part["high" + key] for part in sums.values()]).sum(0, dtype=torch.int64)
+        counts = _together([part["high" + key] for part in sums.values()])
         found["high"], found["wanted"] = _bin_of(counts, found["keep"])
         found["few"] = found["high"] > 0 and int(counts[found["high"]]) <= GATHERED
     elif found.get("few"):
         bits = {name: part["few" + key].together() for name, part in sums.items()}
-        counts = torch.bincount(torch.cat([own & 0xFFFF for _, own in bits.values()]), minlength=_LOW)
+        counts = _together([torch.bincount(own & 0xFFFF, minlength=_LOW) for _, own in bits.values()])
         low, wanted = _bin_of(counts, found["wanted"])
         found["threshold"], found["wanted"] = (found["high"] << 16) + low, wanted
         if wanted < int(counts[low]) and "value_only" not in found:
             found["cut"] = _cut({n: indices[own == found["threshold"]] for n, (indices, own) in bits.items()}, wanted)
         found["done"] = True
     elif "threshold" not in found:
-        counts = torch.stack([part["low" + key] for part in sums.values()]).sum(0, dtype=torch.int64)
+        counts = _together([part["low" + key] for part in sums.values()])
         low, wanted = _bin_of(counts, found["wanted"])
         found["threshold"], found["wanted"] = (found["high"] << 16) + low, wanted
         # Zeros are the same kept or not, and where all of them are wanted there is nothing to cut.
@@ -138,9 +183,9 @@ def _settled(sums: Mapping[str, Sums], key: str, found: Selection) -> Selection:
     else:
         wanted = found["wanted"]
         for name, part in sums.items():
-            counts = part["ties" + key].cumsum(0)
+            counts = part["ties" + key].numpy().cumsum()
             if int(counts[-1]) >= wanted:
-                block = int(torch.searchsorted(counts, wanted))
+                block = int(np.searchsorted(counts, wanted))
                 found["cut"] = [name, block * BLOCK, wanted - (int(counts[block - 1]) if block else 0)]
                 break
             wanted -= int(counts[-1])
@@ -170,10 +215,18 @@ def _gathered(values: Tensor, first_bits: int, start: int) -> Gathered:
     return Gathered(indices + start, magnitude_bits(torch.cat([some[found], inside[whole:][rest]])))
 
 
-def _bin_of(counts: Tensor, wanted: int) -> tuple[int, int]:
+def _together(histograms: Sequence[Tensor]) -> np.ndarray:
+    """Their sum, int64. In numpy: of arrays this small torch's threads cost more than the work."""
+    total = histograms[0].numpy().astype(np.int64)
+    for histogram in histograms[1:]:
+        total += histogram.numpy()
+    return total
+
+
+def _bin_of(counts: np.ndarray, wanted: int) -> tuple[int, int]:
     """The bin of the ``wanted``-th largest, and how many of that bin are wanted."""
-    from_above = counts.flip(0).cumsum(0)
-    place = int(torch.searchsorted(from_above, wanted))
+    from_above = counts[::-1].cumsum()
+    place = int(np.searchsorted(from_above, wanted))
     return len(counts) - 1 - place, wanted - (int(from_above[place - 1]) if place else 0)
 
 
@@ -182,27 +235,53 @@ def threshold_of(found: Selection) -> float:
     return float(np.array(found["threshold"], dtype=np.int32).view(np.float32))
 
 
+EVERYTHING, NOTHING = 0, 0x7F800000
+"""Bits that every finite magnitude has at least, and that none has."""
+
+
+def boundary(
+    found: Selection, name: str, start: int, numel: int, values: Callable[[int, int], Tensor]
+) -> tuple[int, int, int]:
+    """Where a tile is cut, and the bits that a selected magnitude has at least: before that place, and from it on.
+
+    Args:
+        found: a settled selection.
+        name: the tensor's.
+        start: the tile's first element in it.
+        numel: elements of the tile.
+        values: gives those from the first to behind the last of two places in the tile.
+    """
+    if "threshold" not in found or found["threshold"] == 0:
+        bits = EVERYTHING if "threshold" in found or found["all"] else NOTHING
+        return numel, bits, bits
+    bits = found["threshold"]
+    if "cut" not in found:
+        return numel, bits, bits
+    cut_name, index, more = found["cut"]
+    if name != cut_name:
+        bits += name > cut_name
+        return numel, bits, bits
+    place = min(max(0, index - start), numel)
+    if more and place < numel and index >= start:  # so many of the block that begins there are taken too
+        tied = (magnitude_bits(values(place, min(place + BLOCK, numel))) == bits).nonzero().flatten()
+        place += int(tied[more - 1]) + 1
+    return place, bits, bits + 1
+
+
 def keep_largest(values: Tensor, found: Selection, tile: Tile) -> Tensor:
     """``values`` (flat) where selected, 0 elsewhere. May be the same memory."""
-    if "threshold" not in found:
-        return values if found["all"] else torch.zeros_like(values)
-    bits = found["threshold"]
-    if bits == 0:
-        return values
-    if "cut" not in found:
-        return _at_least(values, bits)
-    name, index, more = found["cut"]
-    if tile.site.name != name:
-        return _at_least(values, bits + (tile.site.name > name))
-    place = min(max(0, index - tile.start), len(values))
-    if more and place < len(values) and index >= tile.start:  # so many of the block that begins there are taken too
-        tied = (magnitude_bits(values[place : place + BLOCK]) == bits).nonzero().flatten()
-        place += int(tied[more - 1]) + 1
-    return torch.cat([_at_least(values[:place], bits), _at_least(values[place:], bits + 1)])
+    place, before, behind = boundary(
+        found, tile.site.name, tile.start, len(values), lambda first, last: values[first:last]
+    )
+    if before == behind or place >= len(values):
+        return _at_least(values, before)
+    return torch.cat([_at_least(values[:place], before), _at_least(values[place:], behind)])
 
 
 def _at_least(values: Tensor, bits: int) -> Tensor:
-    """``values`` where the bits of the magnitude are at least these (> 0), 0 elsewhere."""
+    """``values`` where the bits of the magnitude are at least these, 0 elsewhere. May be the same memory."""
+    if bits in (EVERYTHING, NOTHING):
+        return values if bits == EVERYTHING else torch.zeros_like(values)
     below = float(np.array(bits - 1, dtype=np.int32).view(np.float32))
     if values.dtype == torch.float32:
         return torch.nn.functional.hardshrink(values, below)

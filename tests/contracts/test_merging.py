@@ -16,6 +16,8 @@ VARIANTS = [
     ("merge/ties", {"granularity": "tensor", "density": 0.5, "majority": "plus"}),
     ("merge/dare", {"rescale": "l1", "consensus": "ties"}),
     ("merge/della", {"rescale": "l1"}),
+    ("merge/ties", {"rescale": "l1"}),
+    ("merge/breadcrumbs", {"rescale": "l1", "granularity": "model"}),
     ("merge/breadcrumbs", {"consensus": "ties", "granularity": "model"}),
     ("merge/nuslerp", {"flatten": False}),
     ("merge/model_stock", {"filter_wise": True}),

@@ -427,13 +427,16 @@ def test_bad_inputs_are_refused_in_one_sentence(models: dict[str, str], tmp_path
         ({"method": "linear", "models": [a, str(tmp_path / "nan")]}, "model.norm.weight.*nan.*NaN or Inf"),
         ({"method": "linaer", "models": [a]}, "did you mean 'linear'"),
         ({"merge_method": "tise", "models": [a]}, "did you mean 'ties'"),
-        ({"merge_method": "ties", "modles": [a], "models": [a]}, "unknown key 'modles'; did you mean 'models'"),
+        ({"merge_method": "ties", "modells": [a], "models": [a]}, "unknown key 'modells'; did you mean 'models'"),
         ({"merge_method": "sce", "base_model": base, "models": [a], "parameters": {"select_top": 1}}, "'select_topk'"),
         ({"method": "ties", "base": base, "models": [a], "parameters": {"density": 1.5}}, "must lie in"),
         ({"method": "ties", "models": [a]}, "needs a base"),
         ({"merge_method": "linear", "models": [{"model": a}]}, "'weight' has no value"),
         ({"merge_method": "slerp", "base_model": base, "models": [a], "parameters": {"t": "x"}}, "takes a number"),
         ({"method": "linear"}, "either 'models' or 'slices'"),
+        ({"method": "linear", "modules": {"default": {"models": [a], "slices": []}}}, "default: a module has either"),
+        ({"method": "linear", "modules": {"vision_tower": {"models": [a]}}}, "has no module 'vision_tower'"),
+        ({"method": "linear", "modules": {"default": {"models": [a], "x": 1}}}, "default: unknown key 'x'"),
         ({"method": "linear", "models": []}, "at least one"),
         ({"models": [a]}, "give 'method'"),
         ({"method": "passthrough", "slices": [one]}, "has 4 layers"),
@@ -487,10 +490,41 @@ def test_a_greedy_soup_keeps_what_does_not_hurt(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["good", "high", "low", "metric.py", "out"]
     with pytest.raises(SlimwrightError, match="gave no number"):
         slimwright.merge({**config, "metric": "false"}, tmp_path / "other", quiet=True)
+    assert "finished result" in slimwright.merge(config, tmp_path / "out", quiet=True)["notes"][-1]
     with pytest.raises(InputError, match="needs 'models' and a 'metric'"):
         slimwright.merge(
             {"method": "linear", "metric": "x", "models": config["models"]}, tmp_path / "other", quiet=True
         )
+
+
+FAILING = (
+    METRIC
+    + """
+import os, pathlib
+log = pathlib.Path(__file__).with_suffix(".log")
+log.open("a").write(sys.argv[1].rpartition("/")[2] + " ")
+if len(log.read_text().split()) == 4:
+    os._exit(9)
+"""
+)
+
+
+def test_a_resumed_soup_measures_nothing_twice(tmp_path: Path) -> None:
+    """The metric dies at its fourth call; the second run makes that call and the one that is left."""
+    for name, value in {"low": 0.1, "good": 0.8, "high": 1.3}.items():
+        save_checkpoint(tmp_path / name, {"w": torch.full((4, 4), value)})
+    (tmp_path / "metric.py").write_text(FAILING)
+    config = {
+        "method": "greedy_soup", "metric": f"{sys.executable} {tmp_path / 'metric.py'}",
+        "models": [str(tmp_path / name) for name in ("low", "good", "high")],
+    }  # fmt: skip
+    with pytest.raises(SlimwrightError, match="exit 9"):
+        slimwright.merge(config, tmp_path / "out", quiet=True)
+    report = slimwright.merge(config, tmp_path / "out", quiet=True)
+    calls = (tmp_path / "metric.log").read_text().split()
+    assert calls == ["low", "good", "high", "candidate", "candidate", "candidate"]
+    assert [Path(name).name for name in report["soup"]["chosen"]] == ["good", "high"]
+    assert not (tmp_path / "out.partial").exists()
 
 
 # -- LoRA extraction ---------------------------------------------------------------------------------------------------

@@ -118,6 +118,37 @@ def test_ties_trims_exactly(dtype: torch.dtype, density: float, few: bool, monke
     assert torch.equal(merged, (base.float() + delta * mask).to(dtype))
 
 
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_trimmed_vectors_are_rescaled_to_their_own_size(name: str, whole: bool) -> None:
+    """``rescale=l1``: each tensor's sum of magnitudes comes back, or the whole model's, by the weights' side."""
+    base = {"a": tensors(1)[0], "b": 3 * tensors(2)[0]}
+    model = {"a": base["a"] + tensors(3)[0], "b": base["b"] + 9 * tensors(4)[0]}
+    knobs = {
+        "rescale": "l1",
+        "density": 0.3,
+        "weight": 0.5,
+        "lambda_": 1.0,
+        "granularity": "model" if whole else "tensor",
+    }
+    if name == "ties":
+        knobs["agg"] = "sum"
+    merger = method(f"merge/{name}", **knobs)
+    state = merger.prepare([model], base=base)
+    plain = method(f"merge/{name}", **{**knobs, "rescale": "none"})
+    changes, unscaled = {}, {}
+    kept = plain.prepare([model], base=base)
+    for key, start in base.items():
+        changes[key] = merger.merge([model[key]], start, site=key, state=state).double() - start.double()
+        unscaled[key] = plain.merge([model[key]], start, site=key, state=kept).double() - start.double()
+    sizes = {key: float((model[key].double() - base[key].double()).abs().sum()) for key in base}
+    for key in base:
+        wanted = sum(sizes.values()) if whole else sizes[key]
+        had = sum(float(v.abs().sum()) for v in unscaled.values()) if whole else float(unscaled[key].abs().sum())
+        assert torch.allclose(changes[key], unscaled[key] * (0.5 * wanted / had), atol=1e-5), key
+        assert int((changes[key] == 0).sum()) == int((unscaled[key] == 0).sum()) > 0
+
+
 @pytest.mark.parametrize("few", [True, False])
 def test_ties_over_the_whole_model(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not few:

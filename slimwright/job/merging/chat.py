@@ -8,7 +8,7 @@ from pathlib import Path
 
 from slimwright.checkpoint.files import exists, read_bytes, read_json_object, write_bytes_atomic, write_json_atomic
 from slimwright.errors import InputError
-from slimwright.job.merging.plan import Inputs
+from slimwright.job.merging.targets import Inputs
 
 TEMPLATE_FILE = "chat_template.jinja"
 _MAX_BYTES = 8 << 20

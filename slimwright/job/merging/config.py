@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from slimwright.methods.registry import knob_name, method_class, methods
 
 MAX_CONFIG_BYTES = 4 << 20
 _SHARED = (
-    "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer", "tokenizer_source", "chat_template",
+    "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer", "tokenizer_source", "chat_template",
     "out_shard_size",
 )  # fmt: skip
 _KEYS = {
@@ -43,11 +43,26 @@ class SliceSource:
 
 @dataclass(frozen=True)
 class Slice:
-    """A range of layers of the result: of each source the same number of layers, merged one by one."""
+    """A range of layers of the result: of each source the same number of layers, merged one by one.
+
+    Attributes:
+        sources: of each model.
+        base: or None.
+        parameters: that hold for this slice.
+        module: the part of the model that it belongs to (:mod:`slimwright.job.merging.modules`); None: all of it.
+        module_parameters: that hold for all slices of that module.
+    """
 
     sources: tuple[SliceSource, ...]
     base: ModelReference | None
     parameters: Settings = field(default_factory=dict)
+    module: str | None = None
+    module_parameters: Settings = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """Whether no layers are chosen."""
+        return self.sources[0].start is None
 
 
 @dataclass(frozen=True)
@@ -74,8 +89,7 @@ class MergeConfig:
         method: our name of the method.
         dialect: how mergekit's parameters become knobs; None in our form.
         base: the base model, or None.
-        slices: in the order of the result; one slice of whole models where no layers are chosen.
-        whole: whether no layers are chosen.
+        slices: in the order of the result, module by module; one slice of whole models where no layers are chosen.
         parameters: those that hold everywhere.
         dtype: of the arithmetic's result, by torch's name, or None (the base's, per tensor).
         tokenizer: or None.
@@ -92,7 +106,6 @@ class MergeConfig:
     dialect: MergekitMethod | None
     base: ModelReference | None
     slices: tuple[Slice, ...]
-    whole: bool
     parameters: Settings
     dtype: str | None
     tokenizer: TokenizerChoice | None
@@ -158,10 +171,6 @@ def _config(value: dict[str, Any], where: str) -> MergeConfig:
             notes.append(f"'{key}' has no effect here: {NO_OPS[key]}.")
             del value[key]
             continue
-        if key == "modules":
-            raise InputError(
-                f"{where}: 'modules' (a stack of layers by itself) is not built: use 'models' or 'slices'."
-            )
         raise InputError(f"{where}: unknown key '{key}'{nearest(key, _KEYS[form])} Known: {', '.join(_KEYS[form])}.")
     asked = value.get("merge_method" if form == "mergekit" else "method")
     if not isinstance(asked, str):
@@ -177,29 +186,52 @@ def _config(value: dict[str, Any], where: str) -> MergeConfig:
     method, knobs = (dialect.method, {}) if dialect else _own_method("linear" if soup else asked, where)
     base = _reference(value.get("base_model" if form == "mergekit" else "base"), "the base model", where)
     parameters = _parameters(value.get("parameters"), method, dialect, f"{where}: parameters", notes)
-    if ("models" in value) == ("slices" in value):
-        raise InputError(f"{where}: give either 'models' or 'slices'.")
-    if "models" in value:
-        sources = tuple(
-            _model(item, method, dialect, where, notes) for item in _listed(value["models"], "models", where)
-        )
-        slices: tuple[Slice, ...] = (Slice(sources, base),)
-    else:
-        slices = tuple(
-            _slice(item, base, method, dialect, f"{where}: slices[{number}]", notes)
-            for number, item in enumerate(_listed(value["slices"], "slices", where))
-        )
+    if sum(key in value for key in ("models", "slices", "modules")) != 1:
+        raise InputError(f"{where}: give either 'models' or 'slices', or 'modules' that have one of the two.")
+    slices = _slices(value, base, method, dialect, where, notes)
     shard = value.get("out_shard_size")
     seed = value.get("seed")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
         raise InputError(f"{where}: 'seed' is a whole number, not {seed!r}.")
     return MergeConfig(
-        form=form, method=method, dialect=dialect, base=base, slices=slices, whole="models" in value,
+        form=form, method=method, dialect=dialect, base=base, slices=slices,
         parameters={**parameters, **knobs}, dtype=_dtype(value, where), tokenizer=_tokenizer(value, where),
         chat_template=_text(value.get("chat_template"), "chat_template", where),
         out_shard_size=None if shard is None else _size(shard, where), seed=seed, metric=metric,
         notes=tuple(dict.fromkeys(notes)), source=value,
     )  # fmt: skip
+
+
+def _slices(
+    value: Mapping[str, Any], base: ModelReference | None, method: str, dialect: MergekitMethod | None, where: str,
+    notes: list[str],
+) -> tuple[Slice, ...]:  # fmt: skip
+    """The slices of ``models``, ``slices`` or ``modules``."""
+    if "models" in value:
+        listed = _listed(value["models"], "models", where)
+        return (Slice(tuple(_model(item, method, dialect, where, notes) for item in listed), base),)
+    if "slices" in value:
+        return tuple(
+            _slice(item, base, method, dialect, f"{where}: slices[{number}]", notes)
+            for number, item in enumerate(_listed(value["slices"], "slices", where))
+        )
+    modules = value["modules"]
+    if not isinstance(modules, Mapping) or not modules:
+        raise InputError(f"{where}: 'modules' is a mapping of names to 'models' or 'slices'.")
+    found: list[Slice] = []
+    for name, module in modules.items():
+        here = f"{where}: modules.{name}"
+        if not isinstance(name, str) or not isinstance(module, Mapping) or ("models" in module) == ("slices" in module):
+            raise InputError(f"{here}: a module has either 'models' or 'slices'.")
+        unknown = sorted(set(module) - {"models", "slices", "parameters"})
+        if unknown:
+            raise InputError(
+                f"{here}: unknown key '{unknown[0]}'{nearest(unknown[0], ('models', 'slices', 'parameters'))}"
+            )
+        own = _parameters(module.get("parameters"), method, dialect, here, notes)
+        parts = _slices({k: v for k, v in module.items() if k != "parameters"}, base, method, dialect, here, notes)
+        found += [replace(part, module=name, module_parameters=own) for part in parts]
+    return tuple(found)
 
 
 def _own_names() -> list[str]:

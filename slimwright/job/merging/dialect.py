@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from slimwright.errors import InputError, NotBuiltError
+from slimwright.errors import InputError
 from slimwright.job.merging.parameters import nearest
 
 REQUIRED = object()
@@ -77,15 +77,8 @@ def _is_true(value: Any) -> bool:
     return bool(value)
 
 
-def _no_rescale(values: Mapping[str, Any]) -> dict[str, Any]:
-    if _is_true(values["rescale"]):
-        raise NotBuiltError("'rescale: true' with this method is not built in this version: leave it out (false).")
-    return {}
-
-
 def _mean_or_sum(values: Mapping[str, Any]) -> dict[str, Any]:
-    _no_rescale(values)
-    return {"agg": "mean" if _is_true(values["normalize"]) else "sum"}
+    return {"agg": "mean" if _is_true(values["normalize"]) else "sum", **_l1_or_none(values)}
 
 
 def _l1_or_none(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,11 +136,11 @@ _TABLE = (
     ),
     MergekitMethod(
         "breadcrumbs", "merge/breadcrumbs", _arithmetic(False, False, gamma=0.01), ("weight", "density", "gamma"),
-        fixed={"consensus": "linear"}, knobs=_no_rescale, differs="lambda and density are 1 by default",
+        fixed={"consensus": "linear"}, knobs=_l1_or_none, differs="lambda and density are 1 by default",
     ),
     MergekitMethod(
         "breadcrumbs_ties", "merge/breadcrumbs", _arithmetic(False, False, gamma=0.01), ("weight", "density", "gamma"),
-        fixed={"consensus": "ties"}, knobs=_no_rescale, differs="lambda and density are 1 by default",
+        fixed={"consensus": "ties"}, knobs=_l1_or_none, differs="lambda and density are 1 by default",
     ),
     MergekitMethod(
         "model_stock", "merge/model_stock", {"filter_wise": False}, fixed={"clamp": False},

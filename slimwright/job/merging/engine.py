@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from slimwright.checkpoint.files import shown
 from slimwright.errors import InputError
 from slimwright.job.merging.plan import MergePlan, Unit, survey_groups
 from slimwright.job.parallel import workers
-from slimwright.methods.merging import BLOCK, MergeMethod, State, Sums, Tile, add_sums
+from slimwright.methods.blending import blended
+from slimwright.methods.merging import BLOCK, MergeMethod, State, StoredTile, Sums, Tile, add_sums
 
 TILE_ELEMENTS = 4 * BLOCK
 """Elements of a tile: 4 MB in float32 a model. Smaller tiles stay longer in a core's cache, but Python's lock changes
@@ -31,6 +32,9 @@ hands after every operation: with a quarter of it the system's share of the time
 
 COMMIT_BYTES = 256_000_000
 """What is written between two commits."""
+
+FEW = 4096
+"""Elements that are compared before the rest of a tile."""
 
 MAX_ELEMENTS = 16 << 20
 """Elements of the largest tile of rows: 64 MB in float32."""
@@ -63,29 +67,28 @@ def tile_ranges(unit: Unit) -> Iterator[tuple[int, int]]:
 
 
 def read_tile(unit: Unit, start: int, stop: int, seed: int) -> Tile:
-    """The inputs of a range in float32 (float64 where one is), in memory that may be written into; the base may not be.
+    """The inputs of a range; in float32 (float64 where one is) when they are looked at, in memory that may be written
+    into; the base may not be.
 
     Raises:
-        InputError: NaN or Inf, named with the tensor and the model.
+        InputError: NaN or Inf, named with the tensor and the model; perhaps only when the floats are looked at.
     """
     method = unit.method
     assert method is not None
-    origins = [*unit.origins, *([unit.base] if unit.base is not None else [])]
-    wide = torch.float64 if any(origin.dtype == torch.float64 for origin in origins) else torch.float32
-    tensors = []
-    for place, origin in enumerate(origins):
-        stored = origin.read(start, stop)
-        private = stored.to(wide)
-        if private.data_ptr() == stored.data_ptr() and place < len(unit.origins):
-            private = stored.clone()
-        if not math.isfinite(float(private.sum())) and not torch.isfinite(private).all():
-            raise InputError(
-                f"The tensor '{shown(unit.names[place])}' of {unit.models[place]} holds NaN or Inf: repair or replace "
-                "the checkpoint."
-            )
-        tensors.append(method.shaped(private, unit.site) if method.extent != "element" else private)
-    count = len(unit.origins)
-    return Tile(unit.site, start, tuple(tensors[:count]), tensors[count] if unit.base is not None else None, seed)
+    stored = tuple(origin.read(start, stop) for origin in unit.origins)
+    base = None if unit.base is None else unit.base.read(start, stop)
+
+    def refuse(place: int) -> NoReturn:
+        raise InputError(
+            f"The tensor '{shown(unit.names[place])}' of {unit.models[place]} holds NaN or Inf: repair or replace "
+            "the checkpoint."
+        )
+
+    tile = StoredTile(unit.site, start, stored, base, seed, refuse)
+    if method.extent == "element":
+        return tile
+    shaped = tuple(method.shaped(tensor, unit.site) for tensor in tile.tensors)
+    return Tile(unit.site, start, shaped, None if tile.base is None else method.shaped(tile.base, unit.site), seed)
 
 
 Steps = Generator[tuple[Callable[[int, int], Any], list[tuple[int, int]], Callable[[Any, Any], Any]], Any, Any]
@@ -181,6 +184,9 @@ class Engine:
                 sums = yield from self._surveying(unit, state)
                 state = method.settle({name: sums}, state)
         settled = state or {}
+        blend = None
+        if method is not None and method.extent == "element":
+            blend = method.blend(len(unit.origins), unit.base is not None, settled)
         same = [True] * (len(unit.origins) + (unit.base is not None))
 
         def write(start: int, stop: int) -> None:
@@ -189,22 +195,23 @@ class Engine:
                 if out.is_floating_point() and out.element_size() > 1 and not torch.isfinite(out).all():
                     raise InputError(f"The tensor '{shown(unit.names[0])}' of {unit.models[0]} holds NaN or Inf.")
             else:
-                out = merged_tile(method, unit, start, stop, settled, self._seed)
-                self._compare(unit, out, start, stop, same)
+                made = None
+                if blend is not None:
+                    made = blended(blend, read_tile(unit, start, stop, self._seed), unit.entry.dtype)
+                out = merged_tile(method, unit, start, stop, settled, self._seed) if made is None else made
+                self._compare(unit, out, start, same)
             self._writer.write(unit.entry.name, out, start * unit.entry.dtype.itemsize)
 
         yield write, list(tile_ranges(unit)), _nothing
         return Done(settled, tuple(same) if method is not None else ())
 
-    def _compare(self, unit: Unit, out: Tensor, start: int, stop: int, same: list[bool]) -> None:
+    def _compare(self, unit: Unit, out: Tensor, start: int, same: list[bool]) -> None:
         """Note which inputs the result does not equal; once a tensor differs from a model it is not looked at again."""
+        flat = out.reshape(-1)
         for place, origin in enumerate([*unit.origins, *([unit.base] if unit.base is not None else [])]):
-            if same[place]:
-                stored = origin.read(start, stop)
-                if stored.dtype != out.dtype:
-                    stored = stored.to(out.dtype)
-                if not torch.equal(stored, out.reshape(-1)):
-                    same[place] = False
+            for count in dict.fromkeys((min(FEW, len(flat)), len(flat))):  # most differ at once
+                if same[place]:
+                    same[place] = torch.equal(origin.read(start, start + count).to(out.dtype), flat[:count])
 
     # -- tiles on threads ------------------------------------------------------------------------------------------
 

@@ -17,8 +17,9 @@ from slimwright.checkpoint.files import read_json_object
 from slimwright.errors import InputError
 from slimwright.job.merging.config import MergeConfig
 from slimwright.job.merging.engine import Done
-from slimwright.job.merging.plan import Inputs, MergePlan, Unit
+from slimwright.job.merging.plan import MergePlan, Unit
 from slimwright.job.merging.sources import ModelReference
+from slimwright.job.merging.targets import Inputs
 
 _MAX_REPORT_BYTES = 64 << 20
 

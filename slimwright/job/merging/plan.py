@@ -11,17 +11,17 @@ import torch
 
 from slimwright.checkpoint import TensorEntry
 from slimwright.checkpoint.files import shown
-from slimwright.checkpoint.reader import natural_key
 from slimwright.errors import InputError
-from slimwright.job.merging.config import MergeConfig, Slice, SliceSource
+from slimwright.job.merging.config import MergeConfig, SliceSource
 from slimwright.job.merging.dialect import REQUIRED, own_knobs
-from slimwright.job.merging.layers import Stack, find_stacks, is_before_layers, layer_of, main_stack, renamed
 from slimwright.job.merging.parameters import Settings, lookup
-from slimwright.job.merging.sources import MergeInput, ModelReference, Origin
+from slimwright.job.merging.sources import ModelReference, Origin
+from slimwright.job.merging.targets import Inputs, Layers, Target, like, targets_of, tied_heads
 from slimwright.methods.merging import MergeMethod, MergeSite
 from slimwright.methods.registry import knob_name, method
 
-Inputs = Mapping[ModelReference, MergeInput]
+LEFT_OUT = "in no module of the configuration: taken from the base (the first)"
+"""Why a tensor is copied that modules leave out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,41 +56,14 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Layers:
-    """The layers of the result: the stack they are in, the source's layer of each, and how many layers the model has
-    that the result is like."""
-
-    stack: Stack
-    chosen: tuple[int, ...]
-    count: int
-
-
-@dataclass(frozen=True)
 class MergePlan:
-    """All units in the order of the result, the tensors of inputs that no unit reads (with the reason), and the layers
-    where they were chosen."""
+    """All units in the order of the result, the tensors of inputs that no unit reads (with the reason), the layers of
+    each module where they were chosen, and notes for the user."""
 
     units: list[Unit]
     unread: dict[str, str]
-    layers: Layers | None
-
-
-@dataclass(frozen=True)
-class _Target:
-    """A tensor of the result before its inputs are resolved."""
-
-    name: str
-    part: Slice
-    sources: tuple[tuple[SliceSource, str], ...]
-    base: tuple[ModelReference, str] | None
-    depth: float
-    block: int | None
-    blocks: int
-
-
-def like(config: MergeConfig) -> ModelReference:
-    """The model whose names, config.json and side files the result has: the base, else the first."""
-    return config.base or config.slices[0].sources[0].model
+    layers: tuple[Layers, ...]
+    notes: tuple[str, ...] = ()
 
 
 def plan_units(config: MergeConfig, inputs: Inputs, replaced: Mapping[tuple[ModelReference, str], Origin]) -> MergePlan:
@@ -105,8 +78,8 @@ def plan_units(config: MergeConfig, inputs: Inputs, replaced: Mapping[tuple[Mode
         InputError: a model lacks a tensor, shapes differ, a layer that does not exist, a parameter without a value.
     """
     leader = inputs[like(config)]
-    tied = _tied(config, inputs)
-    targets, layers = _targets(config, inputs, leader, tied)
+    tied = tied_heads(config, inputs)
+    targets, layers = targets_of(config, inputs, leader, tied)
     units = [_unit(target, config, inputs, replaced) for target in targets]
     read = {(model, name) for unit in units for model, name in zip(unit.models, unit.names)}
     unread = {}
@@ -116,127 +89,15 @@ def plan_units(config: MergeConfig, inputs: Inputs, replaced: Mapping[tuple[Mode
                 if (reference, name) not in read:
                     reason = "a tied copy" if name in tied else "not part of the result"
                     unread[f"{reference}: {name}"] = reason
-    return MergePlan(units, unread, layers)
-
-
-def _tied(config: MergeConfig, inputs: Inputs) -> set[str]:
-    """Heads that some inputs store although they are tied to the embedding: the result has them once."""
-    leader = inputs[like(config)]
-    if not _ties(leader.checkpoint.config):
-        return set()
-    found = set()
-    for given in inputs.values():
-        for name in given.names:
-            if name.rpartition(".")[0].rpartition(".")[2] in ("lm_head", "embed_out") and name.endswith(".weight"):
-                found.add(name)
-    return found
-
-
-def _ties(config: Mapping[str, Any]) -> bool:
-    texts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    given = [part["tie_word_embeddings"] for part in texts if "tie_word_embeddings" in part]
-    return bool(given and given[0])
-
-
-def _targets(
-    config: MergeConfig, inputs: Inputs, leader: MergeInput, tied: set[str]
-) -> tuple[list[_Target], Layers | None]:
-    names = [name for name in leader.names if name not in tied]
-    stacks = find_stacks(leader.names)
-    if config.whole:
-        (part,) = config.slices
-        _same_names(part, inputs, names, tied)
-        return [
-            _Target(name, part, tuple((source, name) for source in part.sources),
-                    (part.base, name) if part.base else None, *_depth(name, stacks))
-            for name in names
-        ], None  # fmt: skip
-    stack = main_stack(leader.checkpoint.config, stacks)
-    if stack is None:
-        raise InputError(f"{leader.reference} has no layers that slices could choose from: use 'models'.")
-    targets: list[_Target] = []
-    outside = [name for name in names if layer_of(name, [stack]) is None]
-    for name in outside:
-        part = config.slices[0] if is_before_layers(name) else config.slices[-1]
-        targets.append(
-            _Target(name, part, tuple((source, name) for source in part.sources),
-                    (part.base, name) if part.base else None, 0.0, None, 0)
-        )  # fmt: skip
-    chosen: list[int] = []
-    total = sum((part.sources[0].stop or 0) - (part.sources[0].start or 0) for part in config.slices)
-    for part in config.slices:
-        first = part.sources[0]
-        assert first.start is not None and first.stop is not None
-        pattern = inputs[first.model]
-        for source in part.sources:
-            count = main_count(inputs[source.model], stack)
-            if source.stop is None or source.stop > count:
-                raise InputError(
-                    f"{source.model} has {count} layers, so layer_range [{source.start}, {source.stop}] is too long."
-                )
-        span = first.stop - first.start
-        for offset in range(span):
-            index = len(chosen)
-            chosen.append(first.start + offset)
-            depth = offset / (span - 1) if span > 1 else 1.0
-            for name in pattern.names:
-                place = layer_of(name, [stack])
-                if place is None or place[1] != first.start + offset:
-                    continue
-                here = tuple((source, renamed(name, stack, (source.start or 0) + offset)) for source in part.sources)
-                base = None
-                if part.base is not None:
-                    own = next((s for s in part.sources if s.model == part.base), first)
-                    base = (part.base, renamed(name, stack, (own.start or 0) + offset))
-                targets.append(_Target(renamed(name, stack, index), part, here, base, depth, index, total))
-    ordered = sorted(targets, key=lambda target: natural_key(target.name))
-    return ordered, Layers(stack, tuple(chosen), main_count(leader, stack))
-
-
-def main_count(given: MergeInput, stack: Stack) -> int:
-    """How many layers a model has in a stack.
-
-    Raises:
-        InputError: it has no such stack.
-    """
-    found = next((s for s in find_stacks(given.names) if s.prefix == stack.prefix), None)
-    if found is None:
-        raise InputError(
-            f"{given.reference} has no layers named '{stack.prefix}N': its architecture is another, or it was saved "
-            "without its head; save it again with the class that config.json names."
-        )
-    return found.count
-
-
-def _depth(name: str, stacks: list[Stack]) -> tuple[float, int | None, int]:
-    place = layer_of(name, stacks)
-    if place is None:
-        return 0.0, None, 0
-    stack, layer = place
-    return (layer / (stack.count - 1) if stack.count > 1 else 1.0), layer, stack.count
-
-
-def _same_names(part: Slice, inputs: Inputs, names: list[str], tied: set[str]) -> None:
-    """Every model has exactly the leader's tensors, ties aside.
-
-    Raises:
-        InputError: naming the first that is missing or too much.
-    """
-    wanted = set(names)
-    for reference in [source.model for source in part.sources] + ([part.base] if part.base else []):
-        own = set(inputs[reference].names) - tied
-        missing, extra = sorted(wanted - own, key=natural_key), sorted(own - wanted, key=natural_key)
-        if missing or extra:
-            lacks = f"lacks the tensor '{shown(missing[0])}'" if missing else f"has a tensor '{shown(extra[0])}'"
-            others = "that the others have" if missing else "that the others lack"
-            raise InputError(
-                f"{reference} {lacks} {others} ({len(missing)} missing, {len(extra)} too many): the models must have "
-                "the same architecture and have been saved with the same class."
-            )
+    left = [unit.entry.name for unit in units if unit.reason == LEFT_OUT]
+    notes = [f"{name} is in no module of the configuration: it is that of {leader.reference}." for name in left[:1]]
+    if len(left) > 1:
+        notes = [f"{len(left)} tensors, {left[0]} first, are in no module: they are those of {leader.reference}."]
+    return MergePlan(units, unread, layers, tuple(notes))
 
 
 def _unit(
-    target: _Target, config: MergeConfig, inputs: Inputs, replaced: Mapping[tuple[ModelReference, str], Origin]
+    target: Target, config: MergeConfig, inputs: Inputs, replaced: Mapping[tuple[ModelReference, str], Origin]
 ) -> Unit:
     def origin(reference: ModelReference, name: str) -> Origin:
         if (reference, name) in replaced:
@@ -247,6 +108,8 @@ def _unit(
             )
         return inputs[reference].origin(name)
 
+    if target.part is None:
+        return _left_out(target.name, config, inputs)
     chosen, base = _roles(target, config)
     origins = tuple(origin(source.model, name) for source, name in chosen)
     base_origin = origin(*base) if base else None
@@ -280,16 +143,28 @@ def _unit(
     return Unit(TensorEntry(target.name, dtype, first.shape), site, origins, base_origin, made, models, names)
 
 
+def _left_out(name: str, config: MergeConfig, inputs: Inputs) -> Unit:
+    """A tensor that modules leave out, from the model that the result is like; cast where a dtype is asked for."""
+    leader = like(config)
+    found = inputs[leader].origin(name)
+    cast = config.dtype is not None and found.dtype.is_floating_point
+    dtype = getattr(torch, str(config.dtype)) if cast else found.dtype
+    made = _made("merge/passthrough", ()) if dtype != found.dtype else None
+    site = MergeSite(name, found.shape)
+    return Unit(TensorEntry(name, dtype, found.shape), site, (found,), None, made, (leader,), (name,), LEFT_OUT)
+
+
 def _roles(
-    target: _Target, config: MergeConfig
+    target: Target, config: MergeConfig
 ) -> tuple[list[tuple[SliceSource, str]], tuple[ModelReference, str] | None]:
     """The sources that are merged, and the base beside them: a base that is listed among the models is not counted
     twice."""
+    assert target.part is not None
     sources = list(target.sources)
     method_type = config.method_type()
     base = target.base
     if method_type.base_model == "unused" or (config.dialect is not None and config.dialect.base_is_input):
-        adds_base = config.dialect is not None and config.whole and config.method != "merge/passthrough"
+        adds_base = config.dialect is not None and target.part.whole and config.method != "merge/passthrough"
         if base and adds_base and all(source.model != base[0] for source, _ in sources):
             sources.append((SliceSource(base[0]), base[1]))
         return sources, None
@@ -299,12 +174,13 @@ def _roles(
 
 
 def _method(
-    target: _Target, config: MergeConfig, chosen: Sequence[tuple[SliceSource, str]], has_base: bool
+    target: Target, config: MergeConfig, chosen: Sequence[tuple[SliceSource, str]], has_base: bool
 ) -> MergeMethod:
     """The method with its knobs for this tensor."""
     method_type = config.method_type()
     fields = {knob_name(field): field for field in dataclasses.fields(method_type)}  # type: ignore[arg-type]
-    shared: list[Settings] = [target.part.parameters, config.parameters]
+    assert target.part is not None
+    shared: list[Settings] = [target.part.parameters, target.part.module_parameters, config.parameters]
     if config.dialect is None and len(chosen) == 1:
         shared.insert(0, chosen[0][0].parameters)
     per_model = {name.rstrip("_") for name in method_type.per_model_knobs()}

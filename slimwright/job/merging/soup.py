@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import shutil
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from slimwright.checkpoint import Journal
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.job.merging.config import MergeConfig
 from slimwright.job.merging.sources import ModelReference
@@ -54,7 +56,7 @@ def choose(models: Sequence[ModelReference], score: Callable[[tuple[ModelReferen
 
 
 def greedy_soup(
-    config: MergeConfig, folder: Path, average: Callable[[dict[str, Any], Path], object]
+    config: MergeConfig, folder: Path, average: Callable[[dict[str, Any], Path], object], journal: Journal
 ) -> tuple[MergeConfig, Soup]:
     """The configuration of the average of the chosen models.
 
@@ -62,6 +64,7 @@ def greedy_soup(
         config: with a metric: a command that gets a directory and prints a number last.
         folder: for the averages that are tried, removed afterwards.
         average: merges a configuration into a directory.
+        journal: of scores; those that it has are not measured again.
     """
     assert config.metric is not None
     command = shlex.split(config.metric)
@@ -69,6 +72,13 @@ def greedy_soup(
     models = [source.model for source in part.sources]
 
     def score(group: tuple[ModelReference, ...]) -> float:
+        key = json.dumps(["soup", *map(str, group)])
+        if key not in journal.done:
+            journal.append(key, measured(group))
+            journal.commit()
+        return float(journal.done[key])
+
+    def measured(group: tuple[ModelReference, ...]) -> float:
         if len(group) == 1 and group[0].adapter is None:
             return measure(command, Path(group[0].path))
         out = folder / "candidate"

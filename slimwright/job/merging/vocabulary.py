@@ -19,8 +19,8 @@ from slimwright.checkpoint.files import exists, read_bytes, read_json_object, sh
 from slimwright.errors import InputError
 from slimwright.job.merging.config import MergeConfig, TokenizerChoice
 from slimwright.job.merging.layers import find_stacks, layer_of
-from slimwright.job.merging.plan import Inputs, like
 from slimwright.job.merging.sources import GatheredRows, MergeInput, ModelReference, Origin
+from slimwright.job.merging.targets import Inputs, like
 
 TOKENIZER_FILE = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 256 << 20

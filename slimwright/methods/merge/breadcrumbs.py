@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from slimwright.methods.blending import Blend, together
 from slimwright.methods.consensus import add_to_base, combined
 from slimwright.methods.merging import MergeMethod, MergeSite, State, Sums, Tile
 from slimwright.methods.registry import knob, register
+from slimwright.methods.rescaling import restoring, survey_norms
 from slimwright.methods.selection import (
     ROUNDS,
     Selection,
@@ -38,6 +40,7 @@ class Breadcrumbs(MergeMethod):
     weight: float | tuple[float, ...] = knob(1.0, low=-1e3, high=1e3, per_model=True, help="weight of each model")
     normalize: bool = knob(False, help="divide by the sum of the weights (of those that agree)")
     granularity: str = knob("tensor", choices=("tensor", "model"), help="count within each tensor or the whole model")
+    rescale: str = knob("none", choices=("none", "l1"), help="l1: what is kept gets the sum of magnitudes of all")
 
     @property
     def scope(self) -> Literal["tensor", "model"]:
@@ -45,27 +48,52 @@ class Breadcrumbs(MergeMethod):
 
     @property
     def rounds(self) -> int:
-        return ROUNDS
+        return ROUNDS + (self.rescale == "l1")
 
     def begin(self, models: int, sites: Mapping[str, MergeSite]) -> State:
         numel = sum(site.numel for site in sites.values())
         pairs = zip(self.each("density", models), self.each("gamma", models))
-        return _next([_bounds(density, gamma, numel) for density, gamma in pairs])
+        return self._next({"bounds": [_bounds(density, gamma, numel) for density, gamma in pairs]})
 
     def survey(self, tile: Tile, state: State) -> Sums:
-        return survey_magnitudes(tile.deltas(), state["bounds"], tile)
+        if not is_settled(state["bounds"]):
+            return survey_magnitudes(tile.deltas(), state["bounds"], tile)
+        models = len(tile.deltas())
+        entries = self._blend((1.0,) * models, (1.0,) * models, state)
+        return survey_norms(tile, entries, lambda deltas: self._kept(deltas, tile, state))
 
     def settle(self, sums: Mapping[str, Sums], state: State) -> State:
-        return _next(settle_magnitudes(sums, state["bounds"]))
+        if not is_settled(state["bounds"]):
+            return self._next({**state, "bounds": settle_magnitudes(sums, state["bounds"])})
+        return self._next({**state, "factors": restoring(sums)})
+
+    def _next(self, state: State) -> State:
+        return {**state, "done": is_settled(state["bounds"]) and (self.rescale == "none" or "factors" in state)}
+
+    def _kept(self, deltas: Sequence[Tensor], tile: Tile, state: State) -> list[Tensor]:
+        return [
+            keep_largest(delta, outer, tile) - keep_largest(delta, inner, tile)
+            for delta, (outer, inner) in zip(deltas, state["bounds"])
+        ]
+
+    def _factors(self, models: int, state: State) -> list[float]:
+        return [w * f for w, f in zip(self.each("weight", models), state.get("factors") or [1.0] * models)]
 
     def combine(self, tile: Tile, state: State) -> Tensor:
         assert tile.base is not None
         weights = self.each("weight", len(tile.tensors))
-        deltas = []
-        for tensor, (outer, inner), weight in zip(tile.tensors, state["bounds"], weights):
-            delta = tensor.sub_(tile.base)
-            deltas.append((keep_largest(delta, outer, tile) - keep_largest(delta, inner, tile)).mul_(weight))
+        kept = self._kept([tensor.sub_(tile.base) for tensor in tile.tensors], tile, state)
+        deltas = [delta.mul_(factor) for delta, factor in zip(kept, self._factors(len(kept), state))]
         return add_to_base(tile.base, combined(deltas, weights, self.consensus, self.normalize), self.lambda_)
+
+    def blend(self, models: int, base: bool, state: State) -> Blend:
+        return self._blend(self._factors(models, state), self.each("weight", models), state)
+
+    def _blend(self, factors: Sequence[float], weights: tuple[float, ...], state: State) -> Blend:
+        return together(
+            factors, weights, self.consensus, self.normalize, self.lambda_,
+            trims=[outer for outer, _ in state["bounds"]], outliers=[inner for _, inner in state["bounds"]],
+        )  # fmt: skip
 
 
 def _bounds(density: float, gamma: float, numel: int) -> list[Selection]:
@@ -75,7 +103,3 @@ def _bounds(density: float, gamma: float, numel: int) -> list[Selection]:
     kept, outliers = int(density * numel), int(gamma * numel)
     outliers = min(outliers, numel - kept)
     return [selection(kept + outliers, numel), selection(outliers, numel)]
-
-
-def _next(bounds: list[list[Selection]]) -> State:
-    return {"bounds": bounds, "done": is_settled(bounds)}

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from slimwright.methods.blending import Blend, together
 from slimwright.methods.chance import keep_randomly, random_integers
 from slimwright.methods.dropping import DroppingMethod
-from slimwright.methods.merging import Tile
+from slimwright.methods.merging import State, Tile
 from slimwright.methods.registry import knob, register
 
 
@@ -39,3 +40,13 @@ class Dare(DroppingMethod):
     def factors(self, models: int) -> Sequence[float]:
         exact = self.rescale == "exact"
         return [1 / density if exact and density > 0 else 1.0 for density in self.each("density", models)]
+
+    def entries(self, models: int) -> Blend:
+        return Blend((1.0,) * models, densities=self.each("density", models))
+
+    def blend(self, models: int, base: bool, state: State) -> Blend:
+        weights = self.each("weight", models)
+        factors = [f * w for f, w in zip(state.get("factors") or self.factors(models), weights)]
+        return together(
+            factors, weights, self.consensus, self.normalize, self.lambda_, densities=self.each("density", models)
+        )

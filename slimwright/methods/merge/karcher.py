@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slimwright.methods.blending import Blend
 from slimwright.methods.consensus import scaled_sum
 from slimwright.methods.merging import MergeMethod, State, Sums, Tile
 from slimwright.methods.products import dot_products
@@ -33,7 +34,7 @@ class Karcher(MergeMethod):
         return 1
 
     def survey(self, tile: Tile, state: State) -> Sums:
-        return {"dots": dot_products(tile.tensors)}
+        return {"dots": dot_products(tile.vectors())}
 
     def settle(self, sums: Mapping[str, Sums], state: State) -> State:
         (found,) = sums.values()
@@ -72,6 +73,9 @@ class Karcher(MergeMethod):
 
     def combine(self, tile: Tile, state: State) -> Tensor:
         return scaled_sum(list(tile.tensors), state["factors"])
+
+    def blend(self, models: int, base: bool, state: State) -> Blend:
+        return Blend(tuple(state["factors"]), base="unused")
 
 
 def _length(coefficients: Tensor, cosines: Tensor) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
+from slimwright.methods.blending import Blend
 from slimwright.methods.merging import MergeMethod, State, Tile
 from slimwright.methods.registry import knob, register
 
@@ -31,8 +32,12 @@ class Linear(MergeMethod):
         total = tile.tensors[0].mul_(weights[0])
         for tensor, weight in zip(tile.tensors[1:], weights[1:]):
             total.add_(tensor, alpha=weight)
-        if self.normalize:
-            divisor = float(torch.tensor(weights, dtype=total.dtype).sum())
-            if divisor != 1:
-                total.div_(divisor)
-        return total
+        divisor = self._divisor(weights, total.dtype)
+        return total if divisor == 1 else total.div_(divisor)
+
+    def _divisor(self, weights: tuple[float, ...], dtype: torch.dtype) -> float:
+        return float(torch.tensor(weights, dtype=dtype).sum()) if self.normalize else 1.0
+
+    def blend(self, models: int, base: bool, state: State) -> Blend:
+        weights = self.each("weight", models)
+        return Blend(weights, "fused", divisor=self._divisor(weights, torch.float32), base="unused")

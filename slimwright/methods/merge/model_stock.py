@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from slimwright.methods.blending import Blend
 from slimwright.methods.consensus import scaled_sum
 from slimwright.methods.merging import MergeMethod, State, Sums, Tile
 from slimwright.methods.products import dot_products
@@ -72,3 +73,9 @@ class ModelStock(MergeMethod):
             ratio = state["ratio"]
         mean = scaled_sum(list(tile.tensors), [1.0] * models).div_(models)
         return mean.mul_(ratio).add_(tile.base * (1 - ratio))
+
+    def blend(self, models: int, base: bool, state: State) -> Blend | None:
+        if self.filter_wise:
+            return None
+        ratio = state["ratio"]
+        return Blend((1.0,) * models, divisor=models, scale=ratio, base_factor=1 - ratio, base="added")

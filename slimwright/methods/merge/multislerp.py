@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
+from slimwright.methods.blending import Blend
 from slimwright.methods.consensus import scaled_sum
 from slimwright.methods.merging import MergeMethod, State, Sums, Tile
 from slimwright.methods.products import dot_products
@@ -69,3 +70,6 @@ class MultiSlerp(MergeMethod):
         vectors = [tensor if tile.base is None else tensor.sub_(tile.base) for tensor in tile.tensors]
         merged = scaled_sum(vectors, state["factors"])
         return merged if tile.base is None else merged.add_(tile.base)
+
+    def blend(self, models: int, base: bool, state: State) -> Blend:
+        return Blend(tuple(state["factors"]), base="start" if base else "unused")

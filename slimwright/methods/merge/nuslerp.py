@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from slimwright.methods.blending import Blend
 from slimwright.methods.merging import MergeMethod, State, Sums, Tile
 from slimwright.methods.products import dot_products
 from slimwright.methods.registry import knob, register
@@ -61,7 +62,7 @@ class NuSlerp(MergeMethod):
             first, second = first.sub_(tile.base), second.sub_(tile.base)
         if self.flatten:
             a, b = state["factors"]
-            merged = (first * a).add_(second, alpha=b)
+            merged = (first * a).add_(second * b)
         else:
             dim = 0 if self.row_wise and first.ndim > 1 else -1
             units = [v / v.norm(dim=dim, keepdim=True).clamp(min=1e-7) for v in (first, second)]
@@ -69,6 +70,11 @@ class NuSlerp(MergeMethod):
             a_row, b_row = _row_factors(cosine, self._share())
             merged = first * a_row + second * b_row
         return merged if tile.base is None else merged.add_(tile.base)
+
+    def blend(self, models: int, base: bool, state: State) -> Blend | None:
+        if not self.flatten:
+            return None
+        return Blend(tuple(state["factors"]), base="start" if base else "unused")
 
 
 def _factors(cosine: Tensor, t: float) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from slimwright.methods.blending import Blend
 from slimwright.methods.merging import MergeMethod, State, Tile
 from slimwright.methods.registry import knob, register
 
@@ -25,3 +26,6 @@ class Passthrough(MergeMethod):
     def combine(self, tile: Tile, state: State) -> Tensor:
         tensor = tile.tensors[0]
         return tensor if self.scale == 1 else tensor.mul_(self.scale)
+
+    def blend(self, models: int, base: bool, state: State) -> Blend:
+        return Blend((self.scale,), base="unused")

@@ -57,9 +57,9 @@ class ParameterCompetitionBalancing(MergeMethod):
         }
 
     def survey(self, tile: Tile, state: State) -> Sums:
-        deltas = tile.deltas()
         if not is_settled(state["clip"]):
-            return survey_magnitudes(deltas, state["clip"], tile)
+            return survey_magnitudes(tile.deltas(), state["clip"], tile)
+        deltas = list(tile.deltas())
         scores = self._scores(self._clipped(deltas, state), deltas, state)
         if "range" not in state:
             lows = torch.stack([score.min() for score in scores]).double()

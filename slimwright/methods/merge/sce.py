@@ -42,7 +42,7 @@ class Sce(MergeMethod):
         return {"top": [[selection(site.numel, site.numel) if self.select_topk >= 1 else {}]], "numel": site.numel}
 
     def survey(self, tile: Tile, state: State) -> Sums:
-        deltas = tile.deltas()
+        deltas = list(tile.deltas())
         if not is_settled(state["top"]):
             variance = _variance(deltas)
             sums = survey_magnitudes([variance], state["top"], tile)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from slimwright.methods.blending import Blend
 from slimwright.methods.merging import MergeMethod, State, Sums, Tile
 from slimwright.methods.products import dot_products
 from slimwright.methods.registry import knob, register
@@ -37,7 +38,7 @@ class Slerp(MergeMethod):
         return 1
 
     def survey(self, tile: Tile, state: State) -> Sums:
-        return {"dots": dot_products(_pair(tile))}
+        return {"dots": dot_products(tile.vectors())}
 
     def settle(self, sums: Mapping[str, Sums], state: State) -> State:
         (found,) = sums.values()
@@ -52,11 +53,8 @@ class Slerp(MergeMethod):
         return {"first": math.sin((1 - self.t) * angle) / sine, "second": math.sin(self.t * angle) / sine}
 
     def combine(self, tile: Tile, state: State) -> Tensor:
-        first, second = _pair(tile)
-        return (first * state["first"]).add_(second, alpha=state["second"])
+        first, second = tile.vectors()
+        return (first * state["first"]).add_(second * state["second"])
 
-
-def _pair(tile: Tile) -> tuple[Tensor, Tensor]:
-    if tile.base is None:
-        return tile.tensors[0], tile.tensors[1]
-    return tile.base, tile.tensors[0]
+    def blend(self, models: int, base: bool, state: State) -> Blend:
+        return Blend((state["first"], state["second"]), base="first" if base else "unused")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from slimwright.methods.consensus import add_to_base, normalized, scaled_sum
+from slimwright.methods.blending import Blend
+from slimwright.methods.consensus import add_to_base, divisor, normalized, scaled_sum
 from slimwright.methods.merging import MergeMethod, State, Tile
 from slimwright.methods.registry import knob, register
 
@@ -29,3 +30,7 @@ class TaskArithmetic(MergeMethod):
         weights = self.each("weight", len(tile.tensors))
         change = scaled_sum([tensor.sub_(tile.base) for tensor in tile.tensors], weights)
         return add_to_base(tile.base, normalized(change, weights) if self.normalize else change, self.lambda_)
+
+    def blend(self, models: int, base: bool, state: State) -> Blend:
+        weights = self.each("weight", models)
+        return Blend(weights, divisor=divisor(weights) if self.normalize else 1.0, scale=self.lambda_)
