@@ -1,8 +1,10 @@
-"""Compiled kernels of what torch does slowly: loops over small groups, and steps of which each needs the one before.
+"""Compiled kernels: loops over small groups, steps of which each needs the one before, and products with packed weights.
 
-One C++ file with a plain C interface, called through ctypes, which lets other threads run meanwhile. It is compiled
-once, at first use, into the cache; where there is no compiler, the callers' own torch code does the work (as it does
-for tensors that are not on the CPU, and under ``SLIMWRIGHT_KERNELS=off``). The file says what is equal bit for bit.
+Two small C++ libraries with a plain C interface, called through ctypes, which lets other threads run meanwhile:
+``solve`` (solvers, packing) and ``packed`` (decoding and products of packed weights; :mod:`slimwright.kernels.packed`).
+Each is compiled once, at first use, into the cache; where there is no compiler, the callers' own torch code does the
+work (as it does for tensors that are not on the CPU, and under ``SLIMWRIGHT_KERNELS=off``). The sources say what is
+equal bit for bit.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,27 +24,38 @@ from torch import Tensor
 
 from slimwright.directories import cache_directory
 
-__all__ = ["available", "library", "pointer", "why_not"]
+__all__ = ["available", "compiled", "library", "pointer", "switched_off", "why_not"]
 
 ABI = 1
-_SOURCE = Path(__file__).with_name("solve.cpp")
 _FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
 )  # fmt: skip
 
 
+def switched_off() -> str:
+    """Why the kernels are not to be used; empty where they are."""
+    off = os.environ.get("SLIMWRIGHT_KERNELS", "").lower() in ("off", "0", "no")
+    return "turned off by SLIMWRIGHT_KERNELS" if off else ""
+
+
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, and why there is none."""
-    if os.environ.get("SLIMWRIGHT_KERNELS", "").lower() in ("off", "0", "no"):
-        return None, "turned off by SLIMWRIGHT_KERNELS"
+    if off := switched_off():
+        return None, off
     try:
-        loaded = ctypes.CDLL(str(_compiled()))
+        loaded = ctypes.CDLL(str(compiled("solve", ("solve.cpp",))))
         if loaded.slimwright_abi() != ABI:
             return None, "the library is of another version"
         return loaded, ""
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        return None, (str(error).splitlines() or [type(error).__name__])[0]
+        return None, one_line(error)
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what an error says; a compiler's own words where it failed."""
+    said = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else str(error)
+    return next((line for line in said.splitlines() if line.strip()), type(error).__name__)
 
 
 def library() -> ctypes.CDLL | None:
@@ -75,23 +89,30 @@ def pointer(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> ctypes
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def _compiled() -> Path:
-    """The shared library, compiled now if the cache does not have it.
+def compiled(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -> Path:
+    """A shared library, compiled now if the cache does not have it.
+
+    Args:
+        name: of the library.
+        sources: files beside this one; headers are read for the cache's key and not compiled.
+        flags: of the compiler, beside those that all libraries share.
 
     Raises:
         OSError: no compiler; subprocess.SubprocessError: it failed.
     """
     compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
-    key = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), os.uname().machine.encode()]))
-    target = cache_directory() / "kernels" / f"solve-{key.hexdigest()[:16]}.so"
+    paths, flags = [Path(__file__).with_name(source) for source in sources], (*_FLAGS, *flags)
+    contents = [path.read_bytes() for path in paths]
+    key = hashlib.sha256(b"\0".join([*contents, " ".join(flags).encode(), os.uname().machine.encode()]))
+    target = cache_directory() / "kernels" / f"{name}-{key.hexdigest()[:16]}.so"
     if target.exists():
         return target
     if compiler is None:
         raise OSError("there is no C++ compiler")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / "solve.so"
-        command = [*compiler.split(), *_FLAGS, "-o", str(made), str(_SOURCE)]
+        made = Path(folder) / "made.so"
+        command = [*compiler.split(), *flags, "-o", str(made), *(str(path) for path in paths if path.suffix == ".cpp")]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
         os.replace(made, target)  # another process may have made the same meanwhile: either will do
     return target
