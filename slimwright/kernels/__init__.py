@@ -1,4 +1,4 @@
-"""Compiled kernels: loops over small groups, steps of which each needs the one before, and products with packed weights.
+"""Compiled kernels: loops over small groups, steps of which each needs the one before, products with packed weights.
 
 Two small C++ libraries with a plain C interface, called through ctypes, which lets other threads run meanwhile:
 ``solve`` (solvers, packing) and ``packed`` (decoding and products of packed weights; :mod:`slimwright.kernels.packed`).
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from slimwright.directories import cache_directory
 
-__all__ = ["available", "compiled", "library", "pointer", "switched_off", "why_not"]
+__all__ = ["available", "library", "pointer", "shared_library", "switched_off", "why_not"]
 
 ABI = 1
 _FLAGS = (
@@ -44,7 +44,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if off := switched_off():
         return None, off
     try:
-        loaded = ctypes.CDLL(str(compiled("solve", ("solve.cpp",))))
+        loaded = ctypes.CDLL(str(shared_library("solve", ("solve.cpp",))))
         if loaded.slimwright_abi() != ABI:
             return None, "the library is of another version"
         return loaded, ""
@@ -89,7 +89,7 @@ def pointer(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> ctypes
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def compiled(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -> Path:
+def shared_library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -> Path:
     """A shared library, compiled now if the cache does not have it.
 
     Args:

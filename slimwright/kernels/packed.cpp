@@ -322,8 +322,9 @@ int slimwright_packed_linear(const Weight* weight, const void* x, int64_t batch,
             in.segment_group = divide_up(group_chunks, per);
         }
     }
+    in.padded = divide_up(in.segments, 16) * 16;
     const int64_t value_bytes = divide_up(batch * in.chunks * rows.chunk_bytes(digits), 64) * 64;
-    const int64_t scale_bytes = divide_up(batch * in.segments * 4, 64) * 64;
+    const int64_t scale_bytes = batch * in.padded * 4;
     uint8_t* memory = inputs_memory.get(size_t(value_bytes + scale_bytes + batch * in.groups * 4));
     if (!memory) return NO_MEMORY;
     in.values = memory;

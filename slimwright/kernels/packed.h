@@ -35,10 +35,11 @@ struct Weight {
 struct Inputs {
     int64_t batch, chunks, groups;    // groups: of the weight, rounded up to a multiple of 16
     int64_t segments, segment_chunks, segment_group;  // segment_group: segments per group of the weight
+    int64_t padded;                   // segments rounded up to a multiple of 16
     int32_t digits;                   // 0: float32 values; 1, 2, 3: integers of 8, 16, 24 bits
     int32_t lanes;                    // a scale per 16 columns instead of per segment
     const void* values;               // float (batch, chunks, 64), or the instruction set's own form of the integers
-    const float* scale;               // (batch, segments)
+    const float* scale;               // (batch, padded)
     const float* sums;                // (batch, groups): sum of the inputs of every group
 };
 
@@ -65,7 +66,7 @@ constexpr int64_t ROWS = 4;  // most rows at a time
 
 // Scratch of one thread: codes and values of a few rows, their scales and zero points by group, scales by 16 columns.
 inline int64_t scratch_bytes(const Weight& w) {
-    return ROWS * (chunks_of(w) * (CHUNK * 5 + 16) + padded_groups(w) * 8) + 64;
+    return ROWS * (chunks_of(w) * (CHUNK * 5 + 16) + padded_groups(w) * 8 + (chunks_of(w) + 16) * 8) + 64;
 }
 
 }  // namespace slimwright

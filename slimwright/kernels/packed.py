@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import SlimwrightError
-from slimwright.kernels import compiled, one_line, switched_off
+from slimwright.kernels import one_line, shared_library, switched_off
 
 ABI = 1
 KINDS = {"int": 0, "nf4": 1, "mxfp4": 2, "fp8": 3, "q4_0": 4, "q8_0": 5, "q4_k": 6, "q6_k": 7}
@@ -81,7 +81,9 @@ class Library:
     def __init__(self, name: str) -> None:
         self.name = name
         # GCC 12 takes the placeholders of its own AVX-512 headers for uninitialized values
-        self.loaded = ctypes.CDLL(str(compiled(f"packed-{name}", _SOURCES, (f"-DISA={name}", "-pthread", *_SETS[name][0]))))
+        self.loaded = ctypes.CDLL(
+            str(shared_library(f"packed-{name}", _SOURCES, (f"-DISA={name}", "-pthread", *_SETS[name][0])))
+        )
         if self.loaded.slimwright_packed_abi() != ABI:
             raise OSError("the library is of another version")
         pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -214,7 +216,7 @@ class Matrix:
         if found is None:
             raise SlimwrightError(f"There are no compiled kernels: {why_not()}.")
         self.layout, self.library = layout, found
-        self.tensors = (payload, scale, zero, block_scale, mean, table)
+        self.tensors: tuple[Tensor | None, ...] = (payload, scale, zero, block_scale, mean, table)
         if any(t is not None and (t.device.type != "cpu" or not t.is_contiguous()) for t in self.tensors):
             raise SlimwrightError("The tensors of a packed weight must be contiguous and on the CPU.")
         self.addresses = tuple(t.data_ptr() for t in self.tensors if t is not None)
@@ -238,8 +240,8 @@ class Matrix:
         Args:
             x: float32 or bfloat16 on the CPU.
             bias: (stop - start,) in x's dtype.
-            digits: bytes that stand for an input in integer arithmetic; 0 is float arithmetic. None: 3 for float32, 2 for
-                bfloat16, 0 where :attr:`Layout.integer` is false.
+            digits: bytes that stand for an input in integer arithmetic; 0 is float arithmetic. None: 3 for float32, 2
+                for bfloat16, 0 where :attr:`Layout.integer` is false.
 
         Raises:
             SlimwrightError: a shape or dtype that does not fit.
@@ -249,7 +251,7 @@ class Matrix:
         kind = DTYPES.get(x.dtype)
         if kind is None or x.device.type != "cpu" or x.shape[-1] != layout.columns:
             raise SlimwrightError(
-                f"A packed weight of {layout.columns} columns takes float32 or bfloat16 inputs on the CPU with as many, "
+                f"A packed weight of {layout.columns} columns takes as many float32 or bfloat16 inputs on the CPU, "
                 f"not {x.dtype} {tuple(x.shape)} on {x.device}."
             )
         if bias is not None:
@@ -270,12 +272,21 @@ class Matrix:
                 self.library.raise_for(code)
         return out
 
-    def decode(self, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Dense rows: (stop - start, columns) in float32 or bfloat16, exactly the grid's values (rounded to bfloat16)."""
+    def decode(
+        self, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32, out: Tensor | None = None
+    ) -> Tensor:
+        """Dense rows: (stop - start, columns) in float32 or bfloat16, exactly the grid's values (rounded to bfloat16).
+
+        Args:
+            out: a contiguous tensor of that shape to write into; its dtype counts then.
+        """
         stop = self.layout.rows if stop is None else stop
-        out = torch.empty(stop - start, self.layout.columns, dtype=dtype)
+        if out is None:
+            out = torch.empty(stop - start, self.layout.columns, dtype=dtype)
+        elif out.shape != (stop - start, self.layout.columns) or not out.is_contiguous():
+            raise SlimwrightError("The tensor for dense rows has another shape than they.")
         self.library.raise_for(
-            self.library.decode(self.address, start, stop, out.data_ptr(), DTYPES[dtype], torch.get_num_threads())
+            self.library.decode(self.address, start, stop, out.data_ptr(), DTYPES[out.dtype], torch.get_num_threads())
         )
         return out
 
@@ -288,7 +299,12 @@ class Matrix:
         if index.numel():
             self.library.raise_for(
                 self.library.gather(
-                    self.address, index.data_ptr(), index.numel(), out.data_ptr(), DTYPES[dtype], torch.get_num_threads()
+                    self.address,
+                    index.data_ptr(),
+                    index.numel(),
+                    out.data_ptr(),
+                    DTYPES[dtype],
+                    torch.get_num_threads(),
                 )
             )
         return out

@@ -87,6 +87,14 @@ INLINE Floats f_all(float x) { return _mm512_set1_ps(x); }
 INLINE Floats f_fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE Floats f_minus_product(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
 INLINE float f_sum(Floats a) { return _mm512_reduce_add_ps(a); }
+INLINE __m128 sum_of_four(Floats a, Floats b, Floats c, Floats d) {
+    const __m256 w = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    const __m256 x = _mm256_add_ps(_mm512_castps512_ps256(b), _mm512_extractf32x8_ps(b, 1));
+    const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+    const __m256 z = _mm256_add_ps(_mm512_castps512_ps256(d), _mm512_extractf32x8_ps(d, 1));
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(w, x), _mm256_hadd_ps(y, z));
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int WIDTH = 8;
 using Floats = __m256;
@@ -241,14 +249,30 @@ constexpr uint8_t MXFP4_CODES[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10,
 void codes_of_row(const Weight& w, int64_t row, uint8_t* codes) {
     const uint8_t* p = w.payload + row * row_bytes(w);
     if (w.kind == Q4_0) {
-        for (int64_t block = 0; block < w.columns / 32; block++, p += 18)
+        int64_t block = 0;
+#if VNNI
+        const __m512i shifts = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
+        for (; block + 2 <= w.columns / 32; block += 2, p += 36) {
+            const __m256i first = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 2)));
+            const __m256i second = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 20)));
+            const __m512i both = _mm512_srlv_epi64(_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1), shifts);
+            _mm512_storeu_si512(codes + block * 32, _mm512_and_si512(both, _mm512_set1_epi8(15)));
+        }
+#endif
+        for (; block < w.columns / 32; block++, p += 18)
             for (int j = 0; j < 16; j++) {
                 codes[block * 32 + j] = p[2 + j] & 15;
                 codes[block * 32 + 16 + j] = p[2 + j] >> 4;
             }
     } else if (w.kind == Q8_0) {
         for (int64_t block = 0; block < w.columns / 32; block++, p += 34)
+#if VNNI
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + block * 32),
+                                _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 2)),
+                                                 _mm256_set1_epi8(char(128))));
+#else
             for (int j = 0; j < 32; j++) codes[block * 32 + j] = p[2 + j] ^ 128;
+#endif
     } else if (w.kind == Q4_K) {
         for (int64_t block = 0; block < w.columns / 256; block++, p += 144)
             for (int c = 0; c < 4; c++) unpack_chunk<4>(p + 16 + c * 32, codes + block * 256 + c * CHUNK);
@@ -284,8 +308,10 @@ void codes_of_row(const Weight& w, int64_t row, uint8_t* codes) {
 
 // -- scales ---------------------------------------------------------------------------------------------------------
 
-// Scale and zero point (in units of codes) of every group of a row of integer codes; Q4_K: the offset itself.
-void parameters(const Weight& w, int64_t row, float* scale, float* zero) {
+// Scale and zero point (in units of codes) of every group of a row of integer codes; Q4_K: the offset itself. OFFSETS:
+// scale times zero point instead. Room is for the groups rounded up to 16; what is beyond the groups becomes 0.
+template <bool OFFSETS>
+INLINE void parameters(const Weight& w, int64_t row, float* scale, float* zero) {
     const int64_t groups = groups_of(w);
     if (w.kind == INT) {
         const uint8_t* s = static_cast<const uint8_t*>(w.scale) + row * groups * 2;
@@ -310,7 +336,7 @@ void parameters(const Weight& w, int64_t row, float* scale, float* zero) {
                 zeros = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, z + (row * groups + g) * 2));
             }
             _mm512_storeu_ps(scale + g, scales);
-            _mm512_mask_storeu_ps(zero + g, mask, zeros);
+            _mm512_storeu_ps(zero + g, OFFSETS ? _mm512_mul_ps(scales, zeros) : zeros);
         }
         return;
 #endif
@@ -351,6 +377,11 @@ void parameters(const Weight& w, int64_t row, float* scale, float* zero) {
                 zero[g] = 32;
             }
         }
+    }
+    if (OFFSETS) {
+        if (w.kind != Q4_K)
+            for (int64_t g = 0; g < groups; g++) zero[g] *= scale[g];
+        for (int64_t g = groups; g < padded_groups(w); g++) scale[g] = zero[g] = 0;
     }
 }
 
@@ -403,7 +434,7 @@ void values_of_row(const Weight& w, int64_t row, float* values, uint8_t* codes, 
         for (int64_t i = 0; i < w.columns; i++) values[i] = w.table[p[i]] * s;
     } else {
         codes_of_row(w, row, codes);
-        parameters(w, row, scale, zero);
+        parameters<false>(w, row, scale, zero);
         for (int64_t start = 0, g = 0; start < w.columns; start += w.group, g++) {
             const int64_t stop = start + w.group < w.columns ? start + w.group : w.columns;
             const float s = scale[g], z = zero[g];
@@ -421,7 +452,7 @@ struct Scratch {
     float* values;         // chunks * 64
     uint8_t* codes;        // chunks * 64
     float *scale, *zero;   // padded groups
-    float* lanes;          // chunks * 4
+    float* lanes;          // scales by 16 columns, chunks * 4; else 2 * padded segments
     Scratch(const Weight& w, uint8_t* memory) {
         const int64_t room = chunks_of(w) * CHUNK * ROWS;
         values = reinterpret_cast<float*>(memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64);
@@ -475,9 +506,10 @@ void prepare_integers(const Weight& w, const void* inputs, int32_t type, int64_t
     constexpr float limit = DIGITS == 1 ? 127.0f : DIGITS == 2 ? 32639.0f : 8355711.0f;
     constexpr int top = DIGITS == 2 ? 15 : 23;
     Digit* out = static_cast<Digit*>(const_cast<void*>(in.values)) + index * in.chunks * planes_of(DIGITS) * CHUNK;
-    float* scales = const_cast<float*>(in.scale) + index * in.segments;
+    float* scales = const_cast<float*>(in.scale) + index * in.padded;
     float* sums = const_cast<float*>(in.sums) + index * in.groups;
     memset(sums, 0, size_t(in.groups) * 4);
+    memset(scales, 0, size_t(in.padded) * 4);
     const int64_t step = in.segment_chunks * CHUNK;
     double group_sum = 0;
     for (int64_t segment = 0; segment < in.segments; segment++) {
@@ -560,7 +592,24 @@ void prepare(const Weight& w, const void* x, int32_t type, int64_t index, const 
 
 // -- integer products -----------------------------------------------------------------------------------------------
 
+// factors (R, M, padded segments): scale of the weight's group times scale of the input's segment.
+template <int R, int M>
+INLINE void multiply_scales(const float* scale, float* factors, const Inputs& in, int64_t first) {
+    for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) {
+            const float *own = scale + r * in.groups, *up = in.scale + (first + m) * in.padded;
+            float* out = factors + (r * M + m) * in.padded;
+            if (in.segment_group == 1)
+                for (int64_t i = 0; i < in.padded; i++) out[i] = own[i] * up[i];
+            else
+                for (int64_t i = 0; i < in.padded; i++) out[i] = own[i / in.segment_group] * up[i];
+        }
+}
+
 #if VNNI
+#ifndef AHEAD
+#define AHEAD 1
+#endif
 
 INLINE Floats joined(const __m512i* sum, int digits) {
     Floats value = _mm512_cvtepi32_ps(sum[0]);
@@ -572,13 +621,14 @@ INLINE Floats joined(const __m512i* sum, int digits) {
 // total[r][m] += W[r] x[m] for R rows and M inputs, one scale per segment. BITS: of packed codes, 0 of codes in bytes;
 // `stride` bytes from row to row.
 template <int BITS, int DIGITS, int R, int M>
-INLINE void add_segments(const uint8_t* codes, int64_t stride, const float* scale, int64_t groups, const Inputs& in,
+INLINE void add_segments(const uint8_t* codes, int64_t stride, const float* scale, float* factors, const Inputs& in,
                          int64_t first, Floats (&total)[R][M]) {
+    multiply_scales<R, M>(scale, factors, in, first);
     const int8_t* x = static_cast<const int8_t*>(in.values) + first * in.chunks * DIGITS * CHUNK;
     const int64_t x_stride = in.chunks * DIGITS * CHUNK;
     constexpr int bytes = BITS ? BITS * 8 : CHUNK;
     int64_t chunk = 0;
-    for (int64_t segment = 0, group = 0, left = in.segment_group; segment < in.segments; segment++) {
+    for (int64_t segment = 0; segment < in.segments; segment++) {
         const int64_t last = chunk + in.segment_chunks < in.chunks ? chunk + in.segment_chunks : in.chunks;
         __m512i sum[R][M][DIGITS];
         for (int r = 0; r < R; r++)
@@ -592,19 +642,20 @@ INLINE void add_segments(const uint8_t* codes, int64_t stride, const float* scal
             for (int r = 0; r < R; r++) {
                 const uint8_t* p = codes + r * stride + chunk * bytes;
                 __m512i code;
-                if constexpr (BITS) code = load_chunk<BITS>(p);
+                if constexpr (BITS) {
+                    _mm_prefetch(reinterpret_cast<const char*>(p + AHEAD * R * stride), _MM_HINT_T0);
+                    code = load_chunk<BITS>(p);
+                }
                 else code = _mm512_loadu_si512(p);
                 for (int m = 0; m < M; m++)
                     for (int d = 0; d < DIGITS; d++)
                         sum[r][m][d] = _mm512_dpbusd_epi32(sum[r][m][d], code, digit[m][d]);
             }
         }
-        for (int m = 0; m < M; m++) {
-            const float up = in.scale[(first + m) * in.segments + segment];
+        for (int m = 0; m < M; m++)
             for (int r = 0; r < R; r++)
-                total[r][m] = f_fma(joined(sum[r][m], DIGITS), f_all(scale[r * groups + group] * up), total[r][m]);
-        }
-        if (--left == 0) group++, left = in.segment_group;
+                total[r][m] = f_fma(joined(sum[r][m], DIGITS), f_all(factors[(r * M + m) * in.padded + segment]),
+                                    total[r][m]);
     }
 }
 
@@ -625,7 +676,7 @@ INLINE void add_lanes(const uint8_t* codes, int64_t stride, const float* lanes, 
                 for (int d = 0; d < DIGITS; d++)
                     sum[d] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), code,
                                                  _mm512_load_si512(x + m * x_stride + (chunk * DIGITS + d) * CHUNK));
-                const Floats up = f_all(in.scale[(first + m) * in.segments + chunk]);
+                const Floats up = f_all(in.scale[(first + m) * in.padded + chunk]);
                 total[r][m] = f_fma(joined(sum, DIGITS), _mm512_mul_ps(scale, up), total[r][m]);
             }
         }
@@ -674,14 +725,15 @@ INLINE Floats joined(const Sum* sum, int planes) {
 }
 
 template <int BITS, int DIGITS, int R, int M>
-INLINE void add_segments(const uint8_t* codes, int64_t stride, const float* scale, int64_t groups, const Inputs& in,
+INLINE void add_segments(const uint8_t* codes, int64_t stride, const float* scale, float* factors, const Inputs& in,
                          int64_t first, Floats (&total)[R][M]) {
+    multiply_scales<R, M>(scale, factors, in, first);
     static_assert(BITS == 0, "");
     constexpr int planes = planes_of(DIGITS);
     const int64_t x_stride = in.chunks * planes * CHUNK;
     const int16_t* x = static_cast<const int16_t*>(in.values) + first * x_stride;
     int64_t chunk = 0;
-    for (int64_t segment = 0, group = 0, left = in.segment_group; segment < in.segments; segment++) {
+    for (int64_t segment = 0; segment < in.segments; segment++) {
         const int64_t last = chunk + in.segment_chunks < in.chunks ? chunk + in.segment_chunks : in.chunks;
         Sum sum[R][M][planes];
         for (int r = 0; r < R; r++)
@@ -695,12 +747,10 @@ INLINE void add_segments(const uint8_t* codes, int64_t stride, const float* scal
                             sum[r][m][d] = i_add_products(
                                 sum[r][m][d], codes + r * stride + chunk * CHUNK + block * BLOCK,
                                 x + m * x_stride + (chunk * planes + d) * CHUNK + block * BLOCK);
-        for (int m = 0; m < M; m++) {
-            const float up = in.scale[(first + m) * in.segments + segment];
+        for (int m = 0; m < M; m++)
             for (int r = 0; r < R; r++)
-                total[r][m] = f_fma(joined(sum[r][m], planes), f_all(scale[r * groups + group] * up), total[r][m]);
-        }
-        if (--left == 0) group++, left = in.segment_group;
+                total[r][m] = f_fma(joined(sum[r][m], planes), f_all(factors[(r * M + m) * in.padded + segment]),
+                                    total[r][m]);
     }
 }
 
@@ -718,7 +768,7 @@ INLINE void add_lanes(const uint8_t* codes, int64_t stride, const float* lanes, 
                     for (int d = 0; d < planes; d++)
                         sum[d] = i_add_products(i_zero(), codes + r * stride + chunk * CHUNK + block * BLOCK,
                                                 x + m * x_stride + (chunk * planes + d) * CHUNK + block * BLOCK);
-                    const float up = in.scale[(first + m) * in.segments + chunk];
+                    const float up = in.scale[(first + m) * in.padded + chunk];
                     const float scale = lanes[(r * in.chunks + chunk) * 4 + block];
                     total[r][m] = f_fma(joined(sum, planes), f_all(scale * up), total[r][m]);
                 }
@@ -731,54 +781,75 @@ struct Output {
     void* out;
     int64_t stride, first;
     int32_t type;
-    inline __attribute__((always_inline)) void write(int64_t row, int64_t index, float value) const {
+    // total[r][m] to rows row.. and inputs index..
+    template <int R, int M>
+    inline __attribute__((always_inline)) void write(int64_t row, int64_t index, const Floats (&total)[R][M]) const {
         const int64_t column = row - first;
-        if (bias) value += load(bias, column, type);
-        store(out, index * stride + column, type, value);
+        for (int m = 0; m < M; m++) {
+            const int64_t at = (index + m) * stride + column;
+#if VNNI
+            if constexpr (R == 4) {
+                const __m128 sums = sum_of_four(total[0][m], total[1][m], total[2][m], total[3][m]);
+                if (type == FLOAT32) {
+                    const __m128 add = bias ? _mm_loadu_ps(static_cast<const float*>(bias) + column) : _mm_setzero_ps();
+                    _mm_storeu_ps(static_cast<float*>(out) + at, _mm_add_ps(sums, add));
+                    continue;
+                }
+                alignas(16) float four[4];
+                _mm_store_ps(four, sums);
+                for (int r = 0; r < 4; r++)
+                    store(out, at + r, type, four[r] + (bias ? load(bias, column + r, type) : 0));
+                continue;
+            }
+#endif
+            for (int r = 0; r < R; r++)
+                store(out, at + r, type, f_sum(total[r][m]) + (bias ? load(bias, column + r, type) : 0));
+        }
     }
 };
 
-// R rows with M inputs. offset: scale * zero by group, (rows, padded groups).
+// R rows with M inputs.
 template <int BITS, int DIGITS, int R, int M>
-INLINE void multiply_tile(const uint8_t* codes, int64_t stride, const float* scale, const float* offset,
-                          const float* lanes, const Inputs& in, int64_t row, int64_t first, const Output& output) {
+INLINE void multiply_tile(const uint8_t* codes, int64_t stride, const Scratch& scratch, const Inputs& in, int64_t row,
+                          int64_t first, const Output& output) {
     Floats total[R][M];
     for (int m = 0; m < M; m++)
         for (int r = 0; r < R; r++) {
             total[r][m] = f_zero();
             for (int64_t g = 0; g < in.groups; g += WIDTH)
-                total[r][m] = f_minus_product(f_load(offset + r * in.groups + g),
+                total[r][m] = f_minus_product(f_load(scratch.zero + r * in.groups + g),
                                               f_load(in.sums + (first + m) * in.groups + g), total[r][m]);
         }
-    if constexpr (BITS == 0)
-        if (in.lanes) {
-            add_lanes<DIGITS, R, M>(codes, stride, lanes, in, first, total);
-            for (int m = 0; m < M; m++)
-                for (int r = 0; r < R; r++) output.write(row + r, first + m, f_sum(total[r][m]));
-            return;
-        }
-    add_segments<BITS, DIGITS, R, M>(codes, stride, scale, in.groups, in, first, total);
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < R; r++) output.write(row + r, first + m, f_sum(total[r][m]));
+    if (BITS == 0 && in.lanes) add_lanes<DIGITS, R, M>(codes, stride, scratch.lanes, in, first, total);
+    else add_segments<BITS, DIGITS, R, M>(codes, stride, scratch.scale, scratch.lanes, in, first, total);
+    output.write(row, first, total);
+}
+
+// Scales by 16 columns from scales by group of a multiple of 16 columns.
+INLINE void spread_scales(const float* scale, int64_t group, int64_t count, float* lanes) {
+    int64_t i = 0;
+#if VNNI
+    if (group == 32) {
+        const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+        for (; i + 16 <= count; i += 16)
+            _mm512_storeu_ps(lanes + i, _mm512_permutexvar_ps(
+                twice, _mm512_castps256_ps512(_mm256_loadu_ps(scale + i / 2))));
+    }
+#endif
+    const int64_t wide = group / BLOCK;
+    for (int64_t g = i / wide, left = wide; i < count; i++) {
+        lanes[i] = scale[g];
+        if (--left == 0) g++, left = wide;
+    }
 }
 
 template <int BITS, int DIGITS, int R>
 void multiply_rows(const Weight& w, const Inputs& in, int64_t row, const Output& output, const Scratch& scratch) {
-    const int64_t bytes = row_bytes(w), groups = in.groups;
+    const int64_t bytes = row_bytes(w), groups = in.groups, lanes = in.chunks * (CHUNK / BLOCK);
     for (int r = 0; r < R; r++) {
-        float *scale = scratch.scale + r * groups, *offset = scratch.zero + r * groups;
-        for (int64_t g = groups - 16; g < groups; g++) scale[g] = offset[g] = 0;
-        parameters(w, row + r, scale, offset);
-        if (w.kind != Q4_K)
-            for (int64_t g = 0; g < groups; g++) offset[g] *= scale[g];
-        if (in.lanes) {
-            float* lanes = scratch.lanes + r * in.chunks * 4;
-            const int64_t wide = w.group / BLOCK;
-            for (int64_t i = 0, g = 0, left = wide; i < in.chunks * 4; i++) {
-                lanes[i] = g < groups ? scale[g] : 0;
-                if (--left == 0) g++, left = wide;
-            }
-        }
+        float* scale = scratch.scale + r * groups;
+        parameters<true>(w, row + r, scale, scratch.zero + r * groups);
+        if (in.lanes) spread_scales(scale, w.group, lanes, scratch.lanes + r * lanes);
         if (BITS == 0) codes_of_row(w, row + r, scratch.codes + r * in.chunks * CHUNK);
     }
     const uint8_t* codes = BITS ? w.payload + row * bytes : scratch.codes;
@@ -786,9 +857,8 @@ void multiply_rows(const Weight& w, const Inputs& in, int64_t row, const Output&
     int64_t m = 0;
     if constexpr (BITS == 0)
         for (; m + 2 <= in.batch; m += 2)
-            multiply_tile<0, DIGITS, R, 2>(codes, stride, scratch.scale, scratch.zero, scratch.lanes, in, row, m, output);
-    for (; m < in.batch; m++)
-        multiply_tile<BITS, DIGITS, R, 1>(codes, stride, scratch.scale, scratch.zero, scratch.lanes, in, row, m, output);
+            multiply_tile<0, DIGITS, R, 2>(codes, stride, scratch, in, row, m, output);
+    for (; m < in.batch; m++) multiply_tile<BITS, DIGITS, R, 1>(codes, stride, scratch, in, row, m, output);
 }
 
 // R rows of values with M inputs in float32.
@@ -809,12 +879,13 @@ INLINE void multiply_values(const float* values, const Inputs& in, int64_t row, 
                     total[r][m][part] =
                         f_fma(f_load(values + r * length + i + part * WIDTH), input, total[r][m][part]);
             }
+    Floats sum[R][M];
     for (int m = 0; m < M; m++)
         for (int r = 0; r < R; r++) {
-            float sum = f_sum(total[r][m][0]);
-            for (int part = 1; part < parts; part++) sum += f_sum(total[r][m][part]);
-            output.write(row + r, first + m, sum);
+            sum[r][m] = total[r][m][0];
+            for (int part = 1; part < parts; part++) sum[r][m] = f_fma(total[r][m][part], f_all(1), sum[r][m]);
         }
+    output.write(row, first, sum);
 }
 
 template <int R>
