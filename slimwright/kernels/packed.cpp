@@ -325,11 +325,14 @@ int slimwright_packed_linear(const Weight* weight, const void* x, int64_t batch,
     in.padded = divide_up(in.segments, 16) * 16;
     const int64_t value_bytes = divide_up(batch * in.chunks * rows.chunk_bytes(digits), 64) * 64;
     const int64_t scale_bytes = batch * in.padded * 4;
-    uint8_t* memory = inputs_memory.get(size_t(value_bytes + scale_bytes + batch * in.groups * 4));
+    const int64_t sum_bytes = batch * in.groups * 4;
+    const int64_t start_bytes = digits ? batch * rows.start_numbers(in) * 4 : 0;
+    uint8_t* memory = inputs_memory.get(size_t(value_bytes + scale_bytes + sum_bytes + start_bytes));
     if (!memory) return NO_MEMORY;
     in.values = memory;
     in.scale = reinterpret_cast<float*>(memory + value_bytes);
-    in.sums = reinterpret_cast<float*>(memory + value_bytes + scale_bytes);
+    if (common_zero(w) < 0) in.sums = reinterpret_cast<float*>(memory + value_bytes + scale_bytes);
+    in.start = reinterpret_cast<int32_t*>(memory + value_bytes + scale_bytes + sum_bytes);
     Linear job{w, in, static_cast<const uint8_t*>(x), bias, out, w.columns * (type == FLOAT32 ? 4 : 2), first, last, 0, type};
     parallel(prepare_task, &job, batch, batch < 4 ? 1 : threads);
     job.step = task_rows(last - first, threads);

@@ -40,7 +40,8 @@ struct Inputs {
     int32_t lanes;                    // a scale per 16 columns instead of per segment
     const void* values;               // float (batch, chunks, 64), or the instruction set's own form of the integers
     const float* scale;               // (batch, padded)
-    const float* sums;                // (batch, groups): sum of the inputs of every group
+    const float* sums;                // (batch, groups): sum of the inputs of every group; null where `start` does it
+    const int32_t* start;             // what sums of products start from: minus the one zero point times the inputs
 };
 
 // One instruction set's functions.
@@ -48,6 +49,8 @@ struct Rows {
     const char* name;
     // Bytes of Inputs.values per chunk of one row with that many digits.
     int64_t (*chunk_bytes)(int32_t digits);
+    // Numbers of Inputs.start for one row.
+    int64_t (*start_numbers)(const Inputs& inputs);
     // Fills values, scale and sums of row `index` of the batch from x (columns).
     void (*prepare)(const Weight& weight, const void* x, int32_t type, int64_t index, const Inputs& inputs);
     // out (batch, out_stride)[first..last) = x W' + bias; `scratch` has scratch_bytes.
@@ -56,6 +59,19 @@ struct Rows {
     // One row as dense values.
     void (*decode)(const Weight& weight, int64_t row, void* out, int32_t type, uint8_t* scratch);
 };
+
+// The zero point of all groups where they have the same whole one, else -1. Subtracted in integers, so that groups of
+// nothing but zeros give exactly 0 whatever their scale is.
+inline int32_t common_zero(const Weight& w) {
+    switch (w.kind) {
+        case INT: return w.zero_kind == MIDDLE ? 1 << (w.bits - 1) : -1;
+        case MXFP4: return 12;
+        case Q4_0: return 8;
+        case Q8_0: return 128;
+        case Q6_K: return 32;
+        default: return -1;
+    }
+}
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t chunks_of(const Weight& w) { return divide_up(w.columns, CHUNK); }

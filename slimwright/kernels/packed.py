@@ -215,7 +215,7 @@ class Matrix:
         found = using or library()
         if found is None:
             raise SlimwrightError(f"There are no compiled kernels: {why_not()}.")
-        self.layout, self.library = layout, found
+        self.layout, self.library, self.integer = layout, found, layout.integer
         self.tensors: tuple[Tensor | None, ...] = (payload, scale, zero, block_scale, mean, table)
         if any(t is not None and (t.device.type != "cpu" or not t.is_contiguous()) for t in self.tensors):
             raise SlimwrightError("The tensors of a packed weight must be contiguous and on the CPU.")
@@ -246,27 +246,29 @@ class Matrix:
         Raises:
             SlimwrightError: a shape or dtype that does not fit.
         """
-        layout = self.layout
-        stop = layout.rows if stop is None else stop
-        kind = DTYPES.get(x.dtype)
-        if kind is None or x.device.type != "cpu" or x.shape[-1] != layout.columns:
+        columns = self.layout.columns
+        stop = self.layout.rows if stop is None else stop
+        kind, shape = DTYPES.get(x.dtype), x.shape
+        if kind is None or not x.is_cpu or shape[-1] != columns:
             raise SlimwrightError(
-                f"A packed weight of {layout.columns} columns takes as many float32 or bfloat16 inputs on the CPU, "
-                f"not {x.dtype} {tuple(x.shape)} on {x.device}."
+                f"A packed weight of {columns} columns takes as many float32 or bfloat16 inputs on the CPU, "
+                f"not {x.dtype} {tuple(shape)} on {x.device}."
             )
+        address = None
         if bias is not None:
-            if bias.dtype != x.dtype or bias.device.type != "cpu" or bias.numel() != stop - start:
+            if bias.dtype is not x.dtype or not bias.is_cpu or bias.numel() != stop - start:
                 raise SlimwrightError(f"The bias must be {stop - start} values of {x.dtype} on the CPU.")
             bias = bias.contiguous()
+            address = bias.data_ptr()
         if digits is None:
-            digits = (3 if kind == 0 else 2) if layout.integer else 0
+            digits = (3 if kind == 0 else 2) if self.integer else 0
         x = x.contiguous()
-        out = torch.empty((*x.shape[:-1], stop - start), dtype=x.dtype)
-        batch = x.numel() // layout.columns
+        out = x.new_empty((*shape[:-1], stop - start))
+        batch = x.numel() // columns
         if batch:
             code = self.library.linear(
-                self.address, x.data_ptr(), batch, start, stop, None if bias is None else bias.data_ptr(),
-                out.data_ptr(), kind, digits, torch.get_num_threads(),
+                self.address, x.data_ptr(), batch, start, stop, address, out.data_ptr(), kind, digits,
+                torch.get_num_threads(),
             )  # fmt: skip
             if code:
                 self.library.raise_for(code)

@@ -6,7 +6,7 @@
 // multiplied by its scale in float32 and added in a fixed order. So a result depends neither on threads nor on the batch.
 // Against exact arithmetic on the same inputs the error is at most
 //   (2**-23 or 2**-15) * max|x of the segment| * sum|w|   from writing the inputs as integers, and
-//   (segments + 16) * 2**-23 * sum over segments of scale * sum|code * x|   from adding in float32.
+//   (segments + 24) * 2**-24 * sum of scale * (code + zero point) * |x|   from adding in float32.
 //
 // Float arithmetic, for all other grids: a row is decoded to exactly the float32 values that the grid defines, and
 // multiplied with fused multiply-adds.
@@ -309,7 +309,7 @@ void codes_of_row(const Weight& w, int64_t row, uint8_t* codes) {
 // -- scales ---------------------------------------------------------------------------------------------------------
 
 // Scale and zero point (in units of codes) of every group of a row of integer codes; Q4_K: the offset itself. OFFSETS:
-// scale times zero point instead. Room is for the groups rounded up to 16; what is beyond the groups becomes 0.
+// scale times zero point instead, nothing where all have a common zero point. Room is for the groups rounded up to 16; what is beyond the groups becomes 0.
 template <bool OFFSETS>
 INLINE void parameters(const Weight& w, int64_t row, float* scale, float* zero) {
     const int64_t groups = groups_of(w);
@@ -336,7 +336,8 @@ INLINE void parameters(const Weight& w, int64_t row, float* scale, float* zero) 
                 zeros = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, z + (row * groups + g) * 2));
             }
             _mm512_storeu_ps(scale + g, scales);
-            _mm512_storeu_ps(zero + g, OFFSETS ? _mm512_mul_ps(scales, zeros) : zeros);
+            if (!OFFSETS || w.zero_kind != MIDDLE)
+                _mm512_storeu_ps(zero + g, OFFSETS ? _mm512_mul_ps(scales, zeros) : zeros);
         }
         return;
 #endif
@@ -379,7 +380,7 @@ INLINE void parameters(const Weight& w, int64_t row, float* scale, float* zero) 
         }
     }
     if (OFFSETS) {
-        if (w.kind != Q4_K)
+        if (w.kind == INT)
             for (int64_t g = 0; g < groups; g++) zero[g] *= scale[g];
         for (int64_t g = groups; g < padded_groups(w); g++) scale[g] = zero[g] = 0;
     }
@@ -472,6 +473,58 @@ void decode(const Weight& w, int64_t row, void* out, int32_t type, uint8_t* memo
         for (int64_t i = 0; i < w.columns; i++) static_cast<uint16_t*>(out)[i] = float_to_bfloat(values[i]);
 }
 
+// -- sums of products -----------------------------------------------------------------------------------------------
+
+#if VNNI
+constexpr int LANES = 16, PARTS = 1;  // numbers in a Sum; Sums of a chunk with a scale per 16 columns
+using Sum = __m512i;
+INLINE Sum i_zero() { return _mm512_setzero_si512(); }
+INLINE Sum i_add_products(Sum sum, const uint8_t* codes, const int8_t* x) {  // of 64 columns
+    return _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(codes), _mm512_load_si512(x));
+}
+#else
+constexpr int LANES = 8, PARTS = 4;
+#if defined(__AVX2__) && defined(__FMA__)
+using Sum = __m256i;
+INLINE Sum i_zero() { return _mm256_setzero_si256(); }
+INLINE Sum i_add_products(Sum sum, const uint8_t* codes, const int16_t* x) {  // of 16 columns
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(wide, _mm256_load_si256(reinterpret_cast<const __m256i*>(x))));
+}
+INLINE Floats i_floats(Sum sum) { return _mm256_cvtepi32_ps(sum); }
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+struct Sum { int32x4_t a, b; };
+INLINE Sum i_zero() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
+INLINE Sum i_add_products(Sum sum, const uint8_t* codes, const int16_t* x) {
+    const uint8x16_t bytes = vld1q_u8(codes);
+    const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes)));
+    const int16x8_t high = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(bytes)));
+    const int16x8_t x0 = vld1q_s16(x), x1 = vld1q_s16(x + 8);
+    sum.a = vmlal_s16(vmlal_s16(sum.a, vget_low_s16(low), vget_low_s16(x0)), vget_low_s16(high), vget_low_s16(x1));
+    sum.b = vmlal_high_s16(vmlal_high_s16(sum.b, low, x0), high, x1);
+    return sum;
+}
+INLINE Floats i_floats(Sum sum) { return {vcvtq_f32_s32(sum.a), vcvtq_f32_s32(sum.b)}; }
+#else
+struct Sum { int32_t v[8]; };
+INLINE Sum i_zero() { return {{0, 0, 0, 0, 0, 0, 0, 0}}; }
+INLINE Sum i_add_products(Sum sum, const uint8_t* codes, const int16_t* x) {
+    for (int i = 0; i < 8; i++) sum.v[i] += int32_t(codes[i]) * x[i] + int32_t(codes[i + 8]) * x[i + 8];
+    return sum;
+}
+INLINE Floats i_floats(Sum sum) {
+    Floats a;
+    for (int i = 0; i < 8; i++) a.v[i] = float(sum.v[i]);
+    return a;
+}
+#endif
+#endif
+INLINE void i_negate(const Sum& sum, int32_t* out) {
+    memcpy(out, &sum, sizeof(sum));
+    for (int i = 0; i < LANES; i++) out[i] = -out[i];
+}
+INLINE Sum i_load(const int32_t* p) { Sum sum; memcpy(&sum, p, sizeof(sum)); return sum; }
+
 // -- inputs ---------------------------------------------------------------------------------------------------------
 
 #if VNNI
@@ -481,6 +534,11 @@ constexpr int planes_of(int digits) { return digits; }
 using Digit = int16_t;  // 24 bits are two numbers of 12
 constexpr int planes_of(int digits) { return digits == 3 ? 2 : 1; }
 #endif
+
+constexpr int STEP = CHUNK / PARTS;  // columns that i_add_products takes
+int64_t start_numbers(const Inputs& in) {
+    return planes_of(in.digits) * LANES * (in.lanes ? in.chunks * PARTS : in.segments);
+}
 
 int64_t chunk_bytes(int32_t digits) {
     return digits ? planes_of(digits) * CHUNK * int64_t(sizeof(Digit)) : CHUNK * 4;
@@ -507,19 +565,24 @@ void prepare_integers(const Weight& w, const void* inputs, int32_t type, int64_t
     constexpr int top = DIGITS == 2 ? 15 : 23;
     Digit* out = static_cast<Digit*>(const_cast<void*>(in.values)) + index * in.chunks * planes_of(DIGITS) * CHUNK;
     float* scales = const_cast<float*>(in.scale) + index * in.padded;
-    float* sums = const_cast<float*>(in.sums) + index * in.groups;
-    memset(sums, 0, size_t(in.groups) * 4);
+    float* sums = in.sums ? const_cast<float*>(in.sums) + index * in.groups : nullptr;
+    int32_t* start = const_cast<int32_t*>(in.start) + index * start_numbers(in);
+    if (sums) memset(sums, 0, size_t(in.groups) * 4);
+    const int32_t zero = common_zero(w);
+    uint8_t zeros[CHUNK];
+    memset(zeros, zero < 0 ? 0 : zero, CHUNK);
+    constexpr int planes = planes_of(DIGITS);
     memset(scales, 0, size_t(in.padded) * 4);
     const int64_t step = in.segment_chunks * CHUNK;
     double group_sum = 0;
     for (int64_t segment = 0; segment < in.segments; segment++) {
-        const int64_t start = segment * step, stop = start + step < w.columns ? start + step : w.columns;
+        const int64_t begin = segment * step, stop = begin + step < w.columns ? begin + step : w.columns;
         alignas(64) float x[MOST_CHUNKS * CHUNK];
-        const int64_t columns = stop - start;
-        if (type == FLOAT32) memcpy(x, static_cast<const float*>(inputs) + start, size_t(columns) * 4);
+        const int64_t columns = stop - begin;
+        if (type == FLOAT32) memcpy(x, static_cast<const float*>(inputs) + begin, size_t(columns) * 4);
         else
             for (int64_t i = 0; i < columns; i++)
-                x[i] = bfloat_to_float(static_cast<const uint16_t*>(inputs)[start + i]);
+                x[i] = bfloat_to_float(static_cast<const uint16_t*>(inputs)[begin + i]);
         uint32_t most = 0;  // as bits, so that infinity and NaN come out on top
         for (int64_t i = 0; i < columns; i++) {
             const uint32_t size = to_bits(x[i]) & 0x7fffffff;
@@ -542,18 +605,29 @@ void prepare_integers(const Weight& w, const void* inputs, int32_t type, int64_t
         }
         scales[segment] = down;
         int64_t total = 0;
-        const int64_t last = start + step < in.chunks * CHUNK ? start + step : in.chunks * CHUNK;
-        for (int64_t at = start; at < last; at += CHUNK, out += planes_of(DIGITS) * CHUNK) {
+        Sum product[planes];
+        for (int plane = 0; plane < planes; plane++) product[plane] = i_zero();
+        const int64_t last = begin + step < in.chunks * CHUNK ? begin + step : in.chunks * CHUNK;
+        for (int64_t at = begin; at < last; at += CHUNK, out += planes * CHUNK) {
             alignas(64) int32_t integers[CHUNK];
             const int count = int(stop - at < CHUNK ? stop - at : CHUNK);
             for (int i = 0; i < CHUNK; i++) integers[i] = 0;
             if (finite)
                 for (int i = 0; i < count; i++) {
-                    float value = __builtin_rintf(x[at - start + i] * up);
+                    float value = __builtin_rintf(x[at - begin + i] * up);
                     value = value > limit ? limit : value < -limit ? -limit : value;
                     integers[i] = int32_t(value);
                 }
             split<DIGITS>(integers, out);
+            for (int part = 0; part < PARTS; part++) {
+                for (int plane = 0; plane < planes; plane++) {
+                    Sum& sum = product[plane];
+                    sum = i_add_products(in.lanes ? i_zero() : sum, zeros, out + plane * CHUNK + part * STEP);
+                    if (in.lanes) i_negate(sum, start + plane * LANES);
+                }
+                if (in.lanes) start += planes * LANES;
+            }
+            if (!sums) continue;
             if (in.lanes) {
                 for (int64_t i = 0; i < count; i += BLOCK) {
                     int32_t sum = 0;
@@ -566,7 +640,9 @@ void prepare_integers(const Weight& w, const void* inputs, int32_t type, int64_t
                 total += sum;
             }
         }
-        if (!in.lanes) {
+        if (in.lanes) continue;
+        for (int plane = 0; plane < planes; plane++, start += LANES) i_negate(product[plane], start);
+        if (sums) {
             group_sum += double(total) * double(down);
             if ((segment + 1) % in.segment_group == 0 || segment + 1 == in.segments) {
                 sums[segment / in.segment_group] = float(group_sum);
@@ -611,7 +687,7 @@ INLINE void multiply_scales(const float* scale, float* factors, const Inputs& in
 #define AHEAD 1
 #endif
 
-INLINE Floats joined(const __m512i* sum, int digits) {
+INLINE Floats joined(const Sum* sum, int digits) {
     Floats value = _mm512_cvtepi32_ps(sum[0]);
     if (digits > 1) value = f_fma(_mm512_cvtepi32_ps(sum[1]), f_all(256), value);
     if (digits > 2) value = f_fma(_mm512_cvtepi32_ps(sum[2]), f_all(65536), value);
@@ -623,6 +699,8 @@ INLINE Floats joined(const __m512i* sum, int digits) {
 template <int BITS, int DIGITS, int R, int M>
 INLINE void add_segments(const uint8_t* codes, int64_t stride, const float* scale, float* factors, const Inputs& in,
                          int64_t first, Floats (&total)[R][M]) {
+    const int64_t start_stride = start_numbers(in);
+    const int32_t* starts = in.start + first * start_stride;
     multiply_scales<R, M>(scale, factors, in, first);
     const int8_t* x = static_cast<const int8_t*>(in.values) + first * in.chunks * DIGITS * CHUNK;
     const int64_t x_stride = in.chunks * DIGITS * CHUNK;
@@ -630,10 +708,12 @@ INLINE void add_segments(const uint8_t* codes, int64_t stride, const float* scal
     int64_t chunk = 0;
     for (int64_t segment = 0; segment < in.segments; segment++) {
         const int64_t last = chunk + in.segment_chunks < in.chunks ? chunk + in.segment_chunks : in.chunks;
-        __m512i sum[R][M][DIGITS];
-        for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++)
-                for (int d = 0; d < DIGITS; d++) sum[r][m][d] = _mm512_setzero_si512();
+        Sum sum[R][M][DIGITS];
+        for (int m = 0; m < M; m++)
+            for (int d = 0; d < DIGITS; d++) {
+                const Sum start = i_load(starts + m * start_stride + (segment * DIGITS + d) * LANES);
+                for (int r = 0; r < R; r++) sum[r][m][d] = start;
+            }
         for (; chunk < last; chunk++) {
             __m512i digit[M][DIGITS];
             for (int m = 0; m < M; m++)
@@ -665,6 +745,8 @@ INLINE void add_lanes(const uint8_t* codes, int64_t stride, const float* lanes, 
                       Floats (&total)[R][M]) {
     const int8_t* x = static_cast<const int8_t*>(in.values) + first * in.chunks * DIGITS * CHUNK;
     const int64_t x_stride = in.chunks * DIGITS * CHUNK;
+    const int64_t start_stride = start_numbers(in);
+    const int32_t* starts = in.start + first * start_stride;
     const __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
     for (int64_t chunk = 0; chunk < in.chunks; chunk++)
         for (int r = 0; r < R; r++) {
@@ -674,7 +756,7 @@ INLINE void add_lanes(const uint8_t* codes, int64_t stride, const float* lanes, 
             for (int m = 0; m < M; m++) {
                 __m512i sum[DIGITS];
                 for (int d = 0; d < DIGITS; d++)
-                    sum[d] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), code,
+                    sum[d] = _mm512_dpbusd_epi32(i_load(starts + m * start_stride + (chunk * DIGITS + d) * LANES), code,
                                                  _mm512_load_si512(x + m * x_stride + (chunk * DIGITS + d) * CHUNK));
                 const Floats up = f_all(in.scale[(first + m) * in.padded + chunk]);
                 total[r][m] = f_fma(joined(sum, DIGITS), _mm512_mul_ps(scale, up), total[r][m]);
@@ -684,41 +766,6 @@ INLINE void add_lanes(const uint8_t* codes, int64_t stride, const float* lanes, 
 
 #else
 
-#if defined(__AVX2__) && defined(__FMA__)
-using Sum = __m256i;
-INLINE Sum i_zero() { return _mm256_setzero_si256(); }
-INLINE Sum i_add_products(Sum sum, const uint8_t* codes, const int16_t* x) {  // of 16 columns
-    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(wide, _mm256_load_si256(reinterpret_cast<const __m256i*>(x))));
-}
-INLINE Floats i_floats(Sum sum) { return _mm256_cvtepi32_ps(sum); }
-#elif defined(__ARM_NEON) && defined(__aarch64__)
-struct Sum { int32x4_t a, b; };
-INLINE Sum i_zero() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
-INLINE Sum i_add_products(Sum sum, const uint8_t* codes, const int16_t* x) {
-    const uint8x16_t bytes = vld1q_u8(codes);
-    const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes)));
-    const int16x8_t high = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(bytes)));
-    const int16x8_t x0 = vld1q_s16(x), x1 = vld1q_s16(x + 8);
-    sum.a = vmlal_s16(vmlal_s16(sum.a, vget_low_s16(low), vget_low_s16(x0)), vget_low_s16(high), vget_low_s16(x1));
-    sum.b = vmlal_high_s16(vmlal_high_s16(sum.b, low, x0), high, x1);
-    return sum;
-}
-INLINE Floats i_floats(Sum sum) { return {vcvtq_f32_s32(sum.a), vcvtq_f32_s32(sum.b)}; }
-#else
-struct Sum { int32_t v[8]; };
-INLINE Sum i_zero() { return {{0, 0, 0, 0, 0, 0, 0, 0}}; }
-INLINE Sum i_add_products(Sum sum, const uint8_t* codes, const int16_t* x) {
-    for (int i = 0; i < 8; i++) sum.v[i] += int32_t(codes[i]) * x[i] + int32_t(codes[i + 8]) * x[i + 8];
-    return sum;
-}
-INLINE Floats i_floats(Sum sum) {
-    Floats a;
-    for (int i = 0; i < 8; i++) a.v[i] = float(sum.v[i]);
-    return a;
-}
-#endif
-
 INLINE Floats joined(const Sum* sum, int planes) {
     Floats value = i_floats(sum[0]);
     return planes > 1 ? f_fma(i_floats(sum[1]), f_all(4096), value) : value;
@@ -727,6 +774,8 @@ INLINE Floats joined(const Sum* sum, int planes) {
 template <int BITS, int DIGITS, int R, int M>
 INLINE void add_segments(const uint8_t* codes, int64_t stride, const float* scale, float* factors, const Inputs& in,
                          int64_t first, Floats (&total)[R][M]) {
+    const int64_t start_stride = start_numbers(in);
+    const int32_t* starts = in.start + first * start_stride;
     multiply_scales<R, M>(scale, factors, in, first);
     static_assert(BITS == 0, "");
     constexpr int planes = planes_of(DIGITS);
@@ -736,9 +785,11 @@ INLINE void add_segments(const uint8_t* codes, int64_t stride, const float* scal
     for (int64_t segment = 0; segment < in.segments; segment++) {
         const int64_t last = chunk + in.segment_chunks < in.chunks ? chunk + in.segment_chunks : in.chunks;
         Sum sum[R][M][planes];
-        for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++)
-                for (int d = 0; d < planes; d++) sum[r][m][d] = i_zero();
+        for (int m = 0; m < M; m++)
+            for (int d = 0; d < planes; d++) {
+                const Sum start = i_load(starts + m * start_stride + (segment * planes + d) * LANES);
+                for (int r = 0; r < R; r++) sum[r][m][d] = start;
+            }
         for (; chunk < last; chunk++)
             for (int block = 0; block < CHUNK / BLOCK; block++)
                 for (int r = 0; r < R; r++)
@@ -760,13 +811,17 @@ INLINE void add_lanes(const uint8_t* codes, int64_t stride, const float* lanes, 
     constexpr int planes = planes_of(DIGITS);
     const int64_t x_stride = in.chunks * planes * CHUNK;
     const int16_t* x = static_cast<const int16_t*>(in.values) + first * x_stride;
+    const int64_t start_stride = start_numbers(in);
+    const int32_t* starts = in.start + first * start_stride;
     for (int64_t chunk = 0; chunk < in.chunks; chunk++)
         for (int block = 0; block < CHUNK / BLOCK; block++)
             for (int r = 0; r < R; r++)
                 for (int m = 0; m < M; m++) {
                     Sum sum[planes];
                     for (int d = 0; d < planes; d++)
-                        sum[d] = i_add_products(i_zero(), codes + r * stride + chunk * CHUNK + block * BLOCK,
+                        sum[d] = i_add_products(i_load(starts + m * start_stride +
+                                                       ((chunk * PARTS + block) * planes + d) * LANES),
+                                                codes + r * stride + chunk * CHUNK + block * BLOCK,
                                                 x + m * x_stride + (chunk * planes + d) * CHUNK + block * BLOCK);
                     const float up = in.scale[(first + m) * in.padded + chunk];
                     const float scale = lanes[(r * in.chunks + chunk) * 4 + block];
@@ -816,7 +871,7 @@ INLINE void multiply_tile(const uint8_t* codes, int64_t stride, const Scratch& s
     for (int m = 0; m < M; m++)
         for (int r = 0; r < R; r++) {
             total[r][m] = f_zero();
-            for (int64_t g = 0; g < in.groups; g += WIDTH)
+            for (int64_t g = 0; in.sums && g < in.groups; g += WIDTH)
                 total[r][m] = f_minus_product(f_load(scratch.zero + r * in.groups + g),
                                               f_load(in.sums + (first + m) * in.groups + g), total[r][m]);
         }
@@ -940,7 +995,7 @@ void linear(const Weight& w, const Inputs& in, int64_t first, int64_t last, cons
 }  // namespace
 
 extern const Rows rows;
-const Rows rows = {NAME_OF(ISA), chunk_bytes, prepare, linear, decode};
+const Rows rows = {NAME_OF(ISA), chunk_bytes, start_numbers, prepare, linear, decode};
 
 }  // namespace ISA
 }  // namespace slimwright

@@ -177,7 +177,7 @@ def _plain_call(x: Tensor, bias: Tensor | None) -> bool:
     nothing that watches or transforms operators."""
     return (
         type(x) is Tensor
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.dtype in DTYPES
         and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         and (bias is None or bias.dtype == x.dtype)
@@ -380,24 +380,20 @@ class PackedModule(nn.Module):
     def kernel(self, name: str) -> Matrix | None:
         """One packed parameter for the compiled kernels, described anew when its tensors change; None where they cannot
         read it."""
-        kernels = cast(dict[str, tuple[Matrix, list[tuple[int, str, Tensor]]]], self.__dict__.setdefault("kernels", {}))
+        kernels = cast(dict[str, tuple[Matrix, list[tuple[str, Tensor, int]]]], self.__dict__.setdefault("kernels", {}))
         found = kernels.get(name)
         if found is not None:
-            holders = (self._parameters, self._buffers)
-            matrix, names = found
-            if all(
-                holders[which].get(key) is tensor and tensor.data_ptr() == address
-                for (which, key, tensor), address in zip(names, matrix.addresses)
-            ):
-                return matrix
+            for key, tensor, address in found[1]:
+                now = self._buffers.get(key)
+                if (self._parameters.get(key) if now is None else now) is not tensor or tensor.data_ptr() != address:
+                    break
+            else:
+                return found[0]
         spec, parts = self.packed[name], self.parts(name)
         usable = not spec.grid.plain and compute.ready() and all(p.device.type == "cpu" for p in parts.values())
         made = kernel_matrix(spec.grid, parts, matrix_shape(spec.shape)) if usable else None
         if made is not None:
-            keys = [name + suffix for suffix in parts]
-            names = [(int(key not in self._parameters), key, part) for key, part in zip(keys, parts.values())]
-            made.addresses = tuple(part.data_ptr() for part in parts.values())
-            kernels[name] = (made, names)
+            kernels[name] = (made, [(name + suffix, part, part.data_ptr()) for suffix, part in parts.items()])
         return made
 
     def multiply_rows(self, name: str, rows: slice | None, x: Tensor, bias: Tensor | None = None) -> Tensor:
