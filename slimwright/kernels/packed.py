@@ -25,7 +25,7 @@ KINDS = {"int": 0, "nf4": 1, "mxfp4": 2, "fp8": 3, "q4_0": 4, "q8_0": 5, "q4_k":
 ZEROS = {"middle": 0, "bytes": 1, "nibbles": 2, "halves": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
-_SOURCES = ("packed.cpp", "packed_rows.cpp", "packed.h")
+_SOURCES = ("packed.cpp", "packed_rows.cpp", "packed_codes.h", "packed_inputs.h", "packed_vectors.h", "packed.h")
 _SETS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
     "avx512": (
         ("-march=x86-64-v4", "-mavx512vnni"),
