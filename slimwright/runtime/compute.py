@@ -85,6 +85,14 @@ def kernel_name(grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{library.name} floats ({why})"
 
 
+def overview() -> str:
+    """What the kernels of packed weights run on, in a few words."""
+    library = packed.library()
+    if library is None:
+        return f"reference: tiles decoded by torch, then the library's product ({packed.why_not()})"
+    return f"compiled for {library.name}, on {library.threads} threads"
+
+
 # -- products ------------------------------------------------------------------------------------------------------
 
 
