@@ -17,6 +17,8 @@ from rich.table import Table
 
 from slimwright import __version__, kernels
 from slimwright.directories import cache_directory
+from slimwright.runtime import compute
+from slimwright.weights import grid_kinds, parse_grid
 
 TESTED = {"torch": ("2.11", "2.13.0"), "transformers": ("5.23", "5.23.0")}
 """Oldest supported and newest tested version."""
@@ -40,6 +42,11 @@ def _status(name: str) -> dict[str, Any]:
     return {"version": found, "tested": inside, "note": note}
 
 
+def _specs() -> list[str]:
+    """One or more specs of every kind of grid."""
+    return [spec for kind in grid_kinds().values() for spec in kind.examples or (kind.key,)]
+
+
 def outside_tested_range() -> list[str]:
     """One sentence for each library whose version is not among those tested."""
     return [
@@ -59,8 +66,9 @@ def examine() -> dict[str, Any]:
         "cpu": {"capability": cpu, "threads": torch.get_num_threads(), "cores": psutil.cpu_count(logical=True)},
         "kernels": {
             "solvers": f"torch ({kernels.why_not()})" if kernels.why_not() else "compiled",
-            "packed": "reference (row tiles unpacked, then the library's matrix product)",
+            "packed": compute.overview(),
         },
+        "grids": {spec: compute.kernel_name(parse_grid(spec), (256, 256), torch.float32) for spec in _specs()},
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "memory": {"free": psutil.virtual_memory().available, "total": psutil.virtual_memory().total},
         "disk": {"directory": str(Path.cwd()), "free": disk.free},
@@ -82,6 +90,8 @@ def print_examination(console: Console, found: dict[str, Any]) -> None:
     table.add_row("gpu", found["gpu"] or "none")
     for name, which in found["kernels"].items():
         table.add_row(f"{name} kernels", which)
+    for kernel in dict.fromkeys(found["grids"].values()):
+        table.add_row(", ".join(spec for spec, own in found["grids"].items() if own == kernel), kernel)
     table.add_row("memory", f"{found['memory']['free'] / 1e9:.1f} GB free of {found['memory']['total'] / 1e9:.1f} GB")
     table.add_row("disk", f"{found['disk']['free'] / 1e9:.1f} GB free in {found['disk']['directory']}")
     table.add_row("cache", found["cache"])

@@ -23,6 +23,8 @@ from slimwright.job.ledger import Entry
 from slimwright.job.verify import Outcome
 from slimwright.model.structure import Structure
 from slimwright.report import render_report
+from slimwright.runtime.compute import kernel_name
+from slimwright.weights import parse_grid
 
 REPORT_VERSION = 1
 
@@ -55,6 +57,22 @@ def size_parts(source: Checkpoint, written: Checkpoint, structure: Structure, en
         },
         "ledger": [entry.to_json() for entry in entries],
     }
+
+
+def kernel_parts(structure: Structure, entries: list[Entry]) -> dict[str, Any]:
+    """Which code multiplies with the weights on this machine, and why: a line for each grid and reason."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for entry in entries:
+        if entry.grid is None or entry.site not in structure.sites:
+            continue
+        grid, shape = parse_grid(entry.grid), structure.sites[entry.site].weight_shape
+        kernels = {str(dtype)[6:]: kernel_name(grid, shape, dtype) for dtype in (torch.float32, torch.bfloat16)}
+        line = found.setdefault(
+            (entry.grid, *kernels.values()), {"grid": entry.grid, **kernels, "weights": 0, "bytes": 0}
+        )
+        line["weights"] += 1
+        line["bytes"] += entry.bytes
+    return {"kernels": list(found.values())}
 
 
 def predicted_parts(predicted: Forecast) -> dict[str, Any]:

@@ -51,6 +51,7 @@ from slimwright.job.request import FitOptions, FitReport
 from slimwright.job.result import (
     REPORT_VERSION,
     how_to_load,
+    kernel_parts,
     model_facts,
     predicted_parts,
     quality_parts,
@@ -454,6 +455,7 @@ class Work:
             "model": model_facts(self.asked.model, state.structure) | {"fingerprint": plan.fingerprint},
             "budget": {"asked": self.asked.limit(), "bytes": state.target.budget},
             **size_parts(source, written, state.structure, state.entries),
+            **kernel_parts(state.structure, state.entries),
             **quality_parts(outcome),
             "calibration": state.calibrated_on or "none (data-free)",
             "lineage": lineage.to_json(),

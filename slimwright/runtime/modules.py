@@ -3,8 +3,8 @@
 A module is packed in place: its parameter becomes the payload (uint8, same name, one dimension more), the grid's other
 parts become buffers beside it, and its class becomes a subclass of the one it had, so that everything which asks
 ``isinstance(m, nn.Linear)`` or reads ``embed_scale`` still finds what it knew. No dense copy of a weight ever exists:
-the reference forward decodes tiles of rows of at most :data:`TILE_BYTES` and multiplies tile by tile; the backward pass
-decodes them again.
+the kernels read the packed bytes (:mod:`slimwright.runtime.compute`); where there are none the reference decodes tiles
+of rows of at most :data:`TILE_BYTES` and multiplies tile by tile; the backward pass decodes them again.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimwright.errors import InputError
+from slimwright.kernels.packed import DTYPES, Matrix
+from slimwright.runtime import compute
 from slimwright.weights import Grid, disk_shapes, matrix_shape, unpack_rows
 from slimwright.weights.activations import Activations
+from slimwright.weights.matrix import kernel_matrix
 
 TILE_BYTES = 8 * 2**20
 """Most bytes (as float32) of a dense weight that exist at one time; tiles that stay in the caches decode 4 times faster
@@ -84,7 +87,19 @@ def decode_tile(grid: Grid, parts: Mapping[str, Tensor], shape: tuple[int, ...],
 # -- multiplication ------------------------------------------------------------------------------------------------
 
 
-def _multiply(x: Tensor, bias: Tensor | None, grid: Grid, shape: tuple[int, ...], rows: slice, parts: Any) -> Tensor:
+def _multiply(
+    x: Tensor, bias: Tensor | None, grid: Grid, shape: tuple[int, ...], rows: slice, parts: Any, digits: int
+) -> Tensor:
+    """By the kernels where they can."""
+    if compute.usable(grid, x, parts) and (bias is None or bias.dtype == x.dtype):
+        return compute.packed_linear(x, parts, grid, shape, rows, bias, digits)
+    return _multiply_tiles(x, bias, grid, shape, rows, parts)
+
+
+def _multiply_tiles(
+    x: Tensor, bias: Tensor | None, grid: Grid, shape: tuple[int, ...], rows: slice, parts: Any
+) -> Tensor:
+    """The reference."""
     outputs = []
     for tile in tile_slices(grid, shape, rows):
         weight = decode_tile(grid, parts, shape, tile).to(x.dtype)
@@ -106,11 +121,12 @@ class _PackedMultiply(torch.autograd.Function):
         shape: tuple[int, ...],
         rows: slice,
         names: tuple[str, ...],
+        digits: int,
         *parts: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(*parts)
         ctx.grid, ctx.shape, ctx.rows, ctx.names = grid, shape, rows, names
-        return _multiply(x, bias, grid, shape, rows, dict(zip(names, parts)))
+        return _multiply(x, bias, grid, shape, rows, dict(zip(names, parts)), digits)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -125,11 +141,16 @@ class _PackedMultiply(torch.autograd.Function):
             assert grad_x is not None
             grad_x = grad_x.to(gradient.dtype)
         grad_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_bias, None, None, None, None, *([None] * len(ctx.names))
+        return grad_x, grad_bias, None, None, None, None, None, *([None] * len(ctx.names))
 
 
 def packed_linear(
-    x: Tensor, parts: Mapping[str, Tensor], spec: PackedSpec, bias: Tensor | None = None, rows: slice | None = None
+    x: Tensor,
+    parts: Mapping[str, Tensor],
+    spec: PackedSpec,
+    bias: Tensor | None = None,
+    rows: slice | None = None,
+    digits: int = compute.AUTOMATIC,
 ) -> Tensor:
     """``x @ W[rows].T + bias`` in x's dtype (autocast's, where it is on), ``W`` in tiles; differentiable in x and bias.
 
@@ -138,15 +159,33 @@ def packed_linear(
         parts: tensors by suffix of a weight packed as ``spec`` says.
         bias: (rows,) in x's dtype.
         rows: which rows of the matrix; None is all.
+        digits: see :func:`slimwright.runtime.compute.multiply`.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     rows = slice(0, matrix_shape(spec.shape)[0]) if rows is None else rows
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if needs_grad and not torch.compiler.is_compiling():  # compiled: the partitioner recomputes the decoding
-        return _PackedMultiply.apply(x, bias, spec.grid, spec.shape, rows, tuple(parts), *parts.values())
-    return _multiply(x, bias, spec.grid, spec.shape, rows, parts)
+    if needs_grad and torch.compiler.is_compiling():  # the partitioner recomputes the decoding
+        return _multiply_tiles(x, bias, spec.grid, spec.shape, rows, parts)
+    if needs_grad:
+        return _PackedMultiply.apply(x, bias, spec.grid, spec.shape, rows, tuple(parts), digits, *parts.values())
+    return _multiply(x, bias, spec.grid, spec.shape, rows, parts, digits)
+
+
+def _plain_call(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernels may be called without going through torch's dispatcher: ordinary tensors, no gradients, and
+    nothing that watches or transforms operators."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.dtype in DTYPES
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and (bias is None or bias.dtype == x.dtype)
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 # -- what a module shows under the weight's name -------------------------------------------------------------------
@@ -226,7 +265,13 @@ class PackedWeight(nn.Parameter):
             self._refuse()
         parts, one, rows = self.owner.expert(self.parameter, int(index))
         return ExpertWeight(
-            [lambda x: packed_linear(x, parts, one, rows=rows)],
+            [
+                lambda x: (
+                    packed_linear(x, parts, one, rows=rows)
+                    if one.grid.plain
+                    else self.owner.multiply_rows(self.parameter, rows, x)
+                )
+            ],
             lambda: [decode_tile(one.grid, parts, one.shape, rows)],
             spec.transposed,
             self.owner.compute_dtype,
@@ -283,6 +328,8 @@ class PackedModule(nn.Module):
     """The dtype that the dense parameter would have."""
     own_class: ClassVar[type[nn.Module]]
     """The class the module had before it was packed."""
+    input_digits: int = compute.AUTOMATIC
+    """Bytes that stand for an input; with 1 activations are rounded to 8 bits (``compute.multiply``)."""
 
     def pack_parameter(self, name: str, spec: PackedSpec) -> None:
         """Replace the parameter ``name`` by empty parts on the meta device."""
@@ -331,9 +378,33 @@ class PackedModule(nn.Module):
             return {"": parts[""][index]}, PackedSpec(spec.grid, spec.shape[1:]), slice(0, spec.shape[1])
         return parts, spec, rows
 
+    def kernel(self, name: str) -> Matrix | None:
+        """One packed parameter for the compiled kernels, described anew when its tensors change; None where they cannot
+        read it."""
+        kernels = cast(dict[str, tuple[Matrix, list[tuple[str, Tensor, int]]]], self.__dict__.setdefault("kernels", {}))
+        found = kernels.get(name)
+        if found is not None:
+            for key, tensor, address in found[1]:
+                now = self._buffers.get(key)
+                if (self._parameters.get(key) if now is None else now) is not tensor or tensor.data_ptr() != address:
+                    break
+            else:
+                return found[0]
+        spec, parts = self.packed[name], self.parts(name)
+        usable = not spec.grid.plain and compute.ready() and all(p.device.type == "cpu" for p in parts.values())
+        made = kernel_matrix(spec.grid, parts, matrix_shape(spec.shape)) if usable else None
+        if made is not None:
+            kernels[name] = (made, [(name + suffix, part, part.data_ptr()) for suffix, part in parts.items()])
+        return made
+
     def multiply_rows(self, name: str, rows: slice | None, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ W[rows].T + bias`` of one packed parameter."""
-        return packed_linear(x, self.parts(name), self.packed[name], bias, rows)
+        if not torch.compiler.is_compiling() and _plain_call(x, bias):
+            matrix = self.kernel(name)
+            if matrix is not None:
+                start, stop = (0, matrix.layout.rows) if rows is None else (rows.start, rows.stop)
+                return compute.multiply(matrix, x, bias, start, stop, self.input_digits)
+        return packed_linear(x, self.parts(name), self.packed[name], bias, rows, self.input_digits)
 
     def dense_parameter(self, name: str, dtype: torch.dtype) -> Tensor:
         """The dense parameter in the module's own orientation, decoded tile by tile."""
@@ -373,7 +444,7 @@ class PackedModule(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "views"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("views", "kernels")}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         base, own = type(self).packed_base, type(self).own_class  # type: ignore[attr-defined]
@@ -461,6 +532,14 @@ class _OneWeight(PackedModule):
         """Rows of ``W`` in :attr:`compute_dtype`: (*ids.shape, columns). Only these rows are unpacked."""
         spec, parts, flat = self.packed["weight"], self.parts("weight"), ids.reshape(-1)
         columns = spec.shape[-1]
+
+        if (
+            ids.device.type == "cpu"
+            and self.compute_dtype in DTYPES
+            and compute.usable(spec.grid, torch.empty(0, dtype=self.compute_dtype), parts)
+        ):
+            rows = compute.packed_gather(flat, parts, spec.grid, spec.shape, self.compute_dtype)
+            return rows.reshape(*ids.shape, columns)
 
         def gather(index: Tensor) -> Tensor:
             return spec.grid.gather(parts, index, spec.shape).to(self.compute_dtype)

@@ -1,0 +1,238 @@
+"""Which code multiplies with a packed weight, and the operators that do.
+
+On the CPU, with float32 or bfloat16 inputs and the compiled kernels:
+
+- up to :func:`few_inputs` rows of input the packed bytes are read once, by *integers* (grids whose codes are integers
+  and whose scales are shared by multiples of 16 columns) or by *floats* (other grids; see kernels/packed_rows.cpp);
+- above, *tiles* of dense rows are written by the kernels into a buffer that stays in the caches, and multiplied by the
+  library's matrix product.
+
+Everywhere else (another device or dtype, no compiler, gradients in a compiled model) the *reference* in
+:mod:`slimwright.runtime.modules` decodes tiles with torch. ``torch.ops.slimwright.packed_linear`` and ``packed_gather``
+are what a compiled model calls; eager modules call the kernels directly, which spares the dispatcher's time.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slimwright.errors import InputError
+from slimwright.kernels import packed
+from slimwright.kernels.packed import Layout, Matrix
+from slimwright.weights import Grid, matrix_shape, parse_grid
+from slimwright.weights.matrix import kernel_layout, kernel_matrix
+
+TILE_ELEMENTS = 4 << 20
+"""Most elements of a dense tile."""
+AUTOMATIC = -1
+"""Digits of the inputs as their dtype asks for."""
+
+
+@torch.compiler.assume_constant_result
+def ready() -> bool:
+    """Whether the compiled kernels are there."""
+    return packed.library() is not None
+
+
+def usable(grid: Grid, x: Tensor, parts: Mapping[str, Tensor]) -> bool:
+    """Whether the kernels can multiply ``x`` with a weight on ``grid``."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in packed.DTYPES
+        and ready()
+        and not grid.plain
+        and all(part.device.type == "cpu" for part in parts.values())
+        and known(grid)
+    )
+
+
+@torch.compiler.assume_constant_result
+def known(grid: Grid) -> bool:
+    """Whether the kernels read the grid."""
+    return kernel_layout(grid, 256, 256) is not None
+
+
+def few_inputs(layout: Layout, dtype: torch.dtype) -> int:
+    """Most rows of input for which reading packed bytes is faster than tiles and the library's product."""
+    if not layout.integer:
+        return 16
+    return 32 if dtype == torch.bfloat16 else 48
+
+
+def kernel_name(grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    """What multiplies with a weight at batch 1, and why, in a few words (``doctor`` and the report show it)."""
+    if grid.plain:
+        return "the library's product (not packed)"
+    if not ready():
+        return f"reference ({packed.why_not()})"
+    if dtype not in packed.DTYPES:
+        return f"reference (inputs of {str(dtype).removeprefix('torch.')})"
+    layout = kernel_layout(grid, *matrix_shape(shape))
+    if layout is None:
+        return f"reference (the kernels do not read {grid})"
+    library = packed.library()
+    assert library is not None
+    if layout.integer:
+        return f"{library.name} integers, {24 if dtype == torch.float32 else 16}-bit inputs"
+    why = f"groups of {layout.group} columns" if layout.kind == "int" else "levels that are no integers"
+    return f"{library.name} floats ({why})"
+
+
+def overview() -> str:
+    """What the kernels of packed weights run on, in a few words."""
+    library = packed.library()
+    if library is None:
+        return f"reference: tiles decoded by torch, then the library's product ({packed.why_not()})"
+    return f"compiled for {library.name}, on {library.threads} threads"
+
+
+# -- products ------------------------------------------------------------------------------------------------------
+
+
+class _Scratch(threading.local):
+    """A buffer per thread for dense tiles, so that their pages are not new each time."""
+
+    buffer: Tensor | None = None
+
+    def get(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        count = rows * columns * dtype.itemsize
+        if self.buffer is None or self.buffer.numel() < count:
+            self.buffer = torch.empty(count, dtype=torch.uint8)
+        return self.buffer[:count].view(dtype).view(rows, columns)
+
+
+_scratch = _Scratch()
+
+
+def multiply(matrix: Matrix, x: Tensor, bias: Tensor | None, start: int, stop: int, digits: int = AUTOMATIC) -> Tensor:
+    """``x @ W[start:stop].T + bias`` by whichever is faster for so many inputs.
+
+    Args:
+        x: (..., columns) float32 or bfloat16 on the CPU.
+        bias: (stop - start,) in x's dtype.
+        digits: bytes that stand for an input in integer arithmetic; 1 is 8-bit dynamic activations.
+    """
+    layout = matrix.layout
+    if digits == 1 and layout.integer:
+        return matrix.linear(x, bias, start, stop, 1)
+    if x.numel() <= few_inputs(layout, x.dtype) * layout.columns:
+        return matrix.linear(x, bias, start, stop)
+    step = max(1, TILE_ELEMENTS // layout.columns)
+    if stop - start <= step:
+        tile = _scratch.get(stop - start, layout.columns, x.dtype)
+        return F.linear(x, matrix.decode(start, stop, out=tile), bias)
+    out = torch.empty(*x.shape[:-1], stop - start, dtype=x.dtype)
+    for first in range(start, stop, step):
+        last = min(stop, first + step)
+        tile = matrix.decode(first, last, out=_scratch.get(last - first, layout.columns, x.dtype))
+        part = None if bias is None else bias[first - start : last - start]
+        out[..., first - start : last - start] = F.linear(x, tile, part)
+    return out
+
+
+# -- operators -----------------------------------------------------------------------------------------------------
+
+_matrices: dict[int, tuple[list[Any], Matrix]] = {}
+"""By address of the payload: weak references to the parts, and the matrix, which does not keep them alive."""
+
+
+def _matrix(parts: Sequence[Tensor], suffixes: Sequence[str], grid: str, shape: Sequence[int]) -> Matrix:
+    """The matrix of these parts, from an earlier call if it was made of the same tensors."""
+    key = parts[0].data_ptr()
+    found = _matrices.get(key)
+    if found is not None:
+        references, matrix = found
+        if len(references) == len(parts) and all(ref() is part for ref, part in zip(references, parts)):
+            addresses = matrix.addresses
+            if all(part.data_ptr() == address for part, address in zip(parts, addresses)):
+                return matrix
+    made = kernel_matrix(parse_grid(grid), dict(zip(suffixes, parts)), matrix_shape(tuple(shape)))
+    if made is None:
+        raise InputError(f"The kernels do not read {grid}.")
+    made.tensors = ()
+    made.addresses = tuple(part.data_ptr() for part in parts)
+    _matrices[key] = ([weakref.ref(parts[0], lambda _: _matrices.pop(key, None)), *map(weakref.ref, parts[1:])], made)
+    return made
+
+
+def _linear(
+    x: Tensor,
+    parts: list[Tensor],
+    suffixes: list[str],
+    grid: str,
+    shape: list[int],
+    start: int,
+    stop: int,
+    bias: Tensor | None,
+    digits: int,
+) -> Tensor:
+    return multiply(_matrix(parts, suffixes, grid, shape), x, bias, start, stop, digits)
+
+
+def _gather(
+    index: Tensor, parts: list[Tensor], suffixes: list[str], grid: str, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    return _matrix(parts, suffixes, grid, shape).gather(index.long(), dtype)
+
+
+_library = torch.library.Library("slimwright", "DEF")
+_library.define(
+    "packed_linear(Tensor x, Tensor[] parts, str[] suffixes, str grid, int[] shape, SymInt start, SymInt stop, "
+    "Tensor? bias, int digits) -> Tensor"
+)
+_library.define(
+    "packed_gather(Tensor index, Tensor[] parts, str[] suffixes, str grid, int[] shape, ScalarType dtype) -> Tensor"
+)
+_library.impl("packed_linear", _linear, "CPU")
+_library.impl("packed_gather", _gather, "CPU")
+
+
+@torch.library.register_fake("slimwright::packed_linear")
+def _(
+    x: Tensor,
+    parts: list[Tensor],
+    suffixes: list[str],
+    grid: str,
+    shape: list[int],
+    start: int,
+    stop: int,
+    bias: Tensor | None,
+    digits: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], stop - start)
+
+
+@torch.library.register_fake("slimwright::packed_gather")
+def _(
+    index: Tensor, parts: list[Tensor], suffixes: list[str], grid: str, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    return index.new_empty(index.shape[0], shape[-1], dtype=dtype)
+
+
+def packed_linear(
+    x: Tensor,
+    parts: Mapping[str, Tensor],
+    grid: Grid,
+    shape: tuple[int, ...],
+    rows: slice,
+    bias: Tensor | None,
+    digits: int = AUTOMATIC,
+) -> Tensor:
+    """The operator ``packed_linear`` on a weight's parts by suffix; :func:`usable` must hold."""
+    return torch.ops.slimwright.packed_linear(
+        x, list(parts.values()), list(parts), grid.spec, list(shape), rows.start, rows.stop, bias, digits
+    )
+
+
+def packed_gather(
+    index: Tensor, parts: Mapping[str, Tensor], grid: Grid, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """The operator ``packed_gather``: (n, columns) in float32 or bfloat16."""
+    return torch.ops.slimwright.packed_gather(index, list(parts.values()), list(parts), grid.spec, list(shape), dtype)
