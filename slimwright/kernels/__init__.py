@@ -23,7 +23,7 @@ from torch import Tensor
 
 from slimwright.directories import cache_directory
 
-__all__ = ["available", "library", "pointer", "shared_library", "switched_off", "why_not"]
+__all__ = ["available", "library", "pointer", "shared_library", "switched_off", "torch_threads", "why_not"]
 
 _FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
@@ -86,6 +86,24 @@ def pointer(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> ctypes
     if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise TypeError(f"A kernel takes a contiguous {dtype} tensor on the CPU, not {tensor.dtype} {tensor.stride()}.")
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+@functools.cache
+def torch_threads() -> int | None:
+    """Address of ``GOMP_parallel`` in the OpenMP library that torch runs on, whose threads are then a kernel's too: two
+    sets of threads would spin against each other. None where there is no such library."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "libgomp" in line or "libiomp" in line}
+    home = str(Path(torch.__file__).parent.parent)
+    for path in sorted(paths, key=lambda path: not path.startswith(home)):
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
 
 
 def shared_library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -> Path:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import SlimwrightError
-from slimwright.kernels import one_line, shared_library, switched_off
+from slimwright.kernels import one_line, shared_library, switched_off, torch_threads
 
 ABI = 1
 KINDS = {"int": 0, "nf4": 1, "mxfp4": 2, "fp8": 3, "q4_0": 4, "q8_0": 5, "q4_k": 6, "q6_k": 7}
@@ -116,27 +116,11 @@ class Library:
 
 
 def _torch_threads() -> int | None:
-    """Address of GOMP_parallel in the OpenMP library that torch runs on, whose threads are then ours too: two sets of
-    threads would spin against each other.
-
-    None where there is no such library, and where its threads are told to sleep between uses: waking them takes longer
-    than the product with a small matrix.
-    """
+    """:func:`slimwright.kernels.torch_threads`, but None where they are told to sleep between uses: waking them takes
+    longer than the product with a small matrix."""
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" or os.environ.get("GOMP_SPINCOUNT") == "0":
         return None
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return None
-    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "libgomp" in line or "libiomp" in line}
-    home = str(Path(torch.__file__).parent.parent)
-    for path in sorted(paths, key=lambda path: not path.startswith(home)):
-        try:
-            function = ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
-        except (OSError, AttributeError):
-            continue
-        return function
-    return None
+    return torch_threads()
 
 
 @functools.cache
