@@ -25,18 +25,23 @@ from slimwright.zoo.recipes import RECIPES
 
 GRIDS = ("int4:g64", "int3:g64")
 TOKENS = 16384
-SOLVERS = {
-    "rtn, min-max": "quantize/rtn,clip=none",
-    "rtn": "quantize/rtn",
-    "hqq, real zero": "quantize/hqq",
-    "imatrix": "quantize/imatrix",
-    "awq (clip only)": "quantize/awq",
-    "adaquant": "quantize/adaquant",
-    "gptq of the paper": "quantize/gptq,clip=none,act_order=false",
-    "gptq": "quantize/gptq",
-    "ldlq": "quantize/ldlq",
-    "decoupleq, real zero": "quantize/decoupleq",
+SOLVERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "rtn, min-max": ("quantize/rtn,clip=none", ()),
+    "rtn": ("quantize/rtn", ()),
+    "hqq, real zero": ("quantize/hqq", ()),
+    "imatrix": ("quantize/imatrix", ()),
+    "awq (clip only)": ("quantize/awq", ()),
+    "awq": ("quantize/awq", ("fold/awq",)),
+    "fold/smoothquant_plus + rtn, min-max": ("quantize/rtn,clip=none", ("fold/smoothquant_plus",)),
+    "adaquant": ("quantize/adaquant", ()),
+    "gptq of the paper": ("quantize/gptq,clip=none,act_order=false", ()),
+    "gptq": ("quantize/gptq", ()),
+    "fold/awq + gptq": ("quantize/gptq", ("fold/awq",)),
+    "ldlq": ("quantize/ldlq", ()),
+    "decoupleq, real zero": ("quantize/decoupleq", ()),
 }
+"""Method, and what is done to the model before. Rotations are not here: on a tied model they add a head's bytes."""
+
 REAL = ("quantize/hqq", "quantize/decoupleq")
 MODELS = ("bundled", "minilm", *(name for name, recipe in RECIPES.items() if not recipe.fine_tune))
 
@@ -49,10 +54,12 @@ def path_of(name: str) -> Path:
 def lost(name: str, grid: str, method: str, folder: Path, **options: Any) -> Row:
     """One job: what its result loses, with the interval, and how long it took."""
     real = ":real" if method.split(",", maxsplit=1)[0] in REAL else ""
-    without = {"data": "none"} if method.split(",", maxsplit=1)[0] in ("quantize/rtn", "quantize/hqq") else {}
+    folds = options.pop("folds", ())
+    needs_none = method.split(",", maxsplit=1)[0] in ("quantize/rtn", "quantize/hqq") and not folds
+    without = {"data": "none"} if needs_none else {}
     started = time.perf_counter()
     report = slimwright.fit(
-        str(path_of(name)), str(folder), grid=grid + real, method=method, quiet=True,
+        str(path_of(name)), str(folder), grid=grid + real, method=method, quiet=True, folds=folds or ("none",),
         **{"calibration_tokens": TOKENS, **without, **options},
     )  # fmt: skip
     quality, data = report["quality"], report["calibration"]
@@ -72,9 +79,10 @@ def table(names: list[str]) -> list[Row]:
     rows: list[Row] = []
     for name in names:
         for grid in GRIDS:
-            for solver, method in SOLVERS.items():
+            for solver, (method, folds) in SOLVERS.items():
                 with scratch("calibrated") as folder:
-                    row = {"model": name, "grid": grid, "solver": solver} | lost(name, grid, method, folder / "out")
+                    row = lost(name, grid, method, folder / "out", folds=folds)
+                row = {"model": name, "grid": grid, "solver": solver} | row
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     return rows
