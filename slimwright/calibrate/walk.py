@@ -8,11 +8,13 @@ Suspended forwards are greenlets: they share one thread, and so torch's thread p
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,15 @@ def walk_units(structure: Structure) -> dict[str, Unit]:
     return units
 
 
+def run_forward(model: PreTrainedModel, batch: Batch) -> Any:
+    """The model's output for a batch, without a cache of keys and values."""
+    accepted = inspect.signature(model.forward).parameters
+    extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+    dtype = model.dtype  # of images and sounds: not every model converts them itself
+    inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in batch.inputs.items()}
+    return model(**inputs, **extra)
+
+
 class Call:
     """One suspended forward, at the unit that it has reached."""
 
@@ -148,6 +159,11 @@ class Step:
         self.unit = unit
         self.indices = indices
         self.run = run
+
+    @property
+    def final(self) -> bool:
+        """Whether the unit does not run again."""
+        return self.run + 1 >= self.unit.runs
 
     def output(self, index: int) -> Any:
         """The unit's output for one of :attr:`indices`."""
@@ -228,14 +244,11 @@ class Walk:
     def __iter__(self) -> Iterator[Step]:
         """The steps, in the order in which forwards reach the units. Leaving the loop early drops the forwards."""
         self._main = getcurrent()
-        caching = _caching_configs(self.model)
         patched = [(path, self._patch(unit)) for path, unit in self.units.items()]
         runs: dict[str, int] = {}
         try:
-            for config in caching:
-                config.use_cache = False
-            with torch.set_grad_enabled(self._gradients):
-                self._forwards = [greenlet(self._forward) for _ in self.batches]
+            with without_caches(self.model), torch.set_grad_enabled(self._gradients):
+                self._forwards = [greenlet(partial(run_forward, self.model)) for _ in self.batches]
                 for index, batch in enumerate(self.batches):
                     self._note(index, self._forwards[index].switch(batch))
                 while any(call is not None for call in self.calls):
@@ -248,8 +261,6 @@ class Walk:
                         step.advance(index, step.output(index))
                     runs[unit.module] = step.run + 1
         finally:
-            for config in caching:
-                config.use_cache = True
             for path, original in patched:
                 self._unpatch(path, original)
             for forward in self._forwards:
@@ -267,15 +278,6 @@ class Walk:
         self.calls[index] = None
         self.advanced.add(index)
         self._note(index, self._forwards[index].switch(output))
-
-    def _forward(self, batch: Batch) -> Any:
-        import inspect
-
-        accepted = inspect.signature(self.model.forward).parameters
-        extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-        dtype = self.model.dtype  # of images and sounds: not every model converts them itself
-        inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in batch.inputs.items()}
-        return self.model(**inputs, **extra)
 
     def _patch(self, unit: Unit) -> Any:
         module = self.model.get_submodule(unit.module)
@@ -332,13 +334,21 @@ class Walk:
             self.spilled_bytes += size
 
 
-def _caching_configs(model: PreTrainedModel) -> list[Any]:
-    """The configs that let a forward keep keys and values. A block may run more than once, and would see what it kept;
-    not every model hands ``use_cache=False`` on to the one inside it."""
+@contextmanager
+def without_caches(model: PreTrainedModel) -> Iterator[None]:
+    """Forwards within keep no keys and values: a block may run more than once, and would see what it kept. Not every
+    model hands ``use_cache=False`` on to the one inside it, so their configs say so."""
     configs = {
         id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
     }
-    return [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 def mapped_copy(tensor: Tensor, scratch: Path | None) -> Tensor:

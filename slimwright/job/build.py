@@ -111,6 +111,7 @@ class Calibration:
         scratch: directory for them.
         trust_remote_code: load the model with its own code.
         log: told what a user may want to read later.
+        apart: whether the model's blocks can be run one by one; else walks are made of whole forwards.
     """
 
     samples: Samples
@@ -118,6 +119,7 @@ class Calibration:
     scratch: Path
     trust_remote_code: bool
     log: Callable[[str], None]
+    apart: bool = True
 
 
 def build(

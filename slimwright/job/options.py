@@ -13,7 +13,7 @@ from slimwright.checkpoint import Checkpoint
 from slimwright.checkpoint.layout import TensorEntry, entry_cost
 from slimwright.errors import InputError
 from slimwright.job.parallel import in_order
-from slimwright.job.weights import ErrorSum, site_rows, survey
+from slimwright.job.weights import ErrorSum, site_rows, survey, without_data
 from slimwright.methods import SiteStatistics
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import CAST, CAST_GRIDS, KEEP, Assignment, cast_dtype, method_on
@@ -133,7 +133,7 @@ def score_group(
     Raises:
         InputError: NaN or Inf in the source, named with the tensor.
     """
-    solvers = [None if choice.kept else choice.solver() for choice in choices]
+    solvers = [None if choice.kept else without_data(choice.solver()) for choice in choices]
     losses = [0.0] * len(choices)
     for site, weight in _some_experts(sites):
         source = chosen_rows(checkpoint, site, how.rows(site))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from slimwright.calibrate.replay import ReplayStep
 from slimwright.calibrate.walk import Step
 from slimwright.errors import InputError
 from slimwright.methods.token_weights import (
@@ -82,7 +83,7 @@ def attention_received(
     return total
 
 
-def token_weights(step: Step, index: int, weighting: TokenWeighting) -> Tensor:
+def token_weights(step: Step | ReplayStep, index: int, weighting: TokenWeighting) -> Tensor:
     """What each token of a batch counts in the Grams of a block: (samples, tokens) float32, 0 where masked.
 
     Raises:
@@ -90,6 +91,7 @@ def token_weights(step: Step, index: int, weighting: TokenWeighting) -> Tensor:
     """
     batch = step.batch(index)
     hidden = step.hidden(index)
+    assert isinstance(step, Step)
     counts = batch.masks.get(tuple(hidden.shape[:2]))
     mask = torch.ones(hidden.shape[:2], dtype=torch.bool) if counts is None else counts
     return weighting.weights.of(_SCORES[weighting.strategy](step, index, hidden, mask), mask)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimwright.calibrate.replay import Replay, ReplayStep, runs_apart
 from slimwright.calibrate.statistics import Collector, bf16_is_fast
 from slimwright.calibrate.walk import Step, Walk, walk_units
 from slimwright.calibrate.walk import Unit as WalkUnit
@@ -124,9 +125,16 @@ class WalkedModel:
             self._dtype,
         )
 
-    def walk(self) -> Walk:
+    def runs_apart(self) -> bool:
+        """Whether the model's blocks can be run one by one (:func:`slimwright.calibrate.replay.runs_apart`)."""
+        first = self._calibration.samples.batches[0]
+        return runs_apart(self.model, self._structure, first, self.hold, self.release)
+
+    def walk(self) -> Walk | Replay:
         """Over the calibration's batches."""
         how = self._calibration
+        if not how.apart:
+            return Replay(self.model, self._structure, how.samples.batches)
         return Walk(self.model, self._structure, how.samples.batches, how.hidden_cap, how.scratch)
 
     def collected(
@@ -136,24 +144,24 @@ class WalkedModel:
         unit's last run, without their Grams if those are not wanted. Nothing is run that no wanted site needs."""
         units = walk_units(self._structure).values()
         wanted = {unit.module: sites for unit in units if (sites := sites_of(unit))}
-        left = {unit.module: unit.runs for unit in units if unit.module in wanted}
+        left = set(wanted)
         collectors = {module: Collector(self.sources, sites, grams) for module, sites in wanted.items()}
         for step in self.walk() if left else ():
             unit = step.unit
             collector = collectors.get(unit.module)
-            if collector is not None:
-                left[unit.module] -= 1
-            over = not any(left.values())
+            if collector is not None and step.final:
+                left.discard(unit.module)
+            over = not left
             if unit.block or not over:  # else its inputs say all
                 self.hold(unit)
             for index in step.indices:
                 with collector.watching(step.batch(index)) if collector is not None else nullcontext():
-                    if over:
+                    if over or not self._calibration.apart:
                         step.show(index)
                     else:
                         step.advance(index, step.output(index))
             self.release(unit)
-            if left.get(unit.module) == 0:
+            if collector is not None and step.final:
                 yield wanted[unit.module], collectors.pop(unit.module)
             if over:
                 break
@@ -265,7 +273,7 @@ class WalkedBuild:
 
     # -- statistics ------------------------------------------------------------------------------------------------
 
-    def _collect(self, step: Step, collector: Collector) -> None:
+    def _collect(self, step: Step | ReplayStep, collector: Collector) -> None:
         weighting = next((w for site in self._open(step.unit) if (w := self.units[site.name].solver().weighting)), None)
         for index in step.indices:
             weights = token_weights(step, index, weighting) if weighting is not None and step.unit.block else None

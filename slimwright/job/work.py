@@ -60,6 +60,7 @@ from slimwright.job.result import (
     write_papers,
 )
 from slimwright.job.reuse import Reuse, edits_key
+from slimwright.job.walked import WalkedModel
 from slimwright.methods import GroupFold, WeightSolver, parse_method
 from slimwright.model.structure import Structure
 from slimwright.plan import Edit, Plan, rounded_groups
@@ -284,7 +285,7 @@ class Work:
             step(len(found), groups)
 
         target = state.target
-        if self.asked.data == "none":
+        if self.asked.data == "none" or not self._calibration(state).apart:
             table = score_options(state.source, state.structure, target.options, dict(found), record)
         else:
             table = with_losses(target.options, self._probed(state, found, record))
@@ -358,6 +359,12 @@ class Work:
             )  # fmt: skip
             state.calibrated_on = facts
             self.notes += notes_on(facts)
+            if not WalkedModel(state.source, state.structure, state.calibration).runs_apart():
+                state.calibration = dataclasses.replace(state.calibration, apart=False)
+                self.notes.append(
+                    "The blocks of this model give other outputs when they are run apart, so it was calibrated by "
+                    "whole forwards; options were scored by the error of the weights."
+                )
         return state.calibration
 
     def _write_config(self, directory: Path, source: Checkpoint, units: list[Unit], plan: Plan) -> None:
