@@ -52,17 +52,8 @@ def main() -> None:
     with torch.no_grad():
         logits = torch.cat([model(input_ids=row[None]).logits.float() for row in torch.load(heldout)])
     torch.save(logits, out)
-    print(
-        json.dumps(
-            {
-                "seconds": seconds,
-                "cpu_seconds": cpu,
-                "loaded_bytes": base,
-                "peak_bytes": peak,
-                "version": llmcompressor.__version__,
-            }
-        )  # fmt: skip
-    )
+    found = {"seconds": seconds, "cpu_seconds": cpu, "loaded_bytes": base, "peak_bytes": peak}
+    print(json.dumps(found | {"version": llmcompressor.__version__}))
 
 
 if __name__ == "__main__":
