@@ -99,8 +99,8 @@ def samples(
     ``tokens`` are there, so that a few long documents do not make all of them. A causal model gets the pieces joined,
     its end token between them, and cut to equal lengths: nothing is padded. An encoder gets one piece (or pair) a row,
     at most ``length`` tokens of it, padded to the longest of its batch, padding masked. An encoder-decoder reads a
-    piece with its encoder and the piece's beginning with its decoder. What reads images or sounds gets one document a row,
-    see :mod:`slimwright.calibrate.feeding`.
+    piece with its encoder and the piece's beginning with its decoder. What reads images or sounds gets one document a
+    row, see :mod:`slimwright.calibrate.feeding`.
 
     Args:
         model: a transformers model (its forward's signature and config are read).
