@@ -95,10 +95,11 @@ def samples(
 ) -> Samples:
     """Batches for a walk over ``model``.
 
-    Documents are taken in an order drawn from ``seed`` until ``tokens`` are there. A causal model gets them joined, its
-    end token between them, and cut to equal lengths: nothing is padded. An encoder gets one document (or pair) a row,
-    cut into pieces of at most ``length``, padded to the longest of its batch, padding masked. An encoder-decoder reads
-    a piece with its encoder and the piece's beginning with its decoder. What reads images or sounds gets one document a
+    Documents are cut into pieces of about ``length`` tokens, which are taken in an order drawn from ``seed`` until
+    ``tokens`` are there, so that a few long documents do not make all of them. A causal model gets the pieces joined,
+    its end token between them, and cut to equal lengths: nothing is padded. An encoder gets one piece (or pair) a row,
+    at most ``length`` tokens of it, padded to the longest of its batch, padding masked. An encoder-decoder reads a
+    piece with its encoder and the piece's beginning with its decoder. What reads images or sounds gets one document a
     row, see :mod:`slimwright.calibrate.feeding`.
 
     Args:
@@ -118,16 +119,16 @@ def samples(
     length = sequence_length(config, length)
     if tokenizer is None:
         return _random(model, tokens, length, seed, batch_tokens)
-    order = ordered(found, seed)
     if not reads_text(model):
-        return _of_media(Feed(model, tokenizer, length), order, tokens, batch_tokens)
+        return _of_media(Feed(model, tokenizer, length), ordered(found, seed), tokens, batch_tokens)
     probe = dummy_inputs(model, batch=1, length=min(length, 16))
+    order = ordered(found if whole else [piece for document in found for piece in _cut(document, length)], seed)
     vocabulary = config.get_text_config().vocab_size
     if causal(config) and not whole:
         batches, counted, example = _packed(tokenizer, order, tokens, length, vocabulary, batch_tokens)
     else:
         batches, counted, example = _padded(
-            tokenizer, order, tokens, length, vocabulary, probe, experts, batch_tokens, whole
+            tokenizer, order, tokens, length, vocabulary, probe, experts, batch_tokens
         )  # fmt: skip
     if not batches:
         raise InputError(
@@ -192,19 +193,15 @@ def _padded(
     probe: dict[str, Tensor],
     experts: bool,
     batch_tokens: int,
-    whole: bool,
 ) -> tuple[list[Batch], int, dict[str, Any]]:
     rows: list[tuple[list[int], str]] = []
     counted = 0
     for document in order:
-        for text in [document] if whole else _cut(document, length):
-            ids = _encode(tokenizer, text, special=True, length=length)
-            _check(ids, vocabulary)
-            if len(ids) >= 2:
-                rows.append((ids, document.name))
-                counted += len(ids)
-            if counted >= tokens:
-                break
+        ids = _encode(tokenizer, document, special=True, length=length)
+        _check(ids, vocabulary)
+        if len(ids) >= 2:
+            rows.append((ids, document.name))
+            counted += len(ids)
         if counted >= tokens:
             break
     example = _example(tokenizer, rows[0][0]) if rows else {}

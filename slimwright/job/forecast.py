@@ -266,7 +266,7 @@ def walk_cost(
     tiles = torch.get_num_threads() * 7 * 4 * SOLVED_ELEMENTS
     kept = size * sum(source.tensors[name].numel for name in structure.kept if name in source.tensors)
     states = tokens * hidden * size
-    base = held + states + 2 * kept + 60_000_000 + 2 * torch.get_num_threads() * THREAD_BYTES
+    base = held + states + 2 * kept + 60_000_000 + torch.get_num_threads() * THREAD_BYTES
     solving = 2 * whole + tiles  # Grams and their factors
     collecting = whole + running
     peak = base + max(solving, collecting)
