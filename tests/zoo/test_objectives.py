@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM
 
 from slimwright.zoo import objectives
 from slimwright.zoo.objectives import UNSCORED, Digits, MaskedTokens, NextToken, SpanCorruption, top_level
@@ -80,11 +81,11 @@ def test_masked_batches() -> None:
     task = MaskedTokens(WINDOW)
     asked = masked = replaced = 0
     for step in range(30):
-        inputs, targets = task.batch(step)
-        assert inputs.shape == targets.shape == (2048 // WINDOW, WINDOW)
+        inputs, targets, _ = task.batch(step)
+        assert inputs.shape == targets.shape == (1024 // WINDOW, WINDOW)
         assert (inputs[:, 0] == task.CLS).all() and (inputs[:, -1] == task.SEP).all()
         scored = targets != UNSCORED
-        assert (scored.sum(1) == round(0.3 * WINDOW)).all() and (targets[scored] >= len(task.special)).all()
+        assert (scored.sum(1) == round(0.25 * WINDOW)).all() and (targets[scored] >= len(task.special)).all()
         changed = scored & (inputs != targets)
         asked += int(scored.sum())
         masked += int((inputs[scored] == task.MASK).sum())
@@ -94,6 +95,26 @@ def test_masked_batches() -> None:
     assert masked / asked == pytest.approx(0.8, abs=0.02) and replaced / asked == pytest.approx(0.1, abs=0.02)
     again = task.batch(29)
     assert torch.equal(again[0], inputs) and torch.equal(again[1], targets)
+
+
+@pytest.mark.usefixtures("little_text")
+def test_attention_reaches_twice_as_far_every_120_steps_until_it_sees_everything() -> None:
+    task = MaskedTokens(128)
+    for step, reach in ((0, 2), (119, 2), (120, 4), (360, 16), (600, 64), (720, 127), (2000, 127)):
+        inputs, _, near = task.batch(step)
+        assert near.shape == (len(inputs), 1, 128, 128) and near.dtype == torch.bool
+        assert near[0, 0, 0].tolist() == [place <= reach for place in range(128)]
+        assert near[-1, 0, 127].tolist() == [127 - place <= reach for place in range(128)]
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=512, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    ).eval()
+    batch = task.batch(0)
+    other = batch[0].clone()
+    other[:, 9] = 7 + (other[:, 9] == 7)
+    with torch.no_grad():
+        before, after = (model(inputs, attention_mask=batch[2]).logits for inputs in (batch[0], other))
+    moved = (before - after).abs().amax((0, 2)) > 1e-6
+    assert moved.nonzero()[:, 0].tolist() == [7, 8, 9, 10, 11], "one block moves two places to each side"
 
 
 @pytest.mark.usefixtures("little_text")
