@@ -27,10 +27,10 @@ from slimwright.evaluate.ranking import score_rankings
 from slimwright.evaluate.table import Table
 
 QUERIES = 1000
-DOCUMENTS = 1300
-DOCUMENT_CHARACTERS = 500
-MOST_OF_A_MODULE = 240
-SHORTEST_QUERY = 4  # words
+DOCUMENTS = 1400
+DOCUMENT_CHARACTERS = 400
+MOST_OF_A_MODULE = 320
+SHORTEST_QUERY = 3  # words
 SHORTEST_DOCUMENT = 60  # characters
 DEPTH = 1000
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
@@ -57,14 +57,14 @@ class RetrievalTask:
 def standard_library_task() -> RetrievalTask:
     """Words → code, on the held-out modules of the running Python's standard library.
 
-    Documents are the passages of at most 500 characters that the source of functions and methods is cut into at line
+    Documents are the passages of at most 400 characters that the source of functions and methods is cut into at line
     ends, without docstrings and comments. The query of a function's first passage is the first paragraph of its
     docstring; of a function without one, the words of its name and parameters, and then the passage lacks that line.
     The query of any other passage is the first comment in it; passages without one are documents that belong to no
-    query. At most 240 passages of a module are taken, and 1,000 queries and 1,300 documents in all, in the order of the
+    query. At most 320 passages of a module are taken, and 1,000 queries and 1,400 documents in all, in the order of the
     identifiers' hashes.
     Texts that occur twice (queries or passages) are left out altogether, since no ranking could tell them apart; so are
-    queries of fewer than four words and passages of fewer than 60 characters.
+    queries of fewer than three words and passages of fewer than 60 characters.
 
     No passage has two queries, so that queries may be drawn as if they were independent. Nothing is random: a version
     of Python gives the same task on every machine.
@@ -192,7 +192,7 @@ def _documented(node: ast.AST) -> bool:
 
 
 def task_of_pairs(found: Sequence[Document]) -> RetrievalTask:
-    """First texts of pairs as queries, their second texts as documents; at most 1,000 queries and 1,300 documents, in
+    """First texts of pairs as queries, their second texts as documents; at most 1,000 queries and 1,400 documents, in
     the order of the names' hashes. Pairs that share a text are joined: a query may have several documents."""
     queries: dict[str, str] = {}
     judgements: dict[str, dict[str, int]] = {}

@@ -130,7 +130,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"job_time": 0.0}, "--job-time"),
     ({"job_time": 0.001}, "expected to take"),
     ({"surprise": 1}, "no option 'surprise'"),
-    ({"data": "chat.jsonl"}, "--data chat.jsonl cannot be used.*reads no text, or has no tokenizer"),
+    ({"data": "chat.jsonl"}, "--data chat.jsonl cannot be used.*has no tokenizer"),
     ({"data": "none", "method": "quantize/gptq"}, "quantize/gptq needs data"),
     ({"calibration_tokens": 3}, "--calibration-tokens must be at least 64"),
     ({"device": "cuda"}, "--device cuda"),

@@ -79,12 +79,12 @@ def test_a_model_without_preference_loses_the_logarithm_of_its_classes() -> None
 def test_masked_batches() -> None:
     task = MaskedTokens(WINDOW)
     asked = masked = replaced = 0
-    for step in range(30):
+    for step in range(1000, 1030):
         inputs, targets = task.batch(step)
-        assert inputs.shape == targets.shape == (2048 // WINDOW, WINDOW)
+        assert inputs.shape == targets.shape == (1024 // WINDOW, WINDOW)
         assert (inputs[:, 0] == task.CLS).all() and (inputs[:, -1] == task.SEP).all()
         scored = targets != UNSCORED
-        assert (scored.sum(1) == round(0.3 * WINDOW)).all() and (targets[scored] >= len(task.special)).all()
+        assert (scored.sum(1) == round(0.25 * WINDOW)).all() and (targets[scored] >= len(task.special)).all()
         changed = scored & (inputs != targets)
         asked += int(scored.sum())
         masked += int((inputs[scored] == task.MASK).sum())
@@ -92,8 +92,17 @@ def test_masked_batches() -> None:
         assert not (inputs[~scored] == task.MASK).any()
         assert (inputs[changed] >= task.MASK).all()
     assert masked / asked == pytest.approx(0.8, abs=0.02) and replaced / asked == pytest.approx(0.1, abs=0.02)
-    again = task.batch(29)
+    again = task.batch(1029)
     assert torch.equal(again[0], inputs) and torch.equal(again[1], targets)
+
+
+@pytest.mark.usefixtures("little_text")
+def test_windows_are_twice_as_long_every_140_steps_up_to_the_whole() -> None:
+    task = MaskedTokens(128)
+    for step, window in ((0, 8), (139, 8), (140, 16), (280, 32), (559, 64), (560, 128), (5000, 128)):
+        inputs, targets = task.batch(step)
+        assert inputs.shape == targets.shape == (1024 // window, window)
+        assert ((targets != UNSCORED).sum(1) == round(0.25 * window)).all()
 
 
 @pytest.mark.usefixtures("little_text")
