@@ -325,6 +325,9 @@ class _Job:
         write_bytes_atomic(held.partial / "README.md", text.encode())
         write_bytes_atomic(held.partial / "merge.yaml", papers.recipe_text(self.config, self.seed).encode())
         write_json_atomic(held.partial / "report.json", data)
+        from slimwright.report.merge import render_merge  # the templates' library: not before the weights are written
+
+        write_bytes_atomic(held.partial / "report.html", render_merge(data, held.out.name).encode())
         held.publish()
         return data
 
