@@ -30,9 +30,11 @@ def render_merge(report: Mapping[str, Any], name: str) -> str:
 def view(report: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What the template shows."""
     lines, job, forecast = report["ledger"], mapping(report.get("job")), mapping(report.get("forecast"))
-    sizes: dict[str, float] = {
-        state: sum(line["bytes"] for line in lines if line["state"] == state) for state in _TONES
-    }
+    sizes: dict[str, float] = dict.fromkeys(_TONES, 0)
+    for line in lines:
+        if line["state"] in sizes:
+            sizes[line["state"]] += line["bytes"]
+    memory = words.size(job.get("peak_memory_bytes"))
     verified = mapping(report.get("verified"))
     figures = [
         ("Time", forecast.get("seconds"), job.get("seconds"), words.duration),
@@ -53,7 +55,7 @@ def view(report: Mapping[str, Any], name: str) -> dict[str, Any]:
             (
                 "Made in",
                 words.duration(job.get("seconds")),
-                f"with {words.size(job.get('peak_memory_bytes'))} of memory",
+                f"with {memory} of memory",
             ),
         ],
         "models": [words.printable(model) for model in report["models"]],

@@ -43,7 +43,8 @@ def report(**more: Any) -> dict[str, Any]:
         "method": "ties", "definitions": "mergekit", "differs_from_the_paper": "it trims each tensor",
         "specs": ["merge/ties"], "models": [EVIL, "b"], "base": None,
         "tensors": {"merged": 1, "copied": 1, "not_read": 1}, "size": {"before": 8000, "after": 4000, "shards": 1},
-        "forecast": {"seconds": 2.0, "memory_bytes": 5_000_000}, "job": {"seconds": 1.0, "peak_memory_bytes": 4_000_000},
+        "forecast": {"seconds": 2.0, "memory_bytes": 5_000_000},
+        "job": {"seconds": 1.0, "peak_memory_bytes": 4_000_000},
         "verified": {"ok": True, "how": "read back"}, "ledger": [line, copied, unread], "notes": [EVIL],
         "how_to_load": "load(x)", "reproduce": "slimwright merge", "versions": {"torch": "2"}, **more,
     }  # fmt: skip
