@@ -401,7 +401,7 @@ def _print_merge(console: Console, data: dict[str, Any], out: object) -> None:
             lines.append(f"proof   {proof['tensors']} tensors and {proof['tiles']} random tiles equal")
     lines += [f"Note: {note}" for note in data["notes"]]
     if out is not None:
-        lines += [f"Report: {out}/report.json"] + (
+        lines += [f"Report: {out}/report.html"] + (
             [f"Load it with:\n{data['how_to_load']}"] if "how_to_load" in data else []
         )
     for line in lines:

@@ -38,10 +38,11 @@ from slimwright.job.merging.extract import extract_adapter
 from slimwright.job.merging.forecast import MergeForecast, forecast
 from slimwright.job.merging.modules import WHOLE, resized_module
 from slimwright.job.merging.plan import MergePlan, plan_units
-from slimwright.job.merging.proof import prove
+from slimwright.job.merging.proof import first_elements, prove, random_tiles
 from slimwright.job.merging.soup import Soup, greedy_soup
 from slimwright.job.merging.sources import MergeInput
 from slimwright.job.merging.targets import Inputs, like
+from slimwright.job.merging.variants import extra_bytes, is_store, prove_variants, write_variants
 from slimwright.job.merging.vocabulary import Alignment, align, resized, write_tokenizer
 from slimwright.job.progress import Reporter
 
@@ -111,6 +112,7 @@ class _Job:
         self.alignment: Alignment | None = None
         self.template: str | None = None
         self.soup: Soup | None = None
+        self.variants: dict[str, Any] | None = None
         self.licence_files: list[str] = []
         self.seed = asked.seed if asked.seed is not None else self.config.seed or 0
 
@@ -122,7 +124,8 @@ class _Job:
             max_shard_bytes=self.asked.max_shard_bytes or config.out_shard_size or MAX_SHARD_BYTES,
             total_parameters=sum(unit.site.numel for unit in plan.units),
         )
-        predicted = forecast(plan, layout.total_bytes, self.asked.verify)
+        extra = extra_bytes(plan)
+        predicted = forecast(plan, layout.total_bytes + extra, self.asked.verify)
         cap = self.watch.cap or 0
         if cap < predicted.memory_bytes:
             raise InputError(
@@ -132,7 +135,7 @@ class _Job:
         if self.asked.dry_run:
             return MergeReport(self._report(plan, inputs, layout, predicted, dry_run=True), None)
         assert self.out is not None
-        self._check_disk(self.out, layout.total_bytes)
+        self._check_disk(self.out, layout.total_bytes + extra)
         states = {str(reference): given.state() for reference, given in inputs.items()}
         recipe = {
             "config": config.source,
@@ -234,9 +237,14 @@ class _Job:
                 done = Engine(plan, writer, journal, self.seed, self._step(reporter)).run()
             proof = None
             self._side_files(held, inner, plan, leader)
+            if is_store(plan):
+                self.variants = write_variants(plan, held.partial, self._config(plan, leader), done, self.seed)
             if self.asked.verify:
                 reporter.begin("verify")
                 proof = prove(plan, held.partial, done, self.seed, self._step(reporter)).to_json()
+                if self.variants:
+                    pieces = [(unit, 0, first_elements(unit)) for unit in plan.units] + random_tiles(plan, self.seed)
+                    prove_variants(plan, held.partial, self.variants["names"], done, self.seed, pieces)
             data = self._publish(held, inner, plan, inputs, layout, predicted, done, proof)
             reporter.step(1, 1)
         return MergeReport(data, held.out)
@@ -267,8 +275,8 @@ class _Job:
 
         return step
 
-    def _side_files(self, held: Claim, inner: Path, plan: MergePlan, leader: MergeInput) -> None:
-        """config.json and everything that makes the model usable, from the base (the first model)."""
+    def _config(self, plan: MergePlan, leader: MergeInput) -> dict[str, Any]:
+        """config.json of the result."""
         config = dict(leader.checkpoint.config)
         for layers in plan.layers:
             if layers.chosen != tuple(range(layers.count)):
@@ -278,7 +286,11 @@ class _Job:
         if self.config.dtype:
             config.pop("torch_dtype", None)
             config["dtype"] = self.config.dtype
-        write_config_atomic(inner / "config.json", config)
+        return config
+
+    def _side_files(self, held: Claim, inner: Path, plan: MergePlan, leader: MergeInput) -> None:
+        """config.json and everything that makes the model usable, from the base (the first model)."""
+        write_config_atomic(inner / "config.json", self._config(plan, leader))
         copied = copy_side_files(leader.checkpoint, held.partial, trust_remote_code=self.asked.trust_remote_code)
         target = held.partial / leader.checkpoint.model_path.relative_to(leader.checkpoint.path)
         if self.alignment is not None:
@@ -313,13 +325,20 @@ class _Job:
         write_bytes_atomic(held.partial / "README.md", text.encode())
         write_bytes_atomic(held.partial / "merge.yaml", papers.recipe_text(self.config, self.seed).encode())
         write_json_atomic(held.partial / "report.json", data)
+        from slimwright.report.merge import render_merge  # the templates' library: not before the weights are written
+
+        write_bytes_atomic(held.partial / "report.html", render_merge(data, held.out.name).encode())
         held.publish()
         return data
 
     def _how_to_load(self, path: Path, inputs: Inputs) -> str:
         architecture = (inputs[like(self.config)].checkpoint.config.get("architectures") or ["AutoModel"])[0]
         auto = "AutoModelForCausalLM" if str(architecture).endswith(("ForCausalLM", "LMHeadModel")) else "AutoModel"
-        return f"from transformers import {auto}\nmodel = {auto}.from_pretrained({str(path)!r})"
+        load = f"from transformers import {auto}\nmodel = {auto}.from_pretrained({str(path)!r})"
+        if not self.variants:
+            return load
+        one = {"method": "passthrough", "models": [f"{path}+{self.variants['names'][0]}"]}
+        return f"import slimwright\nslimwright.merge({one}, 'restored')  # or {', '.join(self.variants['names'][1:])}"
 
     def _report(
         self, plan: MergePlan, inputs: Inputs, layout: Layout, predicted: MergeForecast, dry_run: bool = False
@@ -347,6 +366,7 @@ class _Job:
             },
             "forecast": predicted.to_json(),
             "seed": self.seed,
+            **({"variants": self.variants} if self.variants else {}),
             **({"soup": self.soup.to_json()} if self.soup else {}),
             "reproduce": shlex.join(["slimwright", "merge", given, "--out", str(self.out)]),
             "notes": self.notes,

@@ -106,7 +106,8 @@ def test_a_mergekit_file_means_what_mergekit_does(models: dict[str, str], tmp_pa
     assert len(report["lineage"]["parents"]) == 2
     card = (tmp_path / "out" / "README.md").read_text()
     assert "linear" in card and models["first"] in card
-    assert {"report.json", "merge.yaml", "config.json", "README.md"} <= set(os.listdir(tmp_path / "out"))
+    expected_files = {"report.json", "report.html", "merge.yaml", "config.json", "README.md"}
+    assert expected_files <= set(os.listdir(tmp_path / "out"))
 
 
 def test_our_form_has_the_papers_definitions(models: dict[str, str], tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def prove(
         raise SlimwrightError(
             f"The files' tensors are not those of the plan: {sorted(planned ^ set(result.tensors))[:3]}."
         )
-    pieces = [(unit, 0, _first(unit)) for unit in plan.units] + _random_tiles(plan, seed)
+    pieces = [(unit, 0, first_elements(unit)) for unit in plan.units] + random_tiles(plan, seed)
     again = [unit for unit in plan.units if _surveyed_alone(unit) and unit.site.numel <= BLOCK][:SURVEYED_AGAIN]
 
     def compare(piece: tuple[Unit, int, int]) -> None:
@@ -78,7 +78,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def _first(unit: Unit) -> int:
+def first_elements(unit: Unit) -> int:
     """Elements of the first rows: at least one row where the method needs rows, all where it needs the tensor."""
     extent = unit.method.extent if unit.method else "element"
     if extent == "tensor":
@@ -89,7 +89,7 @@ def _first(unit: Unit) -> int:
     return min(unit.site.numel, FIRST_ELEMENTS)
 
 
-def _random_tiles(plan: MergePlan, seed: int) -> list[tuple[Unit, int, int]]:
+def random_tiles(plan: MergePlan, seed: int) -> list[tuple[Unit, int, int]]:
     """64 tiles, each element of the model as likely as any other."""
     ends: list[int] = []
     for unit in plan.units:

@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 
 from slimwright.checkpoint import Checkpoint, refuse_foreign_quantization, source_state
-from slimwright.checkpoint.files import shown
+from slimwright.checkpoint.files import exists, read_json_object, regular, shown
+from slimwright.checkpoint.header import read_header
 from slimwright.errors import InputError
 from slimwright.formats.peft import Adapter, is_adapter, read_adapter
+
+VARIANTS, BASE = "variants", "base"
+"""Folders of a store of many models: of what is beside the merged one, and in it of the base."""
+VARIANT_FILE, MASK_FILE = "variant.json", "mask.safetensors"
 
 
 @dataclass(frozen=True, order=True)
 class ModelReference:
-    """A model as a configuration names it: a directory or hub id, and an adapter on it or None."""
+    """A model as a configuration names it: a directory or hub id, and an adapter on it (or, of a store of many models,
+    the name of one of them), or None."""
 
     path: str
     adapter: str | None = None
@@ -112,6 +118,69 @@ class AdaptedTensor(Origin):
         return self._change.applied(self._origin.rows(rows).float(), rows)
 
 
+class SelectedTensor(Origin):
+    """A tensor of a model that was merged with others, restored: a bit says of each entry whether it is the merged
+    model's or the base's (:mod:`slimwright.job.merging.variants`).
+
+    Args:
+        merged: the merged model.
+        base: its base.
+        masks: from :func:`open_masks`.
+        name: of the tensor; one without a mask is the base's.
+
+    Raises:
+        InputError: the three do not fit together.
+    """
+
+    def __init__(self, merged: Checkpoint, base: Checkpoint, masks: Checkpoint, name: str) -> None:
+        info, start, mask = merged.tensors[name], base.tensors.get(name), masks.tensors.get(name)
+        self.shape, self.dtype = info.shape, info.dtype
+        if (
+            start is None
+            or (start.shape, start.dtype) != (info.shape, info.dtype)
+            or (mask is not None and (mask.dtype, mask.shape) != (torch.uint8, (-(-self.numel // 8),)))
+        ):
+            raise InputError(
+                f"{shown(masks.path)} does not fit {shown(merged.path)} ('{shown(name)}'): merge the models again."
+            )
+        self._merged, self._base = StoredTensor(merged, name), StoredTensor(base, name)
+        self._mask = None if mask is None else masks.read(name)
+
+    def rows(self, rows: slice) -> Tensor:
+        first, last, _ = rows.indices(self.shape[0] if self.shape else 1)
+        per = math.prod(self.shape[1:])
+        return self.read(first * per, last * per).reshape(last - first, *self.shape[1:])
+
+    def read(self, start: int, stop: int) -> Tensor:
+        base = self._base.read(start, stop)
+        if self._mask is None:
+            return base
+        packed = self._mask[start // 8 : -(-stop // 8)]
+        bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+        chosen = bits.reshape(-1)[start % 8 : start % 8 + stop - start].bool()
+        return torch.where(chosen, self._merged.read(start, stop), base)
+
+
+def open_masks(folder: Path) -> Checkpoint:
+    """The masks of one model in a store.
+
+    Raises:
+        InputError: they are missing or damaged, or of a later version.
+    """
+    file = folder / MASK_FILE
+    about = read_json_object(folder, folder / VARIANT_FILE, 1 << 20)
+    if about.get("format_version") != 1 or about.get("kind") != "tall-mask":
+        raise InputError(f"{shown(folder / VARIANT_FILE)} is of a later version: update slimwright.")
+    if not exists(file):
+        raise InputError(f"{shown(file)} is missing: merge the models again.")
+    descriptor = os.open(regular(folder, file)[0], os.O_RDONLY)
+    try:
+        tensors = read_header(descriptor, file)[0]
+    finally:
+        os.close(descriptor)
+    return Checkpoint(folder, folder, {}, tensors=tensors, files=[file], hub_id=None)
+
+
 class HeldTensor(Origin):
     """A tensor in memory."""
 
@@ -169,13 +238,20 @@ class MergeInput:
         reference: how it was named.
         checkpoint: the (base) checkpoint, dequantized if it is a compressed result of ours.
         adapter: or None.
+        masks: of the model in a store of many that is meant, or None.
         names: of its tensors, in natural order.
     """
 
     def __init__(self, reference: ModelReference) -> None:
         self.reference = reference
         self.checkpoint = _open(reference.path)
-        self.adapter = None if reference.adapter is None else read_adapter(reference.adapter)
+        self.masks: Checkpoint | None = None
+        self.adapter: Adapter | None = None
+        folder = _variant(reference)
+        if folder is not None:
+            self.masks, self._start = open_masks(folder), Checkpoint.open(folder.parent / BASE)
+        elif reference.adapter is not None:
+            self.adapter = read_adapter(reference.adapter)
         self.names = list(self.checkpoint.tensors)
         if self.adapter is not None:
             self._map_adapter(self.adapter)
@@ -206,6 +282,8 @@ class MergeInput:
 
     def origin(self, name: str) -> Origin:
         """A tensor by its name on disk."""
+        if self.masks is not None:
+            return SelectedTensor(self.checkpoint, self._start, self.masks, name)
         found: Origin = StoredTensor(self.checkpoint, name)
         if self.adapter is None:
             return found
@@ -216,11 +294,28 @@ class MergeInput:
     def state(self) -> str:
         """What decides its content, for the key of a journal."""
         parts = [source_state(self.checkpoint)]
+        if self.masks is not None:
+            parts += [source_state(self.masks), source_state(self._start)]
         if self.adapter is not None:
             for file in sorted(self.adapter.path.glob("adapter_*")):
                 status = file.stat()
                 parts.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _variant(reference: ModelReference) -> Path | None:
+    """The folder of the model's masks where one of a store is meant.
+
+    Raises:
+        InputError: a store has none of that name.
+    """
+    store = Path(reference.path) / VARIANTS
+    if reference.adapter is None or os.path.isdir(reference.adapter) or not os.path.isdir(store):
+        return None
+    if not exists(store / reference.adapter / VARIANT_FILE):
+        known = ", ".join(sorted(path.parent.name for path in store.glob(f"*/{VARIANT_FILE}"))) or "none"
+        raise InputError(f"{shown(reference.path)} keeps no model '{shown(reference.adapter)}'; it has: {known}.")
+    return store / reference.adapter
 
 
 def _open(path: str) -> Checkpoint:
