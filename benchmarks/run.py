@@ -24,6 +24,8 @@ BENCHMARKS = {
     "solvers": "what every solver loses on the cards' synthetic setups",
     "calibrated": "what every solver loses in whole jobs, on the bundled LM, the zoo and MiniLM",
     "memory": "13 GB models under 1.5 GB of memory",
+    "products": "products with packed weights, one by one, beside dense ones",
+    "decode": "decoding from packed weights beside dense models and peers",
     "gptq": "GPTQ beside llm-compressor's, and as a multiple of its floor",
 }
 

@@ -285,6 +285,9 @@ int slimwright_packed_abi() { return 1; }
 
 const char* slimwright_packed_isa() { return rows.name; }
 
+// Whether products can be taken in bfloat16.
+int slimwright_packed_bfloats() { return rows.bfloats; }
+
 const char* slimwright_packed_error(int code) {
     return code < 0 || code > NO_MEMORY ? "unknown error" : MESSAGES[code];
 }
@@ -296,19 +299,20 @@ int slimwright_packed_check(const Weight* weight) { return check(weight); }
 
 // out (batch, last - first) = x (batch, columns) W[first..last)' + bias; x, bias, out of the same type, contiguous.
 // digits: 0 float arithmetic, 1 to 3 integers of 8, 16, 24 bits (the grid's groups must be multiples of 16 columns, or
-// whole rows).
+// whole rows), 4 bfloat16 (where slimwright_packed_bfloats).
 int slimwright_packed_linear(const Weight* weight, const void* x, int64_t batch, int64_t first, int64_t last,
                              const void* bias, void* out, int32_t type, int32_t digits, int32_t threads) {
     if (const int wrong = check(weight)) return wrong;
     const Weight& w = *weight;
     if (first < 0 || last > w.rows || first >= last) return BAD_RANGE;
-    if (!x || !out || batch < 1 || batch > (1 << 20) || digits < 0 || digits > 3 || threads < 1 || threads > 4096 ||
+    if (!x || !out || batch < 1 || batch > (1 << 20) || digits < 0 || digits > (rows.bfloats && type == BFLOAT16 ? BFLOATS : 3) || threads < 1 || threads > 4096 ||
         (type != FLOAT32 && type != BFLOAT16))
         return BAD_ARGUMENT;
     Inputs in{};
     in.batch = batch, in.chunks = chunks_of(w), in.groups = padded_groups(w), in.digits = digits;
     in.segments = in.segment_chunks = in.segment_group = 1;
-    if (digits) {
+    const bool integers = digits && digits != BFLOATS;
+    if (integers) {
         const bool whole = w.group >= w.columns;
         if (w.kind == NF4 || w.kind == FP8 || (!whole && w.group % BLOCK)) return BAD_GRID;
         in.lanes = !whole && w.group % CHUNK != 0;
@@ -326,7 +330,7 @@ int slimwright_packed_linear(const Weight* weight, const void* x, int64_t batch,
     const int64_t value_bytes = divide_up(batch * in.chunks * rows.chunk_bytes(digits), 64) * 64;
     const int64_t scale_bytes = batch * in.padded * 4;
     const int64_t sum_bytes = batch * in.groups * 4;
-    const int64_t start_bytes = digits ? batch * rows.start_numbers(in) * 4 : 0;
+    const int64_t start_bytes = integers ? batch * rows.start_numbers(in) * 4 : 0;
     uint8_t* memory = inputs_memory.get(size_t(value_bytes + scale_bytes + sum_bytes + start_bytes));
     if (!memory) return NO_MEMORY;
     in.values = memory;

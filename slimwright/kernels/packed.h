@@ -13,6 +13,7 @@ enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 
 constexpr int64_t CHUNK = 64;       // codes per chunk (weights/packing.py)
 constexpr int64_t BLOCK = 16;       // columns that must share a scale for integer arithmetic
+constexpr int32_t BFLOATS = 4;      // Inputs.digits of products in bfloat16
 constexpr int64_t MOST_CHUNKS = 8;  // of a segment: sums of a segment stay below 2**31
 
 // A packed matrix as its tensors lie in the file; kernels/packed.py has the same fields.
@@ -36,7 +37,7 @@ struct Inputs {
     int64_t batch, chunks, groups;    // groups: of the weight, rounded up to a multiple of 16
     int64_t segments, segment_chunks, segment_group;  // segment_group: segments per group of the weight
     int64_t padded;                   // segments rounded up to a multiple of 16
-    int32_t digits;                   // 0: float32 values; 1, 2, 3: integers of 8, 16, 24 bits
+    int32_t digits;                   // 0: float32 values; 1, 2, 3: integers of 8, 16, 24 bits; 4: bfloat16 values
     int32_t lanes;                    // a scale per 16 columns instead of per segment
     const void* values;               // float (batch, chunks, 64), or the instruction set's own form of the integers
     const float* scale;               // (batch, padded)
@@ -47,6 +48,7 @@ struct Inputs {
 // One instruction set's functions.
 struct Rows {
     const char* name;
+    bool bfloats;                     // whether it multiplies bfloat16 values
     // Bytes of Inputs.values per chunk of one row with that many digits.
     int64_t (*chunk_bytes)(int32_t digits);
     // Numbers of Inputs.start for one row.

@@ -21,16 +21,17 @@ from slimwright.errors import SlimwrightError
 from slimwright.kernels import one_line, shared_library, switched_off, torch_threads
 
 ABI = 1
+BFLOATS = 4
+"""``digits`` of products in bfloat16."""
 KINDS = {"int": 0, "nf4": 1, "mxfp4": 2, "fp8": 3, "q4_0": 4, "q8_0": 5, "q4_k": 6, "q6_k": 7}
 ZEROS = {"middle": 0, "bytes": 1, "nibbles": 2, "halves": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _SOURCES = ("packed.cpp", "packed_rows.cpp", "packed_codes.h", "packed_inputs.h", "packed_vectors.h", "packed.h")
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"})
 _SETS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
-    "avx512": (
-        ("-march=x86-64-v4", "-mavx512vnni"),
-        frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"}),
-    ),
+    "avx512bf16": (("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"), _AVX512 | {"avx512_bf16"}),
+    "avx512": (("-march=x86-64-v4", "-mavx512vnni"), _AVX512),
     "avx2": (("-march=x86-64-v3",), frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})),
     "neon": ((), frozenset({"asimd"})),
     "portable": ((), frozenset()),
@@ -95,6 +96,7 @@ class Library:
         self.gather.argtypes = [pointer, pointer, long, pointer, integer, integer]
         self.check = self.loaded.slimwright_packed_check
         self.check.argtypes = [pointer]
+        self.bfloats = bool(self.loaded.slimwright_packed_bfloats())
         self._error = self.loaded.slimwright_packed_error
         self._error.argtypes, self._error.restype = [integer], ctypes.c_char_p
         self._threads = self.loaded.slimwright_packed_threads
@@ -224,8 +226,9 @@ class Matrix:
         Args:
             x: float32 or bfloat16 on the CPU.
             bias: (stop - start,) in x's dtype.
-            digits: bytes that stand for an input in integer arithmetic; 0 is float arithmetic. None: 3 for float32, 2
-                for bfloat16, 0 where :attr:`Layout.integer` is false.
+            digits: bytes that stand for an input in integer arithmetic; 0 is float arithmetic, :data:`BFLOATS` rounds
+                the weight to bfloat16 as well. None: 3 for float32, 2 for bfloat16, 0 where
+                :attr:`Layout.integer` is false.
 
         Raises:
             SlimwrightError: a shape or dtype that does not fit.

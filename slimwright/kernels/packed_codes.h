@@ -271,30 +271,50 @@ constexpr float NF4_LEVELS[16] = {
 
 // -- dense rows -----------------------------------------------------------------------------------------------------
 
+#if VNNI
+// Whether whole chunks have one scale.
+INLINE bool has_tables(const Weight& w) {
+    return w.kind == NF4 || (w.kind == INT && (w.group % CHUNK == 0 || w.group == w.columns));
+}
+
+// The values of the 16 codes of a group of 4 bits or less.
+INLINE __m512 values_of_codes(const Weight& w, int64_t row, int64_t group, const float* scale, const float* zero) {
+    if (w.kind == NF4)
+        return _mm512_mul_ps(_mm512_loadu_ps(NF4_LEVELS), _mm512_set1_ps(absmax_of(w, row * groups_of(w) + group)));
+    const __m512 codes = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_mul_ps(_mm512_sub_ps(codes, _mm512_set1_ps(zero[group])), _mm512_set1_ps(scale[group]));
+}
+#endif
+
 // The values of a row in float32, zeros beyond the columns up to whole chunks. codes: room for the row's codes; scale
 // and zero: for its groups.
 void values_of_row(const Weight& w, int64_t row, float* values, uint8_t* codes, float* scale, float* zero) {
     const int64_t chunks = chunks_of(w);
-    if (w.kind == NF4) {
-        const uint8_t* p = w.payload + row * row_bytes(w);
-        int64_t c = 0;
+    int64_t first = 0;  // of the chunks that remain
 #if VNNI
-        const __m512 levels = _mm512_loadu_ps(NF4_LEVELS);
-        for (; c < w.columns / CHUNK; c++, p += 32) {
-            const __m512 absmax = _mm512_set1_ps(absmax_of(w, row * chunks + c));
+    if (w.bits == 4 && has_tables(w)) {
+        const uint8_t* p = w.payload + row * row_bytes(w);
+        if (w.kind == INT) parameters<false>(w, row, scale, zero);
+        __m512 table = _mm512_setzero_ps();
+        for (int64_t until = 0; first < w.columns / CHUNK; first++, p += 32) {
+            if (first * CHUNK == until) {
+                table = values_of_codes(w, row, until / w.group, scale, zero);
+                until += w.group;
+            }
             for (int half = 0; half < 2; half++) {
                 const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128(
                     reinterpret_cast<const __m128i*>(p + 16 * half)));
-                float* out = values + c * CHUNK + 16 * half;
-                _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_permutexvar_ps(q, levels), absmax));
-                const __m512i high = _mm512_srli_epi32(q, 4);
-                _mm512_storeu_ps(out + 32, _mm512_mul_ps(_mm512_permutexvar_ps(high, levels), absmax));
+                float* out = values + first * CHUNK + 16 * half;
+                _mm512_storeu_ps(out, _mm512_permutexvar_ps(q, table));
+                _mm512_storeu_ps(out + 32, _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), table));
             }
         }
-        p = w.payload + row * row_bytes(w);
+        if (first == chunks) return;
+    }
 #endif
-        if (c < chunks) unpack_row<4>(p, w.columns, codes);
-        for (; c < chunks; c++) {
+    if (w.kind == NF4) {
+        unpack_row<4>(w.payload + row * row_bytes(w), w.columns, codes);
+        for (int64_t c = first; c < chunks; c++) {
             const float absmax = absmax_of(w, row * chunks + c);
             for (int64_t i = c * CHUNK; i < (c + 1) * CHUNK; i++) values[i] = NF4_LEVELS[codes[i]] * absmax;
         }
@@ -317,6 +337,64 @@ void values_of_row(const Weight& w, int64_t row, float* values, uint8_t* codes, 
     for (int64_t i = w.columns; i < chunks * CHUNK; i++) values[i] = 0;
 }
 
+#if BF16
+INLINE void narrow(const float* values, int64_t length, uint16_t* out) {
+    for (int64_t i = 0; i < length; i += 32) {
+        const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + i + 16), _mm512_loadu_ps(values + i));
+        _mm512_storeu_si512(out + i, (__m512i)both);
+    }
+}
+
+// Whole chunks of one scale each, straight to bfloat16.
+template <int BITS>
+INLINE void narrow_chunks(const Weight& w, int64_t row, uint16_t* out, const float* scale, const float* zero) {
+    const uint8_t* p = w.payload + row * row_bytes(w);
+    __m512i table = _mm512_setzero_si512();
+    __m512 s = _mm512_setzero_ps(), z = s;
+    for (int64_t c = 0, until = 0; c < w.columns / CHUNK; c++, p += 8 * BITS, out += CHUNK) {
+        if (c * CHUNK == until) {
+            const int64_t group = until / w.group;
+            if constexpr (BITS <= 4)
+                table = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(values_of_codes(w, row, group, scale, zero)));
+            else s = _mm512_set1_ps(scale[group]), z = _mm512_set1_ps(zero[group]);
+            until += w.group;
+        }
+        const __m512i codes = load_chunk<BITS>(p);
+        for (int half = 0; half < 2; half++) {
+            const __m256i bytes = half ? _mm512_extracti64x4_epi64(codes, 1) : _mm512_castsi512_si256(codes);
+            __m512i words;
+            if constexpr (BITS <= 4) words = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(bytes), table);
+            else {
+                const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(bytes)));
+                const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(bytes, 1)));
+                words = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_sub_ps(high, z), s),
+                                                     _mm512_mul_ps(_mm512_sub_ps(low, z), s));
+            }
+            _mm512_storeu_si512(out + 32 * half, words);
+        }
+    }
+}
+
+// The values of a row rounded to bfloat16, zeros beyond the columns up to whole chunks. wide: room for them in float32.
+void bfloats_of_row(const Weight& w, int64_t row, uint16_t* out, float* wide, uint8_t* codes, float* scale,
+                    float* zero) {
+    if (has_tables(w) && w.columns % CHUNK == 0) {
+        if (w.kind == INT) parameters<false>(w, row, scale, zero);
+        switch (w.bits) {
+            case 2: return narrow_chunks<2>(w, row, out, scale, zero);
+            case 3: return narrow_chunks<3>(w, row, out, scale, zero);
+            case 4: return narrow_chunks<4>(w, row, out, scale, zero);
+            case 5: return narrow_chunks<5>(w, row, out, scale, zero);
+            case 6: return narrow_chunks<6>(w, row, out, scale, zero);
+            case 7: return narrow_chunks<7>(w, row, out, scale, zero);
+            default: return narrow_chunks<8>(w, row, out, scale, zero);
+        }
+    }
+    values_of_row(w, row, wide, codes, scale, zero);
+    narrow(wide, chunks_of(w) * CHUNK, out);
+}
+#endif
+
 // Where the parts of a thread's scratch begin, each for ROWS rows.
 struct Scratch {
     float* values;         // chunks * 64
@@ -336,6 +414,18 @@ struct Scratch {
 void decode(const Weight& w, int64_t row, void* out, int32_t type, uint8_t* memory) {
     const Scratch scratch(w, memory);
     float* values = scratch.values;
+#if BF16
+    if (type == BFLOAT16) {
+        if (w.columns % CHUNK == 0)  // whole chunks: nothing is written beyond the row
+            return bfloats_of_row(w, row, static_cast<uint16_t*>(out), values, scratch.codes, scratch.scale, scratch.zero);
+        uint16_t* narrowed = reinterpret_cast<uint16_t*>(values + chunks_of(w) * CHUNK);
+        bfloats_of_row(w, row, narrowed, values, scratch.codes, scratch.scale, scratch.zero);
+        memcpy(out, narrowed, size_t(w.columns) * 2);
+        return;
+    }
+#endif
+    if (type == FLOAT32 && w.columns % CHUNK == 0)
+        return values_of_row(w, row, static_cast<float*>(out), scratch.codes, scratch.scale, scratch.zero);
     values_of_row(w, row, values, scratch.codes, scratch.scale, scratch.zero);
     if (type == FLOAT32) memcpy(out, values, size_t(w.columns) * 4);
     else

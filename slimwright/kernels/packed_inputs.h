@@ -23,6 +23,7 @@ int64_t start_numbers(const Inputs& in) {
 }
 
 int64_t chunk_bytes(int32_t digits) {
+    if (digits == BFLOATS) return CHUNK * 2;
     return digits ? planes_of(digits) * CHUNK * int64_t(sizeof(Digit)) : CHUNK * 4;
 }
 
@@ -135,6 +136,12 @@ void prepare_integers(const Weight& w, const void* inputs, int32_t type, int64_t
 }
 
 void prepare(const Weight& w, const void* x, int32_t type, int64_t index, const Inputs& in) {
+    if (in.digits == BFLOATS) {
+        uint16_t* out = static_cast<uint16_t*>(const_cast<void*>(in.values)) + index * in.chunks * CHUNK;
+        memcpy(out, x, size_t(w.columns) * 2);
+        memset(out + w.columns, 0, size_t(in.chunks * CHUNK - w.columns) * 2);
+        return;
+    }
     if (in.digits == 0) {
         float* out = static_cast<float*>(const_cast<void*>(in.values)) + index * in.chunks * CHUNK;
         if (type == FLOAT32) memcpy(out, x, size_t(w.columns) * 4);

@@ -8,8 +8,9 @@
 //   (2**-23 or 2**-15) * max|x of the segment| * sum|w|   from writing the inputs as integers, and
 //   (segments + 24) * 2**-24 * sum of scale * (code + zero point) * |x|   from adding in float32.
 //
-// Float arithmetic, for all other grids: a row is decoded to exactly the float32 values that the grid defines, and
-// multiplied with fused multiply-adds.
+// Float arithmetic, for all other grids, and for all where a batch makes decoding cheap beside the products: a row is
+// decoded to exactly the float32 values that the grid defines, and multiplied with fused multiply-adds. With bfloat16
+// inputs and instructions for them the values are rounded to bfloat16 first, as a dense bfloat16 model has them.
 
 #include "packed_codes.h"
 #include "packed_inputs.h"
@@ -295,14 +296,47 @@ INLINE void multiply_values(const float* values, const Inputs& in, int64_t row, 
     output.write(row, first, sum);
 }
 
+#if BF16
+// The same in bfloat16, pairs of products added in float32.
+template <int R, int M>
+INLINE void multiply_values(const uint16_t* values, const Inputs& in, int64_t row, int64_t first, const Output& output) {
+    const int64_t length = in.chunks * CHUNK;
+    const uint16_t* x = static_cast<const uint16_t*>(in.values) + first * length;
+    Floats total[R][M];
+    for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) total[r][m] = f_zero();
+    for (int64_t i = 0; i < length; i += 32)
+        for (int m = 0; m < M; m++) {
+            const __m512bh input = (__m512bh)_mm512_loadu_si512(x + m * length + i);
+            for (int r = 0; r < R; r++)
+                total[r][m] = _mm512_dpbf16_ps(total[r][m], (__m512bh)_mm512_loadu_si512(values + r * length + i), input);
+        }
+    output.write(row, first, total);
+}
+#endif
+
+template <int R, typename Value>
+INLINE void multiply_batch(const Value* values, const Inputs& in, int64_t row, const Output& output) {
+    int64_t m = 0;
+    for (; m + 4 <= in.batch; m += 4) multiply_values<R, 4>(values, in, row, m, output);
+    for (; m < in.batch; m++) multiply_values<R, 1>(values, in, row, m, output);
+}
+
 template <int R>
 void multiply_decoded(const Weight& w, const Inputs& in, int64_t row, const Output& output, const Scratch& scratch) {
     const int64_t length = in.chunks * CHUNK;
+#if BF16
+    if (in.digits == BFLOATS) {  // the room for four rows of float32 holds four of bfloat16 and one of float32
+        uint16_t* narrowed = reinterpret_cast<uint16_t*>(scratch.values);
+        float* wide = scratch.values + 3 * length;
+        for (int r = 0; r < R; r++)
+            bfloats_of_row(w, row + r, narrowed + r * length, wide, scratch.codes, scratch.scale, scratch.zero);
+        return multiply_batch<R>(narrowed, in, row, output);
+    }
+#endif
     for (int r = 0; r < R; r++)
         values_of_row(w, row + r, scratch.values + r * length, scratch.codes, scratch.scale, scratch.zero);
-    int64_t m = 0;
-    for (; m + 4 <= in.batch; m += 4) multiply_values<R, 4>(scratch.values, in, row, m, output);
-    for (; m < in.batch; m++) multiply_values<R, 1>(scratch.values, in, row, m, output);
+    multiply_batch<R>(scratch.values, in, row, output);
 }
 
 template <int BITS, int DIGITS>
@@ -340,14 +374,14 @@ void linear(const Weight& w, const Inputs& in, int64_t first, int64_t last, cons
     if (in.digits == 2) return linear_digits<2>(w, in, first, last, output, scratch);
     if (in.digits == 3) return linear_digits<3>(w, in, first, last, output, scratch);
     int64_t row = first;
-    for (; row + 2 <= last; row += 2) multiply_decoded<2>(w, in, row, output, scratch);
+    for (; row + 4 <= last; row += 4) multiply_decoded<4>(w, in, row, output, scratch);
     for (; row < last; row++) multiply_decoded<1>(w, in, row, output, scratch);
 }
 
 }  // namespace
 
 extern const Rows rows;
-const Rows rows = {NAME_OF(ISA), chunk_bytes, start_numbers, prepare, linear, decode};
+const Rows rows = {NAME_OF(ISA), BF16, chunk_bytes, start_numbers, prepare, linear, decode};
 
 }  // namespace ISA
 }  // namespace slimwright

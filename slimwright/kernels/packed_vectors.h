@@ -25,6 +25,12 @@
 #define VNNI 0
 #endif
 
+#if VNNI && defined(__AVX512BF16__)
+#define BF16 1
+#else
+#define BF16 0
+#endif
+
 namespace slimwright {
 namespace ISA {
 namespace {

@@ -2,10 +2,14 @@
 
 On the CPU, with float32 or bfloat16 inputs and the compiled kernels:
 
-- up to :func:`few_inputs` rows of input the packed bytes are read once, by *integers* (grids whose codes are integers
-  and whose scales are shared by multiples of 16 columns) or by *floats* (other grids; see kernels/packed_rows.cpp);
-- above, *tiles* of dense rows are written by the kernels into a buffer that stays in the caches, and multiplied by the
-  library's matrix product.
+- for one or two rows of input by *integers*, where the grid's codes are integers and its scales are shared by multiples
+  of 16 columns: codes go from the file into products (see kernels/packed_rows.cpp);
+- for more, and for other grids, by *floats*: four rows of the weight at a time are decoded and multiplied with all
+  inputs; with bfloat16 inputs and instructions for them, in bfloat16;
+- for so many that they do not stay in the cache (:func:`arithmetic`), *tiles* of dense rows are written by the kernels
+  into a buffer and multiplied by the library's matrix product.
+
+Every way reads the packed bytes once.
 
 Everywhere else (another device or dtype, no compiler, gradients in a compiled model) the *reference* in
 :mod:`slimwright.runtime.modules` decodes tiles with torch. ``torch.ops.slimwright.packed_linear`` and ``packed_gather``
@@ -25,11 +29,11 @@ from torch import Tensor
 
 from slimwright.errors import InputError
 from slimwright.kernels import packed
-from slimwright.kernels.packed import Layout, Matrix
+from slimwright.kernels.packed import Matrix
 from slimwright.weights import Grid, matrix_shape, parse_grid
 from slimwright.weights.matrix import kernel_layout, kernel_matrix
 
-TILE_ELEMENTS = 4 << 20
+TILE_ELEMENTS = 8 << 20
 """Most elements of a dense tile."""
 AUTOMATIC = -1
 """Digits of the inputs as their dtype asks for."""
@@ -59,15 +63,25 @@ def known(grid: Grid) -> bool:
     return kernel_layout(grid, 256, 256) is not None
 
 
-def few_inputs(layout: Layout, dtype: torch.dtype) -> int:
-    """Most rows of input for which reading packed bytes is faster than tiles and the library's product."""
-    if not layout.integer:
-        return 16
-    return 32 if dtype == torch.bfloat16 else 48
+def arithmetic(matrix: Matrix, dtype: torch.dtype, batch: int) -> int | None:
+    """``digits`` (:meth:`Matrix.linear`) of the fastest arithmetic for so many rows of input; None: tiles.
+
+    Measured on Zen 4 with one thread on 896 -> 4864 and back, int4 and int8 (``python -m benchmarks.products``):
+    integers win where decoding a row costs more than its few products; the library's product wins when the inputs no
+    longer stay in the second-level cache while rows of the weight pass by.
+    """
+    layout, bfloats = matrix.layout, dtype == torch.bfloat16 and matrix.library.bfloats
+    if layout.integer and batch <= (1 if bfloats else 2):
+        return 3 if dtype == torch.float32 else 2
+    if batch == 1:
+        return 0
+    if batch * layout.columns * (2 if bfloats else 4) > (1 << 20 if bfloats else 2 << 20) or (bfloats and batch > 192):
+        return None
+    return packed.BFLOATS if bfloats else 0
 
 
 def kernel_name(grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    """What multiplies with a weight at batch 1, and why, in a few words (``doctor`` and the report show it)."""
+    """What multiplies with a weight and one row of input, and why, in a few words (``doctor`` and the report)."""
     if grid.plain:
         return "the library's product (not packed)"
     if not ready():
@@ -122,19 +136,24 @@ def multiply(matrix: Matrix, x: Tensor, bias: Tensor | None, start: int, stop: i
     layout = matrix.layout
     if digits == 1 and layout.integer:
         return matrix.linear(x, bias, start, stop, 1)
-    if x.numel() <= few_inputs(layout, x.dtype) * layout.columns:
-        return matrix.linear(x, bias, start, stop)
+    chosen = arithmetic(matrix, x.dtype, x.numel() // layout.columns)
+    if chosen is not None:
+        return matrix.linear(x, bias, start, stop, chosen)
     step = max(1, TILE_ELEMENTS // layout.columns)
     if stop - start <= step:
         tile = _scratch.get(stop - start, layout.columns, x.dtype)
         return F.linear(x, matrix.decode(start, stop, out=tile), bias)
-    out = torch.empty(*x.shape[:-1], stop - start, dtype=x.dtype)
+    flat = x.reshape(-1, layout.columns)
+    out = x.new_empty(flat.shape[0], stop - start)
     for first in range(start, stop, step):
         last = min(stop, first + step)
-        tile = matrix.decode(first, last, out=_scratch.get(last - first, layout.columns, x.dtype))
-        part = None if bias is None else bias[first - start : last - start]
-        out[..., first - start : last - start] = F.linear(x, tile, part)
-    return out
+        tile = matrix.decode(first, last, out=_scratch.get(last - first, layout.columns, x.dtype)).T
+        part = out[:, first - start : last - start]
+        if bias is None:
+            torch.mm(flat, tile, out=part)
+        else:
+            torch.addmm(bias[first - start : last - start], flat, tile, out=part)
+    return out.reshape(*x.shape[:-1], stop - start)
 
 
 # -- operators -----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ using namespace slimwright;
 
 extern "C" {
 const char* slimwright_packed_isa();
+int slimwright_packed_bfloats();
 int slimwright_packed_check(const Weight*);
 int slimwright_packed_linear(const Weight*, const void*, int64_t, int64_t, int64_t, const void*, void*, int32_t, int32_t,
                              int32_t);
@@ -171,9 +172,9 @@ static void one(int64_t number) {
     }
     Bytes narrow(batch * w.columns * 2), narrow_out(batch * outputs * 2);
     for (int64_t i = 0; i < narrow.size / 2; i++) memcpy(narrow.data + 2 * i, x.data + 4 * i + 2, 2);
-    if (slimwright_packed_linear(&w, narrow.data, batch, first, last, nullptr, narrow_out.data, BFLOAT16, integers ? 2 : 0,
-                                 threads))
-        fail("linear in bfloat16", w);
+    for (int digits : {integers ? 2 : 0, slimwright_packed_bfloats() ? int(BFLOATS) : 0})
+        if (slimwright_packed_linear(&w, narrow.data, batch, first, last, nullptr, narrow_out.data, BFLOAT16, digits, threads))
+            fail("linear in bfloat16", w);
 
     // damaged descriptions: refused, or at least nothing outside the buffers is touched
     for (int trial = 0; trial < 8; trial++) {

@@ -67,6 +67,8 @@ def bound(matrix: Matrix, x: Tensor, dense: Tensor, digits: int) -> Tensor:
     """What packed_rows.cpp promises, (batch, rows)."""
     layout, x, dense = matrix.layout, x.double(), dense.double()
     magnitude = x.abs() @ dense.abs().T
+    if digits == packed.BFLOATS:
+        return (layout.columns / 16 + 2**16) * 2.0**-24 * magnitude  # half a step of the weight's rounding, 2**-8
     if digits == 0:
         return (layout.columns / 8 + 24) * 2.0**-24 * magnitude
     segment = 64 if layout.group < layout.columns and layout.group % 64 else min(layout.group, 512)
@@ -110,7 +112,10 @@ def test_products_keep_their_bound(name: str, dtype: torch.dtype, specs: list[st
             x = inputs(batch, columns).to(dtype)
             exact = x.double() @ dense.double().T
             automatic = (3 if dtype == torch.float32 else 2) if matrix.layout.integer else 0
-            for digits in {automatic, 0, 1} if matrix.layout.integer else {0}:
+            ways = {automatic, 0, 1} if matrix.layout.integer else {0}
+            if dtype == torch.bfloat16 and matrix.library.bfloats:
+                ways |= {packed.BFLOATS}
+            for digits in ways:
                 got = matrix.linear(x, digits=None if digits == automatic else digits)
                 error = (got.double() - exact).abs()
                 most = bound(matrix, x, dense, digits) + 1e-37
@@ -228,6 +233,8 @@ def test_what_does_not_fit_is_refused() -> None:
         matrix.linear(torch.zeros(1, 256, dtype=torch.float64))
     with pytest.raises(SlimwrightError, match="bias"):
         matrix.linear(torch.zeros(1, 256), torch.zeros(32))
+    with pytest.raises(SlimwrightError, match="argument"):
+        matrix.linear(torch.zeros(1, 256), digits=packed.BFLOATS)
     with pytest.raises(SlimwrightError, match="number format"):
         float_parts, _ = value("nf4", 33, 256)
         nf4 = kernel_matrix(parse_grid("nf4"), float_parts, (33, 256))
@@ -240,3 +247,13 @@ def test_every_grid_has_a_kernel_or_is_plain() -> None:
         for spec in kind.examples or (kind.key,):
             grid = parse_grid(spec)
             assert grid.plain or kernel_layout(grid, 256, 256) is not None, spec
+
+
+def test_groups_of_zeros_give_nothing_but_zeros() -> None:
+    """A group of zeros has scale 1 on a symmetric grid: its codes and zero points must cancel exactly."""
+    for name in instruction_sets():
+        for spec in ("int8:row:sym", "int4:g32:sym", "q8_0", "mxfp4", "q6_k"):
+            solved: Any = method("quantize/rtn", grid=spec).solve(torch.zeros(9, 256), SiteStatistics.none())
+            matrix = kernel_matrix(parse_grid(spec), solved.save(), (9, 256), loaded(name))
+            assert matrix is not None
+            assert not bool(matrix.linear(1000 * torch.randn(3, 256)).any()), (name, spec)
