@@ -101,6 +101,9 @@ def fit(
         str | None,
         typer.Option(hidden=True, help="Round what enters linear layers: int8 or fp8, :token or :tensor."),
     ] = None,
+    cache: Annotated[
+        str | None, typer.Option(hidden=True, help="How keys and values are cached: cache/kivi,bits=4 (8, 4, 2).")
+    ] = None,
     calibration_tokens: Annotated[int | None, typer.Option(hidden=True, help="Tokens to calibrate on.")] = None,
     calibration_length: Annotated[
         int | None, typer.Option(hidden=True, help="Tokens of a sequence (default 512 or the model's positions).")
@@ -137,7 +140,7 @@ def fit(
     report = run(
         model, out, size=size, grid=grid, rules=tuple(rule or ()), plan=plan, job_memory=job_memory, dry_run=dry_run,
         data=data, eval_data=eval_data, calibration_tokens=calibration_tokens, calibration_length=calibration_length,
-        method=method, folds=None if fold is None else tuple(fold), activations=activations, search=search,
+        method=method, folds=None if fold is None else tuple(fold), activations=activations, cache=cache, search=search,
         job_time=None if job_time is None else _seconds(job_time), device=device, seed=seed,
         max_shard_bytes=parse_bytes(shard_size, "--shard-size"), statistics_cache=statistics_cache,
         trust_remote_code=trust_remote_code,

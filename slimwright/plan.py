@@ -98,7 +98,7 @@ class Plan(BaseModel):
     assignments: dict[str, Assignment] = Field(default_factory=dict)
     edits: list[Edit] = Field(default_factory=list)
     activations: dict[str, str] = Field(default_factory=dict)
-    cache: dict[str, Any] = Field(default_factory=dict)
+    cache: dict[str, str] = Field(default_factory=dict)
     adapters: dict[str, Any] = Field(default_factory=dict)
     variants: dict[str, Any] = Field(default_factory=dict)
     heal: list[Any] = Field(default_factory=list)
@@ -134,7 +134,7 @@ class Plan(BaseModel):
             edit.fold()
         for spec in plan.activations.values():
             Activations.parse(spec)
-        for name in ("cache", "adapters", "variants", "heal"):
+        for name in ("adapters", "variants", "heal"):
             if getattr(plan, name):
                 raise NotBuiltError(
                     f"The plan {path} has '{name}', which this version of slimwright does not build yet."

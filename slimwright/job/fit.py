@@ -20,6 +20,7 @@ from slimwright.checkpoint import (
 )
 from slimwright.errors import InputError
 from slimwright.job.build import layout_of, plan_units
+from slimwright.job.caching import EVERYWHERE, cache_formats
 from slimwright.job.calibration import with_data
 from slimwright.job.edits import rotated
 from slimwright.job.forecast import Forecast, forecast, measure_rates
@@ -51,8 +52,8 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
         options: fields of :class:`FitOptions`: ``size`` (``4.25bit | 30% | 4.7GB``), ``grid`` (``int4:g128``
             everywhere), ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``data`` (what to calibrate on, or
             ``none``), ``eval_data``, ``calibration_tokens``, ``calibration_length``, ``method`` (solver), ``folds``
-            (what is done before: ``fold/awq``, ``none``), ``search`` (``dp | milp``), ``job_memory`` (``2GB``),
-            ``job_time`` (seconds), ``statistics_cache`` (bytes of the cache for what walks find, or ``off``), ``seed``,
+            (what is done before: ``fold/awq``, ``none``), ``cache``
+            (``cache/kivi,bits=4``), ``search`` (``dp | milp``), ``job_memory`` (``2GB``), ``job_time`` (seconds), ``statistics_cache`` (bytes of the cache for what walks find, or ``off``), ``seed``,
             ``dry_run``, ``trust_remote_code``, ``quiet``.
 
     Raises:
@@ -93,6 +94,8 @@ class _Job:
         source, structure = rotated(source, structure, edits)
         solver: WeightSolver = parse_method(asked.solver)
         fixed = self._fixed_plan(source, structure, rules)
+        cached = fixed.cache if fixed is not None and fixed.cache else {EVERYWHERE: asked.cache} if asked.cache else {}
+        formats = cache_formats(cached, source, structure, asked.trust_remote_code)
         bound = bind(rules, structure) if rules else {}
         budget, copied = self._budget(source, structure, fixed)
         if copied:
@@ -134,7 +137,7 @@ class _Job:
                 data.setdefault("notes", []).append(f"{held.out} is the finished result of this same job.")
                 return FitReport(data, held.out)
             work = Work(asked, self.watch, self.started, self.notes)
-            target = Target(budget, fixed, options, rest, predicted, state, found, edits)
+            target = Target(budget, fixed, options, rest, predicted, state, found, edits, cached, formats)
             try:
                 return work.run(held, source, structure, target)
             except InputError:  # what was given cannot work, so nothing of it is worth keeping for another try

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slimwright.errors import InputError, NotBuiltError
+from slimwright.job.caching import parse_policy
 from slimwright.methods import GroupFold, WeightSolver, parse_method
 from slimwright.methods.rotation import RotationFold
 from slimwright.plan import DEFAULT_METHOD, Edit, Plan, Rule
@@ -33,6 +34,7 @@ class FitOptions:
     method: str | None = None
     folds: tuple[str, ...] | None = None
     activations: str | None = None
+    cache: str | None = None
     data: str | None = None
     eval_data: str | None = None
     calibration_tokens: int | None = None
@@ -101,13 +103,13 @@ class FitOptions:
             "activations": self.activations,
             "data": self.data, "eval_data": self.eval_data, "tokens": self.calibration_tokens,
             "length": self.calibration_length,
-            "search": self.search, "seed": self.seed, "shard": self.max_shard_bytes,
+            "search": self.search, "cache": self.cache, "seed": self.seed, "shard": self.max_shard_bytes,
         }  # fmt: skip
 
     def command(self) -> str:
         """The command line that does this job again."""
         words = ["slimwright", "fit", self.model]
-        for name in ("size", "grid", "plan", "activations", "data", "eval_data", "out"):
+        for name in ("size", "grid", "plan", "activations", "cache", "data", "eval_data", "out"):
             if getattr(self, name) is not None:
                 words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         for rule in self.rules:
@@ -178,6 +180,10 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
             raise InputError(f"--activations {rounding}: one scale does not fit every layer; scales are found on data.")
     if asked.data == "none" and any(isinstance(edit.fold(), GroupFold) for edit in asked.edits()):
         raise InputError("Scales are found on data: give --data, or --fold none, or leave --data out for generic text.")
+    if asked.cache is not None:
+        if asked.plan is not None:
+            raise InputError("--plan fixes everything: write the cache into the plan instead of giving --cache.")
+        parse_policy(asked.cache)
     if asked.grid is not None:
         parse_grid(asked.grid)
     if asked.plan is not None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from slimwright.checkpoint import Checkpoint, TensorEntry
 from slimwright.errors import SlimwrightError
 from slimwright.job.build import Unit, plan_units
+from slimwright.job.caching import cache_facts, check_cache, outputs_with_cache
 from slimwright.job.edits import folded, rotated
 from slimwright.job.gathering import Gathering
 from slimwright.job.held_out import held_out, load_tokenizer, retrieval_quality
@@ -43,6 +44,7 @@ from slimwright.job.weights import site_rows, site_tiles
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
 from slimwright.plan import Plan
+from slimwright.runtime.kv_format import KvFormat
 from slimwright.runtime.streamed import WeightSource, load_streamed
 from slimwright.weights import disk_shapes, unpack_rows
 
@@ -75,6 +77,7 @@ class Spec:
         data: the user's data, a tenth of which is for evaluation; empty: held-out generic text.
         eval_data: data for evaluation only, taken instead.
         scales: files with what each fold of the plan found, in order.
+        cache: format of the packed keys and values by layer, the layers' numbers as text.
     """
 
     source: str
@@ -91,6 +94,7 @@ class Spec:
     data: str = ""
     eval_data: str = ""
     scales: list[str] = field(default_factory=list)
+    cache: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -107,6 +111,7 @@ class Outcome:
     quality: dict[str, Any] = field(default_factory=dict)
     measured_on: dict[str, int] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
+    cache: dict[str, Any] = field(default_factory=dict)
     evaluations: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -270,6 +275,13 @@ def _compare_outputs(
         seed=spec.seed,
     )  # fmt: skip
     quality = Gathering()
+    formats = {int(layer): KvFormat.parse(text) for layer, text in spec.cache.items()}
+    cached = Gathering() if formats else None
+    if formats:
+        problem = check_cache(packed, formats, batches[0].inputs["input_ids"][:1])
+        if problem:
+            outcome.problems.append(problem)
+            return
     for index, batch in enumerate(batches):
         got = _outputs(packed, batch.inputs)
         if index == 0:
@@ -288,12 +300,29 @@ def _compare_outputs(
         if not outcome.ok:
             return
         quality.add(batch, _outputs(original, batch.inputs), got)
+        if cached is not None:
+            logits = outputs_with_cache(packed, formats, batch.inputs)
+            if logits is None:
+                cached = None
+            else:
+                cached.add(batch, got, {**got, "logits": logits})
         step(len(batches) + 1 + index, 2 * len(batches))
     outcome.evaluations += 1
     outcome.quality, outcome.measured_on = quality.result(spec.seed)
+    if formats:
+        outcome.cache = cache_facts(packed, formats)
+    if cached is not None:
+        outcome.evaluations += 1
+        figures, _ = cached.result(spec.seed)
+        outcome.quality |= {f"cache: {name}": figures[name] for name in ("kl", "top1_agreement") if name in figures}
     outcome.quality |= retrieval_quality(Path(spec.written), original, structure.parameters, spec.seed)
     if spec.sample and hasattr(packed, "generate") and packed.can_generate():
         outcome.samples = _samples(source, original, packed)
+
+
+def _figures(quality: LanguageQuality | EncoderQuality, seed: int) -> dict[str, Any]:
+    """The qualities among what was found, by name."""
+    return {name: value for name, value in quality.result(seed).items() if isinstance(value, dict)}
 
 
 def _model_directory(written: str) -> Path:

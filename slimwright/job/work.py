@@ -65,6 +65,7 @@ from slimwright.methods import GroupFold, WeightSolver, parse_method
 from slimwright.model.structure import Structure
 from slimwright.plan import Edit, Plan, rounded_groups
 from slimwright.runtime.format import DenseForm, write_config
+from slimwright.runtime.kv_format import KvFormat
 from slimwright.search import Option, search
 from slimwright.weights import parse_grid
 
@@ -75,7 +76,8 @@ COMMIT_SECONDS = 2.0
 @dataclass(frozen=True)
 class Target:
     """What the job works towards: bytes, the plan where it is fixed, else the options and the bytes of all that is no
-    site, the forecast, the state of the source, the documents to calibrate on, what is done to the model first."""
+    site, the forecast, the state of the source, the documents to calibrate on, what is done to the model first, the plan's
+    cache and its formats by layer."""
 
     budget: int
     fixed: Plan | None
@@ -85,6 +87,8 @@ class Target:
     state: str
     documents: Sequence[Document] = ()
     edits: Sequence[Edit] = ()
+    cache: Mapping[str, str] = field(default_factory=dict)
+    formats: Mapping[int, KvFormat] = field(default_factory=dict)
 
 
 @dataclass
@@ -326,6 +330,7 @@ class Work:
         """Solve and write every tensor; then everything else that belongs into the directory."""
         plan, source, held = state.planned(), state.source, state.held
         plan.source, plan.fingerprint = self.asked.model, fingerprint(original(source))
+        plan.cache = dict(state.target.cache)
         state.units = plan_units(source, state.structure, plan)
         layout = layout_of(state.units, state.structure, self.asked.max_shard_bytes)
         if state.target.fixed is None and layout.total_bytes > state.target.budget:
@@ -337,7 +342,7 @@ class Work:
             if writer.fresh:  # shards made anew hold nothing yet
                 for unit in [unit for unit in state.journal.done if unit.startswith("build:")]:
                     del state.journal.done[unit]
-            self._write_config(state.directory, source, state.units, plan)
+            self._write_config(state, source, state.units, plan)
             calibration = self._calibration(state) if any(unit.needs_data for unit in state.units) else None
             state.entries = build(
                 source, state.structure, state.units, writer, state.journal, self._step(state), calibration
@@ -367,22 +372,24 @@ class Work:
                 )
         return state.calibration
 
-    def _write_config(self, directory: Path, source: Checkpoint, units: list[Unit], plan: Plan) -> None:
+    def _write_config(self, state: _State, source: Checkpoint, units: list[Unit], plan: Plan) -> None:
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
         grids = grids_written(units)
-        if grids:
+        if grids or state.target.formats:
             dense = {}
             for unit in units:
                 if unit.site is not None and unit.name in grids:
                     dtype = str(source.tensors[unit.name].dtype).removeprefix("torch.")
                     dense[unit.name] = DenseForm(dtype, unit.site.shape, unit.site.transposed)
             roundings = {unit.name: unit.activations for unit in units if unit.activations is not None}
-            config["quantization_config"] = write_config(grids, plan.fingerprint, dense, roundings)
+            config["quantization_config"] = write_config(
+                grids, plan.fingerprint, dense, roundings, state.target.formats
+            )
         if all(config.get(key) is None for key in ("dtype", "torch_dtype")) and any(u.solved or u.cast for u in units):
             # where the config has none, transformers takes that of the first tensor, which may be 16 bits only here
             first = next(i.dtype for _, i in sorted(source.tensors.items()) if i.dtype.is_floating_point)
             config["dtype"] = str(first).removeprefix("torch.")
-        write_config_atomic(directory / "config.json", config)
+        write_config_atomic(state.directory / "config.json", config)
 
     def _verify(self, state: _State) -> None:
         """Prove what was written; a fresh process reads it back wherever the model's class can be imported."""
@@ -400,6 +407,7 @@ class Work:
             eval_data=self.asked.eval_data or "",
             checksums={entry.site: entry.checksum for entry in state.entries if entry.checksum},
             scales=[str(path) for path in state.scales],
+            cache={str(index): format.spec for index, format in state.target.formats.items()},
         )  # fmt: skip
         own = model_of(state.source, self.asked.trust_remote_code)[0].__module__
         step = self._step(state)
@@ -464,13 +472,15 @@ class Work:
             **size_parts(source, written, state.structure, state.entries),
             **kernel_parts(state.structure, state.entries),
             **quality_parts(outcome),
+            **({"cache": outcome.cache} if outcome.cache else {}),
             "calibration": state.calibrated_on or "none (data-free)",
             "lineage": lineage.to_json(),
             "hash": weights_hash(held.partial),
             "versions": versions(),
             "reproduce": self.asked.command(),
             "how_to_load": how_to_load(
-                held.out, state.directory.relative_to(held.partial), source, bool(grids_written(state.units))
+                held.out, state.directory.relative_to(held.partial), source,
+                bool(grids_written(state.units) or state.target.formats),
             ),
             "notes": self.notes,
             "job": {

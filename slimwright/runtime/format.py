@@ -5,11 +5,12 @@
     {"quant_method": "slimwright", "format_version": 1, "written_by": "0.1.0",
      "grids": {"int4:g128": ["model.layers.0.self_attn.q_proj.weight", ...], ...},
      "dense": {"bfloat16:896x4864": [...], "float32:768x3072:t": [...]}, "fingerprint": "<of the source>",
-     "activations": {"int8:token": [...]}}
+     "activations": {"int8:token": [...]}, "cache": {"kv4:g32:w128": [0, 1, ...]}}
 
 Names are disk names of weights; a layer's experts may be collapsed to ``...experts.[0-127].w1.weight``. Everything that
 is not named is a plain tensor. ``activations``, which may be missing, says how the inputs of weights are rounded
-(:mod:`slimwright.weights.activations`). Every older version is read (``read_config``), a newer one refused.
+(:mod:`slimwright.weights.activations`); ``cache``, which may be missing, how layers keep their keys and values
+(:mod:`slimwright.runtime.kv_format`). Every older version is read (``read_config``), a newer one refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from slimwright import __version__
 from slimwright.errors import InputError
+from slimwright.runtime.kv_format import KvFormat
 from slimwright.weights import Grid, parse_grid
 from slimwright.weights.activations import Activations
 
@@ -102,6 +104,7 @@ def write_config(
     fingerprint: str,
     dense: Mapping[str, DenseForm] | None = None,
     activations: Mapping[str, Activations] | None = None,
+    cache: Mapping[int, KvFormat] | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` for weights by disk name on their grids.
 
@@ -110,6 +113,7 @@ def write_config(
         fingerprint: of the source.
         dense: how each weight was stored in the source, which a dense export gives back.
         activations: how what enters a weight is rounded, by disk name; left out of the config where there is none.
+        cache: format of the keys and values by layer.
     """
     by_grid: dict[str, list[str]] = {}
     by_form: dict[str, list[str]] = {}
@@ -120,6 +124,9 @@ def write_config(
             by_form.setdefault(dense[name].spec, []).append(name)
         if activations is not None and name in activations:
             by_rounding.setdefault(activations[name].spec, []).append(name)
+    layers: dict[str, list[int]] = {}
+    for index, format in sorted((cache or {}).items()):
+        layers.setdefault(format.spec, []).append(index)
     rounded = {spec: _collapse(names) for spec, names in by_rounding.items()}
     return {
         "quant_method": "slimwright",
@@ -129,6 +136,7 @@ def write_config(
         "dense": {spec: _collapse(names) for spec, names in by_form.items()},
         **({"activations": rounded} if rounded else {}),
         "fingerprint": fingerprint,
+        **({"cache": layers} if layers else {}),
     }
 
 
@@ -206,4 +214,22 @@ def read_activations(config: Mapping[str, Any]) -> dict[str, Activations]:
     missing = [name for name in found if name not in packed]
     if missing:
         raise InputError(f"quantization_config.activations names '{missing[0]}', which is not packed: it is damaged.")
+    return found
+
+
+def read_cache(config: Mapping[str, Any]) -> dict[int, KvFormat]:
+    """Format of the keys and values by layer; empty where none is packed.
+
+    Raises:
+        InputError: not of the form above.
+    """
+    lists = config.get("cache", {})
+    if not isinstance(lists, Mapping) or not all(
+        isinstance(layers, (list, tuple)) and all(type(layer) is int and layer >= 0 for layer in layers)
+        for layers in lists.values()
+    ):
+        raise InputError("quantization_config.cache must map formats to lists of layers: the file is damaged.")
+    found: dict[int, KvFormat] = {}
+    for spec, layers in lists.items():
+        found |= dict.fromkeys(layers, KvFormat.parse(str(spec)))
     return found

@@ -8,6 +8,7 @@ from typing import Any
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.model.skeleton import skeleton
+from slimwright.runtime.generate import Generation
 
 
 def load(directory: str | Path, **kwargs: Any) -> Any:
@@ -46,4 +47,7 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
         kwargs.pop("trust_remote_code", None)
         return SentenceTransformer(str(checkpoint.path), model_kwargs=kwargs, trust_remote_code=trusted)
     model_class = type(skeleton(checkpoint.config, checkpoint.model_path, checkpoint.tensors, trusted))
-    return model_class.from_pretrained(checkpoint.model_path, **kwargs)
+    model = model_class.from_pretrained(checkpoint.model_path, **kwargs)
+    if model.can_generate() and not isinstance(model.generate, Generation):  # nothing was packed
+        model.generate = Generation(model)
+    return model

@@ -19,7 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimwright.errors import InputError
-from slimwright.runtime.format import DenseForm, read_activations, read_config, read_dense
+from slimwright.runtime.format import DenseForm, read_activations, read_cache, read_config, read_dense
+from slimwright.runtime.kv_format import KvFormat
 from slimwright.runtime.modules import (
     DenseExpertLeaf,
     ExpertLeaf,
@@ -155,6 +156,7 @@ class SlimwrightQuantizer(HfQuantizer):
         self.grids: dict[str, Grid] = read_config(quantization_config.to_dict())
         self.forms: dict[str, DenseForm] = read_dense(quantization_config.to_dict())
         self.activations = read_activations(quantization_config.to_dict())
+        self.cache: dict[int, KvFormat] = read_cache(quantization_config.to_dict())
         self.part_names: set[str] = set()
         self.dropped: list[tuple[list[str], list[str]]] = []
         self.tied: dict[str, str] = {}
@@ -210,6 +212,20 @@ class SlimwrightQuantizer(HfQuantizer):
             self._pack(model, headers, dtypes)
         self._rewrite_ties(model, ties)
         self._check(model, headers)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Let the model generate without rebuilding anything per token, with the cache that the plan says."""
+        # imported late: this module is loaded while transformers' models are
+        from slimwright.runtime.generate import Generation
+        from slimwright.runtime.kv_cache import attention_layers, refusal
+
+        if model.can_generate():
+            packable = attention_layers(model.config)
+            for index in self.cache:
+                if packable.get(index) != 0:
+                    raise InputError(refusal(model.config, index))
+            model.generate = Generation(model, self.cache)
         return model
 
     # -- rebuilding ----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ try:
         dot_natural_key,
         rename_source_key,
     )
+    from transformers.generation.utils import GENERATION_MODES_MAPPING
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.auto_factory import _BaseAutoModelClass as BaseAutoModel
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -33,6 +34,7 @@ except (ImportError, AttributeError) as error:
 
 __all__ = [
     "CONFIG_MAPPING",
+    "GENERATION_MODES_MAPPING",
     "BaseAutoModel",
     "Concatenate",
     "Conv1D",
