@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from slimwright.job.measure import measure
     from slimwright.job.merge import merge
     from slimwright.methods import SiteStatistics, method
+    from slimwright.recipe import run
     from slimwright.runtime.loading import load
     from slimwright.weights import Int
 
@@ -31,6 +32,7 @@ _LAZY = {
     "inspect": "slimwright.job.inspect",
     "measure": "slimwright.job.measure",
     "merge": "slimwright.job.merge",
+    "run": "slimwright.recipe",
     "load": "slimwright.runtime.loading",
     "method": "slimwright.methods",
     "SiteStatistics": "slimwright.methods",
@@ -69,4 +71,5 @@ __all__ = [
     "merge",
     "method",
     "methods",
+    "run",
 ]

@@ -279,6 +279,28 @@ def merge(
 
 
 @app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="YAML file: named steps of fit, merge, export and measure.")],
+    out: Annotated[str | None, typer.Option(help="Directory for the results, one a step.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Order and forecasts only.")] = False,
+    as_json: Json = False,
+    help_all: HelpAll = False,
+) -> None:
+    """Do the steps of RECIPE in the order that they need; what is finished is not done again."""
+    import slimwright
+    from slimwright.report.recipe import recipe_table
+
+    report = slimwright.run(recipe, out, dry_run=dry_run)
+    if as_json:
+        typer.echo(json.dumps(report.data))
+        return
+    console = Console()
+    console.print(recipe_table(report.data))
+    if report.out is not None:
+        console.print(f"Report: {report.out / 'recipe.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, for its knobs.")] = None,
     as_json: Json = False,
@@ -338,7 +360,7 @@ def _not_built(verb: str) -> Callable[..., None]:
     return command
 
 
-for _verb in ("tune", "serve", "run"):
+for _verb in ("tune", "serve"):
     app.command(
         _verb, hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
     )(_not_built(_verb))  # fmt: skip

@@ -141,7 +141,16 @@ def read_config(given: str | Path | Mapping[str, Any]) -> MergeConfig:
     """
     if isinstance(given, Mapping):
         return _config(dict(given), "the configuration")
-    path = Path(given).expanduser()
+    return _config(read_yaml(given), str(Path(given).expanduser()))
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The mapping that a configuration's file holds.
+
+    Raises:
+        InputError: missing, no YAML, or something else than a mapping.
+    """
+    path = Path(file).expanduser()
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise InputError(f"{path} is too large for a configuration: name the YAML file of a merge.")
@@ -158,7 +167,7 @@ def read_config(given: str | Path | Mapping[str, Any]) -> MergeConfig:
         raise InputError(f"{path} is not valid YAML{where}: repair it.") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a configuration: it needs 'method' (or 'merge_method') and 'models'.")
-    return _config(value, str(path))
+    return value
 
 
 def _config(value: dict[str, Any], where: str) -> MergeConfig:
