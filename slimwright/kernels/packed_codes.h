@@ -328,10 +328,12 @@ void values_of_row(const Weight& w, int64_t row, float* values, uint8_t* codes, 
         for (int64_t start = 0, g = 0; start < w.columns; start += w.group, g++) {
             const int64_t stop = start + w.group < w.columns ? start + w.group : w.columns;
             const float s = scale[g], z = zero[g];
+            int64_t i = start;
             if (w.kind == Q4_K)
-                for (int64_t i = start; i < stop; i++) values[i] = float(codes[i]) * s - z;
-            else
-                for (int64_t i = start; i < stop; i++) values[i] = (float(codes[i]) - z) * s;
+                for (; i < stop; i++) values[i] = float(codes[i]) * s - z;
+            for (; i + BLOCK <= stop; i += BLOCK)  // a fixed length, so that short groups are vectors too
+                for (int k = 0; k < BLOCK; k++) values[i + k] = (float(codes[i + k]) - z) * s;
+            for (; i < stop; i++) values[i] = (float(codes[i]) - z) * s;
         }
     }
     for (int64_t i = w.columns; i < chunks * CHUNK; i++) values[i] = 0;
@@ -343,6 +345,14 @@ INLINE void narrow(const float* values, int64_t length, uint16_t* out) {
         const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + i + 16), _mm512_loadu_ps(values + i));
         _mm512_storeu_si512(out + i, (__m512i)both);
     }
+}
+
+// (codes - z) * s of 32 codes.
+INLINE __m512i narrow_codes(__m256i bytes, __m512 s, __m512 z) {
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(bytes)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(bytes, 1)));
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_sub_ps(high, z), s),
+                                        _mm512_mul_ps(_mm512_sub_ps(low, z), s));
 }
 
 // Whole chunks of one scale each, straight to bfloat16.
@@ -362,15 +372,32 @@ INLINE void narrow_chunks(const Weight& w, int64_t row, uint16_t* out, const flo
         const __m512i codes = load_chunk<BITS>(p);
         for (int half = 0; half < 2; half++) {
             const __m256i bytes = half ? _mm512_extracti64x4_epi64(codes, 1) : _mm512_castsi512_si256(codes);
-            __m512i words;
-            if constexpr (BITS <= 4) words = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(bytes), table);
-            else {
-                const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(bytes)));
-                const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(bytes, 1)));
-                words = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_sub_ps(high, z), s),
-                                                     _mm512_mul_ps(_mm512_sub_ps(low, z), s));
-            }
+            const __m512i words = BITS <= 4 ? _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(bytes), table)
+                                            : narrow_codes(bytes, s, z);
             _mm512_storeu_si512(out + 32 * half, words);
+        }
+    }
+}
+
+// Groups of a multiple of 32 columns from unpacked codes.
+INLINE void narrow_groups(const Weight& w, int64_t row, uint16_t* out, const uint8_t* codes, const float* scale,
+                          const float* zero) {
+    const bool tables = w.kind == Q4_0 || (w.kind == INT && w.bits <= 4);
+    for (int64_t i = 0, group = 0; i < w.columns; group++) {
+        const __m512 s = _mm512_set1_ps(scale[group]), z = _mm512_set1_ps(zero[group]);
+        const int64_t stop = i + w.group < w.columns ? i + w.group : w.columns;
+        if (tables) {
+            const __m512i table = _mm512_castsi256_si512(
+                (__m256i)_mm512_cvtneps_pbh(values_of_codes(w, row, group, scale, zero)));
+            for (; i < stop; i += 32) {
+                const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+                _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(bytes), table));
+            }
+        } else {
+            for (; i < stop; i += 32) {
+                const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+                _mm512_storeu_si512(out + i, narrow_codes(bytes, s, z));
+            }
         }
     }
 }
@@ -389,6 +416,11 @@ void bfloats_of_row(const Weight& w, int64_t row, uint16_t* out, float* wide, ui
             case 7: return narrow_chunks<7>(w, row, out, scale, zero);
             default: return narrow_chunks<8>(w, row, out, scale, zero);
         }
+    }
+    if (w.kind != FP8 && w.kind != NF4 && w.kind != Q4_K && w.group % 32 == 0 && w.columns % CHUNK == 0) {
+        codes_of_row(w, row, codes);
+        parameters<false>(w, row, scale, zero);
+        return narrow_groups(w, row, out, codes, scale, zero);
     }
     values_of_row(w, row, wide, codes, scale, zero);
     narrow(wide, chunks_of(w) * CHUNK, out);

@@ -71,7 +71,8 @@ def arithmetic(matrix: Matrix, dtype: torch.dtype, batch: int) -> int | None:
     longer stay in the second-level cache while rows of the weight pass by.
     """
     layout, bfloats = matrix.layout, dtype == torch.bfloat16 and matrix.library.bfloats
-    if layout.integer and batch <= (1 if bfloats else 2):
+    lanes = layout.group % 64 != 0 and layout.group < layout.columns  # more scales, more work to decode a row
+    if layout.integer and batch <= (3 if lanes else 1 if bfloats else 2):
         return 3 if dtype == torch.float32 else 2
     if batch == 1:
         return 0
