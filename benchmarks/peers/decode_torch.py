@@ -11,7 +11,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-PROMPT, STEPS, PREFILL = 128, 16, 512
+PROMPT, STEPS, PREFILL = 32, 8, 512
 
 
 def load(kind: str, directory: str) -> torch.nn.Module:

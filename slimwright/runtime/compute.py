@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimwright.errors import InputError
 from slimwright.kernels import packed
@@ -132,12 +132,12 @@ def multiply(matrix: Matrix, x: Tensor, bias: Tensor | None, start: int, stop: i
     Args:
         x: (..., columns) float32 or bfloat16 on the CPU.
         bias: (stop - start,) in x's dtype.
-        digits: bytes that stand for an input in integer arithmetic; 1 is 8-bit dynamic activations.
+        digits: 1 rounds inputs to 8 bits, with a scale per group of the weight, where integers are the fastest.
     """
     layout = matrix.layout
-    if digits == 1 and layout.integer:
-        return matrix.linear(x, bias, start, stop, 1)
     chosen = arithmetic(matrix, x.dtype, x.numel() // layout.columns)
+    if digits == 1 and chosen in (2, 3):
+        chosen = 1
     if chosen is not None:
         return matrix.linear(x, bias, start, stop, chosen)
     step = max(1, TILE_ELEMENTS // layout.columns)
@@ -155,6 +155,29 @@ def multiply(matrix: Matrix, x: Tensor, bias: Tensor | None, start: int, stop: i
         else:
             torch.addmm(bias[first - start : last - start], flat, tile, out=part)
     return out.reshape(*x.shape[:-1], stop - start)
+
+
+@torch.no_grad()
+def eight_bit_inputs(model: nn.Module, on: bool = True, **inputs: Tensor) -> float:
+    """Let the packed modules of a model round their inputs to 8 bits where they multiply in integers, that is when it
+    decodes for one or two sequences: less arithmetic, for machines whose memory is faster than that.
+
+    Args:
+        model: a model with packed modules; changed in place.
+        on: False takes it back.
+        inputs: what the model is called with to measure the error; one sequence of one token is decoded as by
+            ``generate``, longer ones are not rounded.
+
+    Returns:
+        ``||after - before|| / ||before||`` of the logits (or the first output) on these inputs; NaN without inputs.
+    """
+    before = model(**inputs)[0] if inputs else None
+    for module in model.modules():
+        if hasattr(module, "input_digits"):
+            module.input_digits = 1 if on else AUTOMATIC  # type: ignore[assignment]
+    if before is None:
+        return float("nan")
+    return float((model(**inputs)[0] - before).norm() / before.norm())
 
 
 # -- operators -----------------------------------------------------------------------------------------------------

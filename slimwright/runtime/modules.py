@@ -329,7 +329,7 @@ class PackedModule(nn.Module):
     own_class: ClassVar[type[nn.Module]]
     """The class the module had before it was packed."""
     input_digits: int = compute.AUTOMATIC
-    """Bytes that stand for an input; with 1 activations are rounded to 8 bits (``compute.multiply``)."""
+    """Bytes that stand for an input in integer products; see :func:`slimwright.runtime.compute.eight_bit_inputs`."""
 
     def pack_parameter(self, name: str, spec: PackedSpec) -> None:
         """Replace the parameter ``name`` by empty parts on the meta device."""
