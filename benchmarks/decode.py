@@ -3,7 +3,7 @@
 Qwen2-0.5B's shape with random weights: linears on ``int4:g128``, the tied embedding and head on ``int8:g128``. Packed
 and dense models, in bfloat16 and float32, take turns in one process, since the memory bandwidth of shared machines
 drifts: each turn reads 256 MB first, and a speed is judged by the bandwidth of its own turn. Decoding is a hand-written
-greedy loop after a prompt of 128 tokens; the products alone are what every packed module of the model takes for one
+greedy loop after a prompt of 32 tokens; the products alone are what every packed module of the model takes for one
 token, called in order. Peers that have an environment (``PEERS``/a: torchao, optimum-quanto) take turns too, in
 processes of their own. With one thread processor time counts instead of the clock on the wall, so that other work on
 the machine disturbs less.
