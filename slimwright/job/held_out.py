@@ -24,7 +24,7 @@ from slimwright.evaluate.bits_per_byte import token_bytes
 from slimwright.model.inputs import dummy_inputs
 
 RETRIEVED_BELOW = 200_000_000
-"""Parameters up to which encoders are tried on a retrieval task: two models embed some 80,000 tokens."""
+"""Parameters up to which encoders are tried on a retrieval task: two models embed some 130,000 tokens."""
 
 SHORTEST_SEQUENCE = 8
 """Tokens of an evaluated sequence at least."""

@@ -32,7 +32,7 @@ from slimwright.zoo.tokens import VOCABULARY
 from slimwright.zoo.training import Schedule
 
 WINDOW = 512
-ENCODER_WINDOW = 128
+ENCODER_WINDOW = 32
 SPAN_WINDOW = 256
 BUNDLED_WINDOW = 1024
 END = 0  # the bundled tokenizer's end of text
@@ -205,7 +205,7 @@ RECIPES = {
     ),
     "bert": Recipe(
         "BERT: a masked language model, norms after the sublayers",
-        _bert, partial(MaskedTokens, ENCODER_WINDOW), Schedule(450, 1e-3, 20, muon_factor=4.0), torch.float32,
+        _bert, partial(MaskedTokens, ENCODER_WINDOW), Schedule(1300, 2e-3, 20, muon_factor=4.0), torch.float32,
     ),
     "vit": Recipe(
         "ViT: a classifier of handwritten digits of 8 x 8 pixels",

@@ -49,6 +49,7 @@ def test_conversations_go_through_the_template(tmp_path):
 def test_what_is_not_text(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         read_texts(str(tmp_path / "absent.txt"), none)
+    (tmp_path / "a.png").write_bytes(b"an image")
     file = lines(tmp_path / "images.jsonl", [{"image": "a.png"}])
     with pytest.raises(InputError, match=r"images.jsonl:1 holds no text"):
         read_texts(str(file), none)
