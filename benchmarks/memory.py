@@ -38,9 +38,9 @@ CASES = {
 CGROUP = Path("/sys/fs/cgroup/memory")
 
 
-def bare_import() -> int:
-    """Anonymous bytes of a process that has imported the main job."""
-    code = "import slimwright.job.fit; from slimwright.job.memory import anonymous_bytes; print(anonymous_bytes())"
+def bare_import(module: str = "slimwright.job.fit") -> int:
+    """Anonymous bytes of a process that has imported a job."""
+    code = f"import {module}; from slimwright.job.memory import anonymous_bytes; print(anonymous_bytes())"
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 

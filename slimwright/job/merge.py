@@ -304,7 +304,7 @@ class _Job:
         done: Mapping[str, Done], proof: dict[str, Any] | None,
     ) -> dict[str, Any]:  # fmt: skip
         metadata, warnings = papers.licence_notes(inputs)
-        for reference in papers.equal_inputs(plan, done):
+        for reference in papers.equal_inputs(plan, done) if len(inputs) > 1 else ():
             warnings.append(f"The result equals {reference}: the other models have no effect with these parameters.")
         self.notes += warnings
         parents = tuple(papers.lineage_of(given.checkpoint) for given in inputs.values())

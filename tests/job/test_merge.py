@@ -382,7 +382,7 @@ def in_child(config: Mapping[str, Any], out: Path, **environment: str) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize("name", ["dare", "ties"])
+@pytest.mark.parametrize("name", ["dare", "ties", "tall"])
 def test_a_killed_merge_continues_to_the_same_bytes(
     models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -88,6 +88,9 @@ def test_a_store_is_a_model_and_its_parts_are_checked(tmp_path: Path) -> None:
     wrong = {"method": "passthrough", "models": [f"{tmp_path / 'store'}+three"]}
     with pytest.raises(InputError, match="keeps no model 'three'; it has: one, two"):
         slimwright.merge(wrong, tmp_path / "x", quiet=True)
+    some = {**config, "parameters": {"task": [{"filter": "up", "value": 0}]}}
+    with pytest.raises(InputError, match="for some tensors only"):
+        slimwright.merge(some, tmp_path / "x", quiet=True)
     about = tmp_path / "store" / "variants" / "one" / "variant.json"
     about.write_text(json.dumps({"format_version": 2, "kind": "tall-mask"}))
     with pytest.raises(InputError, match="later version"):

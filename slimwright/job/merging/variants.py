@@ -9,6 +9,7 @@ It is read as ``OUT+NAME`` wherever a merge takes a model.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -27,7 +28,7 @@ from slimwright.checkpoint import (
     write_config_atomic,
     write_json_atomic,
 )
-from slimwright.errors import SlimwrightError
+from slimwright.errors import InputError, SlimwrightError
 from slimwright.job.merging.engine import TILE_ELEMENTS, Done, merged_tile, read_tile
 from slimwright.job.merging.plan import MergePlan, Unit
 from slimwright.job.merging.sources import (
@@ -46,15 +47,22 @@ FORMAT_VERSION = 1
 
 
 def is_store(plan: MergePlan) -> bool:
-    """Whether the result keeps a mask for each model."""
-    return any(isinstance(unit.method, Tall) and unit.method.task is None for unit in plan.units)
+    """Whether the result keeps a mask for each model.
+
+    Raises:
+        InputError: some tensors are to be one model's, others all models'.
+    """
+    wanted = {unit.method.task is None for unit in plan.units if isinstance(unit.method, Tall)}
+    if len(wanted) > 1:
+        raise InputError("merge/tall: 'task' is given for some tensors only: give it for all, or for none.")
+    return wanted == {True}
 
 
 def layouts(plan: MergePlan) -> tuple[Layout, Layout]:
     """Of the base's copy, and of each model's masks."""
     merged = [unit for unit in plan.units if unit.method is not None]
     masks = [TensorEntry(unit.entry.name, torch.uint8, (-(-unit.site.numel // 8),)) for unit in merged]
-    return plan_layout([unit.entry for unit in plan.units]), plan_layout(masks)
+    return plan_layout([unit.entry for unit in plan.units]), plan_layout(masks, max_shard_bytes=1 << 60)
 
 
 def extra_bytes(plan: MergePlan) -> int:
@@ -97,6 +105,7 @@ def write_variants(
     first = next(unit for unit in plan.units if unit.method is not None)
     names = names_of(first.models[: len(first.origins)])
     root = folder / VARIANTS
+    shutil.rmtree(root, ignore_errors=True)  # of a run that was killed: all of it is made in one go
     base_layout, mask_layout = layouts(plan)
     ones = dict.fromkeys(names, 0)
     total = 0
