@@ -2,12 +2,12 @@
 
 ``python -m benchmarks.generate [--layers 24] [--context 8192] [--tokens 8]``
 
-Speed is on the 0.5B shape of Qwen2 with dense bfloat16 weights (random; only the cache changes), transformers' own dynamic
-cache and loop beside it, runs alternated; the cache is filled by copying one layer's prompt, which costs no prefill.
-The time of attention alone is given too: it is what the bits change. Quality is on the bundled language model at its own
-1024 tokens, held-out text: nats of KL per token against the same model with an exact cache, every token seeing what
-decoding token by token would have packed by then. Time to first token is that of ``generate`` for one token, and of the
-compiled step where ``--compile`` asks for it.
+Speed is on the 0.5B shape of Qwen2 with dense bfloat16 weights (random; only the cache changes), transformers' own
+dynamic cache and loop beside it, runs alternated; the cache is filled by copying one layer's prompt, which costs no
+prefill. The time of attention alone is given too: it is what the bits change. Quality is on the bundled language model
+at its own 1024 tokens, held-out text: nats of KL per token against the same model with an exact cache, every token
+seeing what decoding token by token would have packed by then. Time to first token is that of ``generate`` for one
+token, and of the compiled step where ``--compile`` asks for it.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ def divergence(documents: int = 8) -> dict[int, tuple[float, float]]:
 
 
 def first_token(layers: int, compiled: bool) -> dict[str, float]:
-    """Seconds to the first token of a prompt of 64, of a fresh model: transformers', ours, ours compiled to its second."""
+    """Seconds to the first token of a prompt of 64, of a fresh model: transformers', ours, ours compiled to its
+    second."""
     ids = torch.randint(5, 1000, (1, 64))
     how: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
     model = shape(layers)

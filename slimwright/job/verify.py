@@ -320,11 +320,6 @@ def _compare_outputs(
         outcome.samples = _samples(source, original, packed)
 
 
-def _figures(quality: LanguageQuality | EncoderQuality, seed: int) -> dict[str, Any]:
-    """The qualities among what was found, by name."""
-    return {name: value for name, value in quality.result(seed).items() if isinstance(value, dict)}
-
-
 def _model_directory(written: str) -> Path:
     return Checkpoint.open(written).model_path
 

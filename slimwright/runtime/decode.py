@@ -1,5 +1,5 @@
-"""Decoding one token at a time without rebuilding anything for it: the model's own forward, its attention answered by the
-cache.
+"""Decoding one token at a time without rebuilding anything for it: the model's own forward, its attention answered by
+the cache.
 
 A token costs the model's forward and nothing beside it: masks are never built (attention knows where a row starts and
 how far it sees), keys and values are written where they stay, keyword arguments are not rebuilt. Nothing in the forward

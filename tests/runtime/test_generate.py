@@ -38,7 +38,8 @@ def packed(model, bits: int = 8) -> dict[int, KvFormat]:
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
-    """In float32, batched, padded on the left, over windows and hybrids; with a packed cache, while it packs nothing."""
+    """In float32, batched, padded on the left, over windows and hybrids; with a packed cache, while it packs
+    nothing."""
     model = make(name)
     how = {**prompts(), "max_new_tokens": 16, "do_sample": False}
     expected = model.generate(**how)
