@@ -12,6 +12,7 @@ from torch import Tensor
 from slimwright.errors import InputError
 from slimwright.kernels import library as shared
 from slimwright.kernels import torch_threads
+from slimwright.kernels import why_not as shared_reason
 
 ABI = 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -48,6 +49,11 @@ def library() -> ctypes.CDLL | None:
     loaded.slimwright_set_parallel.restype = None
     loaded.slimwright_set_parallel(torch_threads())
     return loaded
+
+
+def why_not() -> str:
+    """Why there are no compiled kernels; empty where there are."""
+    return "" if library() is not None else shared_reason("attend", _FLAGS) or "the library is of another version"
 
 
 def describe(kv: Kv, sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> None:
