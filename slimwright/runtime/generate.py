@@ -85,6 +85,8 @@ class Generation:
         for one in (config, own):
             asked |= {name: value for name in asked if (value := getattr(one, name, None)) is not None}
         uncached = any(value is False for value in (given.get("use_cache"), getattr(config, "use_cache", None)))
+        if own.cache_implementation == "hybrid" and asked["cache_implementation"] == "hybrid":
+            asked["cache_implementation"] = None  # what Gemma's files say means nothing any more, to transformers too
         return uncached or bool(own.stop_strings) or any(value not in (None, False) for value in asked.values())
 
     def _generate(self, given: dict[str, Any]) -> Any:
