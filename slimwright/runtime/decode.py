@@ -230,9 +230,11 @@ def _same_as_transformers(model: Any) -> bool:
     model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=theirs, use_cache=True)
     ours = kv_cache(model.config, {}, ours=True)
     for index, layer in enumerate(theirs.layers):
-        if isinstance(ours.layers[index], KvLayer):
-            if layer.is_initialized:
-                ours.layers[index].update(layer.keys, layer.values)
+        own = ours.layers[index]
+        if isinstance(own, KvLayer):
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if keys is not None and values is not None:
+                own.update(keys, values)
         else:
             ours.layers[index] = copy.deepcopy(layer)
     expected = model(
