@@ -1,18 +1,19 @@
 """Generation with the cache of keys and values at 16, 8, 4 and 2 bits: bytes, speed, what it costs in quality.
 
-``python -m benchmarks.generate [--layers 24] [--context 8192] [--tokens 8]``
+``python -m benchmarks.generate [--layers 24] [--context 8192] [--tokens 8] [--packed DIR] [--compile]``
 
-Speed is on the 0.5B shape of Qwen2 with dense bfloat16 weights (random; only the cache changes), transformers' own dynamic
-cache and loop beside it, runs alternated; the cache is filled by copying one layer's prompt, which costs no prefill.
-The time of attention alone is given too: it is what the bits change. Quality is on the bundled language model at its own
-1024 tokens, held-out text: nats of KL per token against the same model with an exact cache, every token seeing what
-decoding token by token would have packed by then. Time to first token is that of ``generate`` for one token, and of the
-compiled step where ``--compile`` asks for it.
+Speed is on the 0.5B shape of Qwen2 with random weights, dense in bfloat16 or those of a result of `fit`
+(``--packed``); only the cache changes. transformers' own dynamic cache and forward stand beside it, runs alternated;
+caches are filled without a prefill. The time of attention alone is given too: it is what the bits change. Quality is
+on the bundled language model at its own 1024 tokens, held-out text: nats of KL per token against the same model with
+an exact cache, every token seeing what decoding token by token would have packed by then. Time to first token is that
+of ``generate`` for one token, and of the compiled step where ``--compile`` asks for it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -37,8 +38,10 @@ from slimwright.zoo.text import standard_library
 BITS = (16, 8, 4, 2)
 
 
-def shape(layers: int) -> Any:
-    """The 0.5B shape in bfloat16 with random weights."""
+def shape(layers: int, packed: str | None = None) -> Any:
+    """The 0.5B shape in bfloat16 with random weights, or a result of ``fit``."""
+    if packed is not None:
+        return AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16).eval()
     config = {**QWEN2_05B, "num_hidden_layers": layers}
     directory = make(config, cache_directory() / "bench" / f"qwen2-0.5b-{layers}")
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
@@ -76,9 +79,9 @@ def timed(run: Callable[[], Any]) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def speed(layers: int, context: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
+def speed(layers: int, context: int, tokens: int, rounds: int, packed: str | None = None) -> list[dict[str, Any]]:
     """Decode speed at each width, alternated."""
-    model = shape(layers)
+    model = shape(layers, packed)
     assert not decode.supported(model), decode.supported(model)
     token, at = torch.tensor([[5]]), torch.tensor([[context]])
     caches: dict[Any, Any] = {bits: filled(model, bits, context) for bits in BITS}
@@ -130,7 +133,7 @@ def divergence(documents: int = 8) -> dict[int, tuple[float, float]]:
     length = model.config.max_position_embeddings
     pieces = []
     for document in standard_library("heldout"):
-        ids = tokenizer(document.text).input_ids[:length]
+        ids = tokenizer(document.text, verbose=False).input_ids[:length]
         if len(ids) == length and len(pieces) < documents:
             pieces.append(ids)
     sums: dict[int, list[tuple[float, float]]] = {bits: [] for bits in BITS if bits < 16}
@@ -146,13 +149,15 @@ def divergence(documents: int = 8) -> dict[int, tuple[float, float]]:
     return {bits: tuple(statistics.mean(part) for part in zip(*gathered)) for bits, gathered in sums.items()}  # type: ignore[misc]
 
 
-def first_token(layers: int, compiled: bool) -> dict[str, float]:
-    """Seconds to the first token of a prompt of 64, of a fresh model: transformers', ours, ours compiled to its second."""
+def first_token(layers: int, compiled: bool, packed: str | None = None) -> dict[str, float]:
+    """Seconds to the first token of a prompt of 64, of a fresh model: transformers', ours, ours compiled to its
+    second."""
     ids = torch.randint(5, 1000, (1, 64))
     how: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
-    model = shape(layers)
-    model.generate(ids[:, :4], max_new_tokens=1, **how)  # pages of the weights are read
-    found = {"transformers": timed(lambda: model.generate(ids, max_new_tokens=1, **how))[0]}
+    model = shape(layers, packed)
+    theirs = functools.partial(type(model).generate, model)
+    theirs(ids[:, :4], max_new_tokens=1, **how)  # pages of the weights are read
+    found = {"transformers": timed(lambda: theirs(ids, max_new_tokens=1, **how))[0]}
     ours = Generation(model)
     found["ours, first call (with the check of the model)"] = timed(lambda: ours(ids, max_new_tokens=1, **how))[0]
     found["ours, later calls"] = timed(lambda: ours(ids, max_new_tokens=1, **how))[0]
@@ -169,11 +174,12 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--packed")
     parser.add_argument("--compile", action="store_true")
     asked = parser.parse_args()
     started = time.time()
     kl = divergence()
-    rows = speed(asked.layers, asked.context, asked.tokens, asked.rounds)
+    rows = speed(asked.layers, asked.context, asked.tokens, asked.rounds, asked.packed)
     for row in rows:
         bits = row["cache"].split()[0]
         row["kl"], row["same_best"] = kl.get(int(bits), (0.0, 1.0)) if bits.isdigit() else (0.0, 1.0)
@@ -182,7 +188,7 @@ def main() -> int:
         "cpu_ms_per_token": "CPU ms/token", "attention_ms": "attention ms", "attention_cpu_ms": "its CPU ms",
         "kl": "KL nats/token", "same_best": "same best token",
     }  # fmt: skip
-    first = first_token(asked.layers, asked.compile)
+    first = first_token(asked.layers, asked.compile, asked.packed)
     publish("generate", rows, columns, started, layers=asked.layers, first_token_seconds=first)
     for name, seconds in first.items():
         print(f"first token, {name}: {seconds:.3f} s")

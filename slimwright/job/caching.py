@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
@@ -137,17 +138,19 @@ def check_cache(model: Any, formats: Mapping[int, KvFormat], ids: Tensor) -> str
     for cache in caches:
         model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
     for index, format in formats.items():
-        keys, values = caches[0].layers[index].dense()
-        raw_keys, raw_values = exact.layers[index].keys, exact.layers[index].values
+        layer, raw = caches[0].layers[index], exact.layers[index]
+        assert isinstance(layer, KvLayer) and isinstance(raw, DynamicLayer)
+        raw_keys, raw_values = raw.keys, raw.values
+        assert raw_keys is not None and raw_values is not None
+        keys, values = layer.dense()
         count = format.packed_keys(keys.shape[2])
         expected = torch.cat([format.round_keys(raw_keys[:, :, :count]), raw_keys[:, :, count:].float()], 2)
         count = format.packed_values(keys.shape[2])
         other = torch.cat([format.round_values(raw_values[:, :, :count]), raw_values[:, :, count:].float()], 2)
         if not torch.equal(keys.float(), expected) or not torch.equal(values.float(), other):
             return f"layer {index} does not cache what {format.spec} makes of its keys and values"
-        layer = caches[0].layers[index]
         if layer.nbytes != format.nbytes(
-            layer.length, 1, layer.heads, layer.key_dim, layer.value_dim, layer.dtype.itemsize
+            layer.length, 1, layer.heads, layer.key_dim, layer.value_dim, keys.element_size()
         ):
             return f"the cache of layer {index} takes other bytes than counted"
     last, positions = ids[:, -1:], torch.tensor([[ids.shape[1] - 1]])

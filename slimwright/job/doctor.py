@@ -17,6 +17,7 @@ from rich.table import Table
 
 from slimwright import __version__, kernels
 from slimwright.directories import cache_directory
+from slimwright.kernels import attend
 from slimwright.runtime import compute
 from slimwright.weights import grid_kinds, parse_grid
 
@@ -67,6 +68,7 @@ def examine() -> dict[str, Any]:
         "kernels": {
             "solvers": f"torch ({kernels.why_not()})" if kernels.why_not() else "compiled",
             "packed": compute.overview(),
+            "cache": f"torch ({attend.why_not()})" if attend.library() is None else "compiled",
         },
         "grids": {spec: compute.kernel_name(parse_grid(spec), (256, 256), torch.float32) for spec in _specs()},
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,

@@ -53,8 +53,9 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
             everywhere), ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``data`` (what to calibrate on, or
             ``none``), ``eval_data``, ``calibration_tokens``, ``calibration_length``, ``method`` (solver), ``folds``
             (what is done before: ``fold/awq``, ``none``), ``cache``
-            (``cache/kivi,bits=4``), ``search`` (``dp | milp``), ``job_memory`` (``2GB``), ``job_time`` (seconds), ``statistics_cache`` (bytes of the cache for what walks find, or ``off``), ``seed``,
-            ``dry_run``, ``trust_remote_code``, ``quiet``.
+            (``cache/kivi,bits=4``), ``search`` (``dp | milp``), ``job_memory`` (``2GB``), ``job_time`` (seconds),
+            ``statistics_cache`` (bytes of the cache for what walks find, or ``off``), ``seed``, ``dry_run``,
+            ``trust_remote_code``, ``quiet``.
 
     Raises:
         InputError: something about the input cannot work; nothing was written.

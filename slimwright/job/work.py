@@ -76,8 +76,8 @@ COMMIT_SECONDS = 2.0
 @dataclass(frozen=True)
 class Target:
     """What the job works towards: bytes, the plan where it is fixed, else the options and the bytes of all that is no
-    site, the forecast, the state of the source, the documents to calibrate on, what is done to the model first, the plan's
-    cache and its formats by layer."""
+    site, the forecast, the state of the source, the documents to calibrate on, what is done to the model first, the
+    plan's cache and its formats by layer."""
 
     budget: int
     fixed: Plan | None

@@ -12,6 +12,7 @@ from torch import Tensor
 from slimwright.errors import InputError
 from slimwright.kernels import library as shared
 from slimwright.kernels import torch_threads
+from slimwright.kernels import why_not as shared_reason
 
 ABI = 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -19,8 +20,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _SIZES = ("batch", "kv_heads", "heads", "key_dim", "value_dim", "bits", "group", "window", "key_capacity",
           "value_capacity", "length", "dtype", "threads", "sliding")  # fmt: skip
-_POINTERS = ("start", "sinks", "key_window", "value_window", "key_codes", "key_scale", "key_low", "value_codes",
-             "value_scale", "value_low")  # fmt: skip
+PARTS = ("key_window", "value_window", "key_codes", "key_scale", "key_low", "value_codes", "value_scale", "value_low")
+"""Tensors that a cache consists of, in the structure's order."""
 _FLAGS = ("-ffp-contract=fast",)
 
 
@@ -31,7 +32,7 @@ class Kv(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _SIZES),
         ("scaling", ctypes.c_float),
         ("softcap", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_void_p) for name in ("start", "sinks", *PARTS)),
     ]
 
 
@@ -48,6 +49,11 @@ def library() -> ctypes.CDLL | None:
     loaded.slimwright_set_parallel.restype = None
     loaded.slimwright_set_parallel(torch_threads())
     return loaded
+
+
+def why_not() -> str:
+    """Why there are no compiled kernels; empty where there are."""
+    return "" if library() is not None else shared_reason("attend", _FLAGS) or "the library is of another version"
 
 
 def describe(kv: Kv, sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> None:

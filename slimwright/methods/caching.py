@@ -9,8 +9,8 @@ from slimwright.runtime.kv_format import KvFormat
 
 
 class CachePolicy(Method):
-    """Says how one attention layer keeps its keys and values. The plan holds its spec (``cache/kivi,bits=2``); the runtime
-    builds a transformers ``Cache`` from the formats."""
+    """Says how one attention layer keeps its keys and values. The plan holds its spec (``cache/kivi,bits=2``); the
+    runtime builds a transformers ``Cache`` from the formats."""
 
     family = "cache"
 

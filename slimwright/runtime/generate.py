@@ -1,8 +1,8 @@
 """``generate`` of a loaded model: transformers' own in every argument, decoded by :mod:`slimwright.runtime.decode`.
 
-transformers prepares everything (inputs, processors, stopping criteria, streamer, prefill); only the loop over new tokens
-is ours. What that loop does not do (beams, assistants, scores to return, models whose attention is their own) runs
-transformers' loop, with the packed cache of the plan where there is one.
+transformers prepares everything (inputs, processors, stopping criteria, streamer, prefill); only the loop over new
+tokens is ours. What that loop does not do (beams, assistants, scores to return, models whose attention is their own)
+runs transformers' loop, with the packed cache of the plan where there is one.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class Generation:
                 raise self._no_memory(given) from error
             if _NO_COMPILER.search(str(error)):
                 raise InputError(
-                    "compile_config asks for torch.compile, which finds no C++ compiler here: install g++, or leave it out."
+                    "compile_config asks for torch.compile, which finds no C++ compiler here: install g++, or leave it "
+                    "out."
                 ) from error
             raise
 
@@ -84,6 +85,8 @@ class Generation:
         for one in (config, own):
             asked |= {name: value for name in asked if (value := getattr(one, name, None)) is not None}
         uncached = any(value is False for value in (given.get("use_cache"), getattr(config, "use_cache", None)))
+        if own.cache_implementation == "hybrid" and asked["cache_implementation"] == "hybrid":
+            asked["cache_implementation"] = None  # what Gemma's files say means nothing any more, to transformers too
         return uncached or bool(own.stop_strings) or any(value not in (None, False) for value in asked.values())
 
     def _generate(self, given: dict[str, Any]) -> Any:
@@ -110,8 +113,8 @@ class Generation:
         ids = _inputs(given)
         batch = f" of {ids.shape[0]} rows" if ids is not None else ""
         return InputError(
-            f"There is not enough memory to generate for this batch{batch}: give fewer rows or a shorter prompt, or a cache "
-            "of fewer bits (`slimwright fit --cache cache/kivi,bits=4`)."
+            f"There is not enough memory to generate for this batch{batch}: give fewer rows or a shorter prompt, or a "
+            "cache of fewer bits (`slimwright fit --cache cache/kivi,bits=4`)."
         )
 
     @staticmethod
@@ -127,8 +130,8 @@ class Generation:
         needed = ids.shape[1] + new - 1 if new else longest - 1 if longest else ids.shape[1]
         if 0 <= room < needed:
             raise InputError(
-                f"The cache given holds {room} tokens, but a prompt of {ids.shape[1]} and the tokens asked for need {needed}: "
-                "make it larger, or ask for fewer."
+                f"The cache given holds {room} tokens, but a prompt of {ids.shape[1]} and the tokens asked for need "
+                f"{needed}: make it larger, or ask for fewer."
             )
 
 
@@ -225,7 +228,7 @@ def _decode(
                 tokens = torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1)
             else:
                 tokens = scores.argmax(-1)
-            if ends:
+            if pad is not None and ends:
                 tokens = tokens * unfinished + pad * (1 - unfinished)
             sequences[:, length] = tokens
             length += 1

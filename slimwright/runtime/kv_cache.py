@@ -1,8 +1,9 @@
-"""The cache of keys and values: a transformers ``Cache`` whose attention layers are packed, or preallocated as they are.
+"""The cache of keys and values: a transformers ``Cache`` whose attention layers are packed, or preallocated as they
+are.
 
-Any transformers model takes one as ``past_key_values``; what its attention then gets are dense tensors, unpacked for this
-step. While a :class:`slimwright.runtime.decode.Decoding` runs, a layer hands out only the new token, and attention reads
-the rest packed (kernels/attend.cpp, or torch code that gives the same within rounding).
+Any transformers model takes one as ``past_key_values``; what its attention then gets are dense tensors, unpacked for
+this step. While a :class:`slimwright.runtime.decode.Decoding` runs, a layer hands out only the new token, and attention
+reads the rest packed (kernels/attend.cpp, or torch code that gives the same within rounding).
 
 The first tokens that a layer sees attend to each other exactly, as KIVI's do; later ones see packed what was packed.
 """
@@ -37,7 +38,8 @@ class KvLayer(CacheLayerMixin):
 
     Args:
         format: how they are packed; None keeps them in the model's dtype.
-        sliding: tokens that attention sees, the newest included; 0 is all. Such a layer is never packed: it is a ring of
+        sliding: tokens that attention sees, the newest included; 0 is all. Such a layer is never packed: it is a ring
+        of
             that many tokens.
         capacity: most tokens that may come; an unpacked layer allocates them at once. None grows as tokens come.
     """
@@ -116,8 +118,8 @@ class KvLayer(CacheLayerMixin):
         """
         if tokens_to_remove:
             raise InputError(
-                "A packed cache of keys and values cannot forget tokens, as assisted decoding asks: generate without an "
-                "assistant, or without the packed cache (past_key_values=DynamicCache(config=model.config))."
+                "A packed cache of keys and values cannot forget tokens, as assisted decoding asks: generate without "
+                "an assistant, or without the packed cache (past_key_values=DynamicCache(config=model.config))."
             )
 
     def offload(self) -> None:
@@ -147,7 +149,8 @@ class KvLayer(CacheLayerMixin):
         self.length += keys.shape[2]
 
     def dense(self, newest: int | None = None) -> tuple[Tensor, Tensor]:
-        """All tokens that are kept, or the newest ones, unpacked: (batch, heads, tokens, dim) twice, in the own dtype."""
+        """All tokens that are kept, or the newest ones, unpacked: (batch, heads, tokens, dim) twice, in the own
+        dtype."""
         keys, values = self._window("key_window"), self._window("value_window")
         if self.format is not None and self.length:
             count = self.format.packed_keys(self.length)
@@ -157,7 +160,8 @@ class KvLayer(CacheLayerMixin):
             old_keys = self.format.unpack_keys(*packed).to(self.dtype)
             count = self.format.packed_values(self.length)
             packed = [self.parts[name][:, :, :count] for name in ("value_codes", "value_scale", "value_low")]
-            old_values = self.format.unpack_values(*packed, self.value_dim).to(self.dtype)
+            codes, scale, low = packed
+            old_values = self.format.unpack_values(codes, scale, low, self.value_dim).to(self.dtype)
             keys, values = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
         if newest is None:
             return keys, values
@@ -328,8 +332,7 @@ class KvLayer(CacheLayerMixin):
                 "value_capacity": values.shape[2] if values is not None else 0,
                 "dtype": kernel.DTYPES[self.dtype], "threads": torch.get_num_threads(), "sliding": self.sliding,
             },
-            {"key_window": None, "value_window": None, "key_codes": None, "key_scale": None, "key_low": None,
-             "value_codes": None, "value_scale": None, "value_low": None} | self.parts,
+            {name: self.parts.get(name) for name in kernel.PARTS},
         )  # fmt: skip
         self.stale = False
 
@@ -417,8 +420,8 @@ def refusal(config: PretrainedConfig, index: int | None = None) -> str:
         return f"{family} has no layer that keeps the keys and values of all tokens: leave the cache out of the plan."
     if packable.get(index):
         return (
-            f"Layer {index} of {family} attends to a window of {packable[index]} tokens and is not packed: leave it out of "
-            "the plan's cache."
+            f"Layer {index} of {family} attends to a window of {packable[index]} tokens and is not packed: leave it "
+            "out of the plan's cache."
         )
     return f"Layer {index} of {family} keeps no keys and values that can be packed: leave it out of the plan's cache."
 

@@ -1,8 +1,8 @@
 """How keys and values of one attention layer are packed: the number format, and torch code that packs and unpacks.
 
-KIVI (Liu et al. 2024, arXiv 2402.02750): keys are rounded per channel over ``group`` consecutive tokens, values per token
-over ``group`` channels, the newest ``window`` tokens stay as they are. ``value = low + scale * code``; both are float16,
-and codes are measured from the rounded ``low``, so that rounding it costs nothing.
+KIVI (Liu et al. 2024, arXiv 2402.02750): keys are rounded per channel over ``group`` consecutive tokens, values per
+token over ``group`` channels, the newest ``window`` tokens stay as they are. ``value = low + scale * code``; both are
+float16, and codes are measured from the rounded ``low``, so that rounding it costs nothing.
 
 Where the source leaves the moment open, a token is packed when the next one needs its place: the keys of a block of
 ``window`` tokens when the first token after the block comes, the value of token ``t`` when token ``t + window`` comes.

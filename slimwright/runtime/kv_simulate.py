@@ -41,7 +41,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention of (batch, heads, tokens, dim) over keys and values of the same tokens, in float32."""
     index = getattr(module, "layer_idx", None)
-    format = (_thread.formats or {}).get(index)
+    format = None if index is None else (_thread.formats or {}).get(index)
     if _thread.seen is not None and index is not None:
         _thread.seen.add(index)
     batch, heads, tokens, dim = query.shape

@@ -49,5 +49,5 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
     model_class = type(skeleton(checkpoint.config, checkpoint.model_path, checkpoint.tensors, trusted))
     model = model_class.from_pretrained(checkpoint.model_path, **kwargs)
     if model.can_generate() and not isinstance(model.generate, Generation):  # nothing was packed
-        model.generate = Generation(model)
+        model.generate = Generation(model)  # type: ignore[assignment]
     return model

@@ -38,7 +38,8 @@ def packed(model, bits: int = 8) -> dict[int, KvFormat]:
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
-    """In float32, batched, padded on the left, over windows and hybrids; with a packed cache, while it packs nothing."""
+    """In float32, batched, padded on the left, over windows and hybrids; with a packed cache, while it packs
+    nothing."""
     model = make(name)
     how = {**prompts(), "max_new_tokens": 16, "do_sample": False}
     expected = model.generate(**how)
@@ -257,14 +258,18 @@ def test_compiled_step() -> None:
     model, how = make("qwen2"), {**prompts(), "max_new_tokens": 12, "do_sample": False}
     compiled = Generation(model)(**how, compile_config=CompileConfig())
     assert torch.equal(compiled, model.generate(**how))
+    other = make("jetmoe")
+    assert decode.supported(other)
     with pytest.raises(SlimwrightError, match="cannot be compiled"):
-        Generation(make("gpt2"))(**how, compile_config=CompileConfig()) if not make(
-            "gpt2"
-        )._supports_attention_backend else (decode.compiled_step(make("jetmoe"), {}))
+        decode.compiled_step(other, {})
 
 
 def test_the_loop_is_ours_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(generate, "_decode", lambda *args: seen.append(1) or args[1])
     Generation(make("qwen2"))(**prompts(), max_new_tokens=3)
-    assert seen
+    assert len(seen) == 1
+    gemma = make("gemma2")
+    gemma.generation_config.cache_implementation = "hybrid"  # as in the files on the hub
+    Generation(gemma)(**prompts(), max_new_tokens=3)
+    assert len(seen) == 2

@@ -15,8 +15,8 @@ class KIVI(CachePolicy):
     """Round keys per channel over groups of tokens and values per token over groups of channels; keep the newest.
 
     Keys have channels that are large in every token; a range of their own keeps them from coarsening the others. Keys
-    are rounded as they are cached, after RoPE, as in the paper's code. ``slimwright.runtime.kv_format`` has the formulas
-    and says when a token is packed, which the source leaves open.
+    are rounded as they are cached, after RoPE, as in the paper's code. ``slimwright.runtime.kv_format`` has the
+    formulas and says when a token is packed, which the source leaves open.
     """
 
     bits: int = knob(4, choices=BITS, help="bits of a key's or value's code")
