@@ -54,15 +54,15 @@ class RetrievalTask:
 
 
 @cache
-def standard_library_task() -> RetrievalTask:
+def standard_library_task(most_queries: int = QUERIES, most_documents: int = DOCUMENTS) -> RetrievalTask:
     """Words → code, on the held-out modules of the running Python's standard library.
 
     Documents are the passages of at most 400 characters that the source of functions and methods is cut into at line
     ends, without docstrings and comments. The query of a function's first passage is the first paragraph of its
     docstring; of a function without one, the words of its name and parameters, and then the passage lacks that line.
     The query of any other passage is the first comment in it; passages without one are documents that belong to no
-    query. At most 320 passages of a module are taken, and 1,000 queries and 1,400 documents in all, in the order of the
-    identifiers' hashes.
+    query. At most 320 passages of a module are taken, and 1,000 queries and 1,400 documents in all (or as many as asked
+    for), in the order of the identifiers' hashes.
     Texts that occur twice (queries or passages) are left out altogether, since no ranking could tell them apart; so are
     queries of fewer than three words and passages of fewer than 60 characters.
 
@@ -78,9 +78,9 @@ def standard_library_task() -> RetrievalTask:
             found += sorted(own, key=_by_hash)[:MOST_OF_A_MODULE]
     codes, asked = Counter(p.code for p in found), Counter(p.query for p in found)
     usable = sorted((p for p in found if codes[p.code] == 1 and len(p.code) >= SHORTEST_DOCUMENT), key=_by_hash)
-    answers = [p for p in usable if asked[p.query] == 1 and len(p.query.split()) >= SHORTEST_QUERY][:QUERIES]
+    answers = [p for p in usable if asked[p.query] == 1 and len(p.query.split()) >= SHORTEST_QUERY][:most_queries]
     names = {p.name for p in answers}
-    others = [p for p in usable if p.name not in names][: DOCUMENTS - len(answers)]
+    others = [p for p in usable if p.name not in names][: most_documents - len(answers)]
     return RetrievalTask(
         {f"words of {p.name}": p.query for p in answers},
         {p.name: p.code for p in sorted(answers + others)},

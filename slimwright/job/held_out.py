@@ -23,6 +23,9 @@ from slimwright.evaluate.accuracy import class_indices, labels_of
 from slimwright.evaluate.bits_per_byte import token_bytes
 from slimwright.model.inputs import dummy_inputs
 
+RETRIEVED_QUERIES, RETRIEVED_DOCUMENTS = 300, 420
+"""What a job asks of the retrieval task, a third of it (`slimwright measure` asks all of it)."""
+
 RETRIEVED_BELOW = 200_000_000
 """Parameters up to which encoders are tried on a retrieval task: two models embed some 130,000 tokens."""
 
@@ -240,7 +243,7 @@ def retrieval_quality(written: Path, original: PreTrainedModel, parameters: int,
     from slimwright.evaluate.ranking import NDCG_AT_10
     from slimwright.evaluate.retrieval import score_task, standard_library_task
 
-    task = standard_library_task()
+    task = standard_library_task(RETRIEVED_QUERIES, RETRIEVED_DOCUMENTS)
     model = SentenceTransformer(str(written), device="cpu")
     tables = []
     for stage in ("after", "before"):
