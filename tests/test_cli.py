@@ -206,6 +206,7 @@ def test_an_interrupted_command_names_the_command_that_continues(
     arguments = ["fit", model, "--size", "40%", "--method", PLAIN, "--out", str(out)]
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         for stream, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(tmp_path / name, os.O_WRONLY | os.O_CREAT), stream)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")

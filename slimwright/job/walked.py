@@ -128,7 +128,7 @@ class WalkedModel:
     def runs_apart(self) -> bool:
         """Whether the model's blocks can be run one by one (:func:`slimwright.calibrate.replay.runs_apart`)."""
         first = self._calibration.samples.batches[0]
-        return runs_apart(self.model, self._structure, first, self.hold, self.release)
+        return runs_apart(self.model, self._structure, first)
 
     def walk(self) -> Walk | Replay:
         """Over the calibration's batches."""

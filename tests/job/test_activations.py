@@ -111,8 +111,8 @@ def test_a_rounding_that_is_not_as_planned_is_found(tmp_path: Path, monkeypatch:
 
     original = work.write_config
 
-    def other(grids: Any, fingerprint: str, dense: Any, activations: Any) -> dict[str, Any]:
-        return original(grids, fingerprint, dense, {name: Activations("fp8") for name in activations})
+    def other(grids: Any, fingerprint: str, dense: Any, activations: Any, *more: Any) -> dict[str, Any]:
+        return original(grids, fingerprint, dense, {name: Activations("fp8") for name in activations}, *more)
 
     monkeypatch.setattr(work, "write_config", other)
     with pytest.raises(SlimwrightError, match="differ from the reference"):
