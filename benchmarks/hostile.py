@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 import random
@@ -28,6 +29,8 @@ import transformers
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import slimwright
 from benchmarks.common import Row, exit_code, forked, publish, scratch
@@ -35,7 +38,6 @@ from slimwright.job import fit as fit_module
 from slimwright.job import verify as verification
 from slimwright.job.memory import anonymous_bytes
 from slimwright.job.work import Work
-from slimwright.zoo import bundled_path
 from tests.checkpoint.mutations import Step, damage, mutations
 from tests.families import FAMILIES
 
@@ -123,7 +125,7 @@ def edit_json(file: Path, choose: random.Random, inside: str | None = None) -> N
             else:
                 value[inside] = edit(value[inside], choose)
         file.write_bytes(json.dumps(value).encode("utf-8", "surrogatepass"))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return
 
 
@@ -157,7 +159,10 @@ def prepare(kind: str, directory: Path, bases: Path, choose: random.Random, step
         edit_json(model / "config.json", choose, inside)
         if choose.random() < 0.2:
             edit_json(model / choose.choice(TOKENIZER), choose)
-    command = ["fit", str(model), "--size", "40%", "--out", out]
+    data = (
+        ["--data", "none"] if choose.random() < 0.5 else ["--calibration-tokens", "256", "--calibration-length", "16"]
+    )
+    command = ["fit", str(model), "--size", "40%", *data, "--out", out]
     if kind == "plan":
         shutil.copy(bases / f"{family}-result" / "plan.yaml", directory / "plan.yaml")
         edit_plan(directory / "plan.yaml", choose)
@@ -268,19 +273,24 @@ def case(number: int, seed: int, bases: Path, directory: Path, steps: list[Step]
 
 
 def make_bases(directory: Path) -> None:
-    """Sources in two shards with the bundled model's tokenizer, and results of some."""
-    from tests.families import make
+    """Sources in two shards with a tokenizer of as many tokens as they have embeddings, and results of some."""
+    from tests.families import VOCABULARY, make
 
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<end>"], initial_alphabet=alphabet)
+    words.train_from_iterator([inspect.getsource(argparse)], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>")
     for name in SOURCES:
         model = make(name, torch.bfloat16)
         half = sum(t.nbytes for t in model.state_dict().values()) * 11 // 20
         model.save_pretrained(directory / name, max_shard_size=half)
-        for file in TOKENIZER:
-            shutil.copy(bundled_path() / file, directory / name / file)
+        tokenizer.save_pretrained(directory / name)
     for name in RESULTS:
         total = sum(f.stat().st_size for f in (directory / name).glob("*.safetensors"))
         fit_module.fit(
-            str(directory / name), str(directory / f"{name}-result"), size="40%", quiet=True,
+            str(directory / name), str(directory / f"{name}-result"), size="40%", data="none", quiet=True,
             max_shard_bytes=int(total * 0.4 * 0.55),
         )  # fmt: skip
 
