@@ -20,6 +20,7 @@ from slimwright.job.probe import REVERSE_LOGITS, REVERSE_TOKENS, SCORED_PRODUCTS
 from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, SAMPLED_TILES, logits_width, tokens_for
 from slimwright.job.walked import SOLVED_ELEMENTS, walk_dtype
 from slimwright.job.weights import TILE_ELEMENTS, plain_rounding
+from slimwright.kernels import attend, packed, switched_off
 from slimwright.methods import GroupFold, SiteStatistics, WeightSolver
 from slimwright.model.structure import Structure
 from slimwright.weights import Dense, unpack_rows
@@ -32,6 +33,9 @@ CHILD_IMPORT = 330_000_000
 
 THREAD_BYTES = 30_000_000
 """Anonymous bytes that each thread's buffers of matrix products and its heap take (measured)."""
+
+COMPILE_SECONDS = 15.0
+"""Time that compiling one of the larger kernels takes when it is first used (measured)."""
 
 CONVERT = 4e-10
 """Seconds to read one weight of the source and convert it to float32."""
@@ -182,6 +186,10 @@ def forecast(
         + 10 * overhead
         + 0.5
     )
+    if not switched_off():
+        phases["verify"] += COMPILE_SECONDS * (not packed.compiled()) + COMPILE_SECONDS * (
+            generated > 0 and not attend.compiled()
+        )
     phases["publish"] = budget / 1.2e9 + 0.3
     memory, least = _memory(source, structure, batch, vocabulary)
     if walks is not None:

@@ -106,6 +106,14 @@ def torch_threads() -> int | None:
     return None
 
 
+def library_path(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -> Path:
+    """Where the cache has a shared library, or will have it; arguments as of :func:`shared_library`."""
+    contents = [Path(__file__).with_name(source).read_bytes() for source in sources]
+    words = " ".join((*_FLAGS, *flags))
+    key = hashlib.sha256(b"\0".join([*contents, words.encode(), os.uname().machine.encode()]))
+    return cache_directory() / "kernels" / f"{name}-{key.hexdigest()[:16]}.so"
+
+
 def shared_library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -> Path:
     """A shared library, compiled now if the cache does not have it.
 
@@ -118,10 +126,8 @@ def shared_library(name: str, sources: Sequence[str], flags: Sequence[str] = ())
         OSError: no compiler; subprocess.SubprocessError: it failed.
     """
     compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
+    target = library_path(name, sources, flags)
     paths, flags = [Path(__file__).with_name(source) for source in sources], (*_FLAGS, *flags)
-    contents = [path.read_bytes() for path in paths]
-    key = hashlib.sha256(b"\0".join([*contents, " ".join(flags).encode(), os.uname().machine.encode()]))
-    target = cache_directory() / "kernels" / f"{name}-{key.hexdigest()[:16]}.so"
     if target.exists():
         return target
     if compiler is None:

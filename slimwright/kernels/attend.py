@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slimwright.errors import InputError
 from slimwright.kernels import library as shared
-from slimwright.kernels import torch_threads
+from slimwright.kernels import library_path, torch_threads
 from slimwright.kernels import why_not as shared_reason
 
 ABI = 1
@@ -34,6 +34,11 @@ class Kv(ctypes.Structure):
         ("softcap", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("start", "sinks", *PARTS)),
     ]
+
+
+def compiled() -> bool:
+    """Whether the library is there already; its first use compiles it otherwise."""
+    return library_path("attend", ("attend.cpp",), _FLAGS).exists()
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import SlimwrightError
-from slimwright.kernels import one_line, shared_library, switched_off, torch_threads
+from slimwright.kernels import library_path, one_line, shared_library, switched_off, torch_threads
 
 ABI = 1
 BFLOATS = 4
@@ -55,6 +55,16 @@ def instruction_sets() -> list[str]:
     return [name for name in known if name != "neon"]
 
 
+def _compiled_as(name: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Name, sources and flags of an instruction set's library."""
+    return f"packed-{name}", _SOURCES, (f"-DISA={name}", "-pthread", *_SETS[name][0])
+
+
+def compiled() -> bool:
+    """Whether the library is there already; its first use compiles it otherwise."""
+    return library_path(*_compiled_as(instruction_sets()[0])).exists()
+
+
 class Structure(ctypes.Structure):
     """``Weight`` of packed.h."""
 
@@ -82,9 +92,7 @@ class Library:
     def __init__(self, name: str) -> None:
         self.name = name
         # GCC 12 takes the placeholders of its own AVX-512 headers for uninitialized values
-        self.loaded = ctypes.CDLL(
-            str(shared_library(f"packed-{name}", _SOURCES, (f"-DISA={name}", "-pthread", *_SETS[name][0])))
-        )
+        self.loaded = ctypes.CDLL(str(shared_library(*_compiled_as(name))))
         if self.loaded.slimwright_packed_abi() != ABI:
             raise OSError("the library is of another version")
         pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
