@@ -91,7 +91,7 @@ class _Job:
             self.notes.append(structure.note)
         asked, found = with_data(asked, source, structure, self.notes.append)
         self.asked = asked
-        edits = tuple(asked.edits())
+        edits, ranges, plain = tuple(asked.edits()), asked.needs_scales(), (source, structure)
         source, structure = rotated(source, structure, edits)
         solver: WeightSolver = parse_method(asked.solver)
         fixed = self._fixed_plan(source, structure, rules)
@@ -100,6 +100,7 @@ class _Job:
         bound = bind(rules, structure) if rules else {}
         budget, copied = self._budget(source, structure, fixed)
         if copied:
+            edits, ranges, (source, structure) = (), False, plain
             fixed = _keep_all(structure, "the budget is above the source")
             self.notes.append("The budget is above the size of the source: it was copied as it is.")
         options, rest = self._options(source, structure, bound, budget) if fixed is None else ({}, 0)
@@ -116,7 +117,7 @@ class _Job:
             cap,
             seen,
             [fold for edit in edits if isinstance(fold := edit.fold(), GroupFold)],
-            asked.needs_scales(),
+            ranges,
         )  # fmt: skip
         if cap < predicted.least_memory_bytes:
             raise InputError(
@@ -138,7 +139,7 @@ class _Job:
                 data.setdefault("notes", []).append(f"{held.out} is the finished result of this same job.")
                 return FitReport(data, held.out)
             work = Work(asked, self.watch, self.started, self.notes)
-            target = Target(budget, fixed, options, rest, predicted, state, found, edits, cached, formats)
+            target = Target(budget, fixed, options, rest, predicted, state, found, edits, ranges, cached, formats)
             try:
                 return work.run(held, source, structure, target)
             except InputError:  # what was given cannot work, so nothing of it is worth keeping for another try

@@ -76,8 +76,8 @@ COMMIT_SECONDS = 2.0
 @dataclass(frozen=True)
 class Target:
     """What the job works towards: bytes, the plan where it is fixed, else the options and the bytes of all that is no
-    site, the forecast, the state of the source, the documents to calibrate on, what is done to the model first, the
-    plan's cache and its formats by layer."""
+    site, the forecast, the state of the source, the documents to calibrate on, what is done to the model first,
+    whether scales of activations are to be found, the plan's cache and its formats by layer."""
 
     budget: int
     fixed: Plan | None
@@ -87,6 +87,7 @@ class Target:
     state: str
     documents: Sequence[Document] = ()
     edits: Sequence[Edit] = ()
+    ranges: bool = False
     cache: Mapping[str, str] = field(default_factory=dict)
     formats: Mapping[int, KvFormat] = field(default_factory=dict)
 
@@ -214,7 +215,7 @@ class Work:
         passes = passes if target.fixed is not None else [score, *passes]
         if any(isinstance(edit.fold(), GroupFold) for edit in target.edits):
             passes.insert(0, Pass("fold", self._fold, requires=frozenset({"dense"})))
-        if self.asked.needs_scales():
+        if target.ranges:
             build = next(index for index, step in enumerate(passes) if step.name == "build")
             passes.insert(build, Pass("ranges", self._ranges, requires=frozenset({"dense", "plan"})))
         return passes

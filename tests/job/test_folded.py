@@ -136,6 +136,15 @@ def test_an_edit_that_changes_the_function_is_found(tmp_path: Path, monkeypatch:
         fitted(tiny("llama"), tmp_path / "out", grid="int8:g32", folds=["fold/smoothquant"], **FEW)
 
 
+@pytest.mark.parametrize("folds", [["fold/rotation"], ["fold/awq"]])
+def test_a_budget_above_the_source_copies_it_without_edits(folds: list[str], tmp_path: Path) -> None:
+    options = {"folds": folds, "activations": "int8:tensor", **FEW}
+    report = fitted(tiny("llama_tied"), tmp_path / "out", size="100MB", **options)
+    assert report["verified"]["ok"] and "edits_error" not in report["verified"]
+    assert any("copied as it is" in note for note in report["notes"])
+    assert {line["state"] for line in report["ledger"]} == {"kept"}
+
+
 @pytest.mark.parametrize(
     ("model", "options", "sentence"),
     [
