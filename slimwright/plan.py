@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimwright.errors import InputError, NotBuiltError
-from slimwright.methods import ModelFold, WeightSolver, parse_method
+from slimwright.methods import GroupFold, ModelFold, WeightSolver, parse_method
 from slimwright.model.structure import Site, Structure
 from slimwright.sizes import parse_bytes
 from slimwright.weights import Float, Grid, parse_grid
@@ -210,6 +210,11 @@ class Plan(BaseModel):
         """16-bit dtype of every tensor that is no site and does not stay as it is, by disk name."""
         found = {name: self.assignments[name] for name in structure.castable if name in self.assignments}
         return {name: cast_dtype(assignment.grid) for name, assignment in found.items() if not assignment.kept}
+
+
+def group_folds(edits: Sequence[Edit]) -> list[tuple[Edit, GroupFold]]:
+    """The edits whose scales are found on data, in order, with their methods."""
+    return [(edit, fold) for edit in edits if isinstance(fold := edit.fold(), GroupFold)]
 
 
 def method_on(grid: str, method: str) -> str | None:

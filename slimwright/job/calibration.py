@@ -16,10 +16,10 @@ from slimwright.evaluate.accuracy import class_indices, labels_of
 from slimwright.job.build import Calibration
 from slimwright.job.held_out import given_documents, load_reader
 from slimwright.job.request import FitOptions
-from slimwright.methods import GroupFold, Method, parse_method
+from slimwright.methods import Method, parse_method
 from slimwright.model.skeleton import skeleton
 from slimwright.model.structure import Structure
-from slimwright.plan import CALIBRATED_METHOD, Plan
+from slimwright.plan import CALIBRATED_METHOD, group_folds
 
 TOKEN_PARAMETERS = 3e12
 """Tokens times parameters that calibration takes by default, between the two numbers below."""
@@ -51,14 +51,13 @@ def with_data(
         kept = given_documents(asked.eval_data, model, note)
         _check_kept(asked.eval_data, model, reader, kept, asked)
     methods: list[Method] = [parse_method(asked.method)] if asked.method is not None else []
-    if asked.plan is not None:
-        plan = Plan.load(Path(asked.plan))
+    if asked.given_plan is not None:
         methods += [
             assignment.solver()
-            for group, assignment in plan.assignments.items()
+            for group, assignment in asked.given_plan.assignments.items()
             if assignment.method and not assignment.kept and group not in structure.castable
         ]
-    methods += [fold for edit in asked.edits() if isinstance(fold := edit.fold(), GroupFold)]
+    methods += [fold for _, fold in group_folds(asked.edits())]
     needs = any(method.needs for method in methods) or asked.needs_scales()
     if asked.data == "none":
         if needs:

@@ -23,11 +23,10 @@ from slimwright.checkpoint import Checkpoint, write_bytes_atomic
 from slimwright.job.ledger import Entry
 from slimwright.job.open import DerivedCheckpoint, derived
 from slimwright.job.weights import site_rows
-from slimwright.methods import GroupFold
 from slimwright.methods.folding import Folds
 from slimwright.methods.rotation import RotationFold
 from slimwright.model.structure import Site, Structure
-from slimwright.plan import Edit
+from slimwright.plan import Edit, group_folds
 
 WHOLE_BYTES = 64 << 20
 """Float32 bytes of a matrix whose rows depend on all its rows up to which it is made whole; larger ones by ranges."""
@@ -149,10 +148,8 @@ class RotatedCheckpoint(EditedCheckpoint):
         return self._rotation.turned(name, self.base.read(name))
 
     def edited_rows(self, site: Site, rows: slice) -> Tensor:
-        turn = self._rotation.turns.get(site.name)
+        turn = self._rotation.turns[site.name]
         origin = self._base_structure.sites[self._rotation.source(site.name)]
-        if turn is None:
-            return site_rows(self.base, site, rows)
         if not turn.writes and turn.value_rows is None:
             return self._rotation.turned_rows(site.name, site_rows(self.base, origin, rows))
         if 4 * site.numel > WHOLE_BYTES and turn.writes:
@@ -213,12 +210,11 @@ def save_scales(path: Path, scales: Scales, tokens: int) -> None:
 
 def folded(checkpoint: Checkpoint, structure: Structure, edits: Sequence[Edit], files: Sequence[Path]) -> Checkpoint:
     """The checkpoint with the edits whose scales were found on data and lie in these files, in order."""
-    specs = [edit.method for edit in edits if isinstance(edit.fold(), GroupFold)]
-    for spec, file in zip(specs, files):
+    for (edit, _), file in zip(group_folds(edits), files):
         with safe_open(file, framework="pt") as opened:
             scales = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a mapping)
             tokens = int(opened.metadata()["tokens"])
-        checkpoint = FoldedCheckpoint(checkpoint, structure, scales, spec, tokens)
+        checkpoint = FoldedCheckpoint(checkpoint, structure, scales, edit.method, tokens)
     return checkpoint
 
 

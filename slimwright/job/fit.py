@@ -33,10 +33,10 @@ from slimwright.job.result import (
     model_facts,
 )
 from slimwright.job.work import Target, Work
-from slimwright.methods import GroupFold, WeightSolver, parse_method
+from slimwright.methods import WeightSolver, parse_method
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
-from slimwright.plan import KEEP, Assignment, Plan, Rule, bind, method_on, parse_size, rounded_groups
+from slimwright.plan import KEEP, Assignment, Plan, Rule, bind, group_folds, method_on, parse_size, rounded_groups
 from slimwright.search import Option, smallest_cost
 from slimwright.weights import parse_grid
 
@@ -116,7 +116,7 @@ class _Job:
             fixed is None,
             cap,
             seen,
-            [fold for edit in edits if isinstance(fold := edit.fold(), GroupFold)],
+            [fold for _, fold in group_folds(edits)],
             ranges,
         )  # fmt: skip
         if cap < predicted.least_memory_bytes:
@@ -152,10 +152,9 @@ class _Job:
     def _fixed_plan(self, source: Checkpoint, structure: Structure, rules: list[Rule]) -> Plan | None:
         """The plan where nothing is left to search."""
         asked = self.asked
-        if asked.plan is not None:
-            plan = Plan.load(Path(asked.plan))
-            plan.check(structure)
-            return plan
+        if asked.given_plan is not None:
+            asked.given_plan.check(structure)
+            return asked.given_plan.model_copy(deep=True)
         if asked.grid is None:
             return None
         grid = parse_grid(asked.grid)

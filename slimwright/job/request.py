@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from slimwright.errors import InputError, NotBuiltError
 from slimwright.job.caching import parse_policy
 from slimwright.methods import GroupFold, WeightSolver, parse_method
 from slimwright.methods.rotation import RotationFold
-from slimwright.plan import DEFAULT_METHOD, Edit, Plan, Rule
+from slimwright.plan import DEFAULT_METHOD, Edit, Plan, Rule, group_folds
 from slimwright.search import check_solver
 from slimwright.sizes import parse_bytes
 from slimwright.weights import parse_grid
@@ -56,6 +57,15 @@ class FitOptions:
         """Spec of the method: what was asked, else the default."""
         return self.method or DEFAULT_METHOD
 
+    @cached_property
+    def given_plan(self) -> Plan | None:
+        """The plan that was given, read once.
+
+        Raises:
+            InputError: it is no plan; NotBuiltError: it asks for something this version does not do.
+        """
+        return None if self.plan is None else Plan.load(Path(self.plan))
+
     def edits(self) -> list[Edit]:
         """What is done to the model before its weights are put on grids: the plan's edits, or the folds that were asked
         for, or those that belong to the method.
@@ -63,8 +73,8 @@ class FitOptions:
         Raises:
             InputError: an unknown fold, or a rotation behind another fold, whose factors it would mix.
         """
-        if self.plan is not None:
-            edits = Plan.load(Path(self.plan)).edits
+        if self.given_plan is not None:
+            edits = self.given_plan.edits
         else:
             specs = self.folds if self.folds is not None else parse_method(self.solver).before
             edits = [Edit(method=spec, seed=self.seed) for spec in specs if spec != "none"]
@@ -76,8 +86,8 @@ class FitOptions:
     def needs_scales(self) -> bool:
         """Whether scales of activations are to be found on data."""
         specs = [self.activations] if self.activations is not None else []
-        if self.plan is not None:
-            specs = list(Plan.load(Path(self.plan)).activations.values())
+        if self.given_plan is not None:
+            specs = list(self.given_plan.activations.values())
         return not all(Activations.parse(spec).ready for spec in specs)
 
     @property
@@ -178,7 +188,7 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
             )
         if rounding.scale is not None:
             raise InputError(f"--activations {rounding}: one scale does not fit every layer; scales are found on data.")
-    if asked.data == "none" and any(isinstance(edit.fold(), GroupFold) for edit in asked.edits()):
+    if asked.data == "none" and group_folds(asked.edits()):
         raise InputError("Scales are found on data: give --data, or --fold none, or leave --data out for generic text.")
     if asked.cache is not None:
         if asked.plan is not None:
@@ -186,6 +196,5 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
         parse_policy(asked.cache)
     if asked.grid is not None:
         parse_grid(asked.grid)
-    if asked.plan is not None:
-        Plan.load(Path(asked.plan))
+    _ = asked.given_plan
     return solver, [Rule.parse(text) for text in asked.rules]

@@ -61,9 +61,9 @@ from slimwright.job.result import (
 )
 from slimwright.job.reuse import Reuse, edits_key
 from slimwright.job.walked import WalkedModel
-from slimwright.methods import GroupFold, WeightSolver, parse_method
+from slimwright.methods import WeightSolver, parse_method
 from slimwright.model.structure import Structure
-from slimwright.plan import Edit, Plan, rounded_groups
+from slimwright.plan import Edit, Plan, group_folds, rounded_groups
 from slimwright.runtime.format import DenseForm, write_config
 from slimwright.runtime.kv_format import KvFormat
 from slimwright.search import Option, search
@@ -213,7 +213,7 @@ class Work:
             Pass("publish", self._publish, requires=frozenset({"verified"}), breaks=frozenset({"files"})),
         ]  # fmt: skip
         passes = passes if target.fixed is not None else [score, *passes]
-        if any(isinstance(edit.fold(), GroupFold) for edit in target.edits):
+        if group_folds(target.edits):
             passes.insert(0, Pass("fold", self._fold, requires=frozenset({"dense"})))
         if target.ranges:
             build = next(index for index, step in enumerate(passes) if step.name == "build")
@@ -234,11 +234,7 @@ class Work:
 
     def _fold(self, state: _State) -> None:
         """Find the scales of each fold in turn, on the model that those before it left."""
-        for edit in state.target.edits:
-            fold = edit.fold()
-            if not isinstance(fold, GroupFold):
-                continue
-            index = len(state.scales)
+        for index, (edit, fold) in enumerate(group_folds(state.target.edits)):
             path = state.held.scratch / f"scales-{index}.safetensors"
             if f"fold:{index}" not in state.journal.done:
                 calibration = self._calibration(state)
@@ -258,8 +254,7 @@ class Work:
             found = found_scales(state.source, state.structure, self._calibration(state), plan, self._step(state))
             journal.append("ranges", found)
             journal.commit()
-            plan.activations = found
-        plan.activations = dict(journal.done.get("ranges", plan.activations))
+        plan.activations = dict(journal.done["ranges"])
 
     def _solvers(self, state: _State) -> dict[str, WeightSolver]:
         """What will put each site on a grid; where that is still to be searched, the method on a grid of about as many
