@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,23 @@ def forked(function: Callable[[], None], output: Path | None = None) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def plain_copy(files: Iterable[Path], written: int, target: Path) -> float:
+    """Seconds to read files and to write ``written`` bytes with fsync: what no job over them can be faster than."""
+    started = time.perf_counter()
+    buffer = bytearray(16 << 20)
+    for file in files:
+        with open(file, "rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+    with open(target, "wb", buffering=0) as stream:
+        while written > 0:
+            written -= stream.write(memoryview(buffer)[: min(written, len(buffer))])
+        os.fsync(stream.fileno())
+    seconds = time.perf_counter() - started
+    target.unlink()
+    return seconds
 
 
 def file_contents(directory: Path, pattern: str = "**/*") -> dict[str, bytes]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.common import plain_copy
 from benchmarks.shapes import GPT_OSS_13GB, LLAMA_1B, LLAMA_8B_24, QWEN2_05B, make
 
 CAP = 1_500_000_000
@@ -57,21 +58,7 @@ def in_cgroup(limit: int) -> tuple[Callable[[], None] | None, Path | None]:
 
 def floor(model: Path, written: int) -> float:
     """Seconds to read the source's weight files and to write ``written`` bytes with fsync."""
-    started = time.perf_counter()
-    buffer = bytearray(16 << 20)
-    for file in sorted(model.glob("*.safetensors")):
-        with open(file, "rb", buffering=0) as stream:
-            while stream.readinto(buffer):
-                pass
-    target = model.parent / "floor.bin"
-    with open(target, "wb", buffering=0) as stream:
-        left = written
-        while left > 0:
-            left -= stream.write(memoryview(buffer)[: min(left, len(buffer))])
-        os.fsync(stream.fileno())
-    seconds = time.perf_counter() - started
-    target.unlink()
-    return seconds
+    return plain_copy(sorted(model.glob("*.safetensors")), written, model.parent / "floor.bin")
 
 
 def run(name: str, root: Path, arguments: list[str]) -> dict[str, object]:

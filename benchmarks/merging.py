@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.common import Row, exit_code, publish, scratch
+from benchmarks.common import Row, exit_code, plain_copy, publish, scratch
 from benchmarks.memory import bare_import, in_cgroup
 from benchmarks.shapes import LLAMA_8B_24, QWEN2_05B, make
 from slimwright.checkpoint import Checkpoint, CheckpointWriter, TensorEntry, plan_layout, write_json_atomic
@@ -200,22 +200,8 @@ def _agrees(method: str, kind: str, found: Row) -> bool:
 
 def raw_copy(models: list[Path], out: Path) -> float:
     """Seconds that the same reads and writes take without any arithmetic: every byte read, one model written, fsync."""
-    started = time.perf_counter()
-    buffer = bytearray(16 << 20)
-    size = 0
-    for model in models:
-        for file in sorted(model.glob("*.safetensors")):
-            with open(file, "rb", buffering=0) as stream:
-                while stream.readinto(buffer):
-                    pass
-            size += file.stat().st_size if model == models[0] else 0
-    with open(out, "wb", buffering=0) as stream:
-        while size > 0:
-            size -= stream.write(memoryview(buffer)[: min(size, len(buffer))])
-        os.fsync(stream.fileno())
-    seconds = time.perf_counter() - started
-    out.unlink()
-    return seconds
+    files = [sorted(model.glob("*.safetensors")) for model in models]
+    return plain_copy([file for group in files for file in group], sum(f.stat().st_size for f in files[0]), out)
 
 
 def timed(command: list[str], out: Path) -> tuple[float, int]:

@@ -25,6 +25,9 @@ from slimwright.directories import cache_directory
 
 __all__ = ["available", "library", "pointer", "shared_library", "switched_off", "torch_threads", "why_not"]
 
+HEADERS = ("common.h",)
+"""Read for the key of every library of one source."""
+
 _FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
 )  # fmt: skip
@@ -42,7 +45,7 @@ def _load(name: str, flags: tuple[str, ...]) -> tuple[ctypes.CDLL | None, str]:
     if off := switched_off():
         return None, off
     try:
-        return ctypes.CDLL(str(shared_library(name, (f"{name}.cpp",), flags))), ""
+        return ctypes.CDLL(str(shared_library(name, (f"{name}.cpp", *HEADERS), flags))), ""
     except (OSError, subprocess.SubprocessError) as error:
         return None, one_line(error)
 

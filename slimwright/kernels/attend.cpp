@@ -16,12 +16,7 @@
 #include <new>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE static inline __attribute__((always_inline))
+#include "common.h"
 
 namespace {
 
@@ -29,9 +24,6 @@ constexpr int64_t TILE = 32, SPLIT = 256, LANES = 16;
 constexpr float NOTHING = -3.0e38f;
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Error { OK = 0, BAD_SHAPE = 1, FULL = 2, NO_MEMORY = 3 };
-
-INLINE float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
-INLINE uint32_t to_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
 
 // A finite float16, subnormal ones too, by arithmetic that vectorizes.
 INLINE float half_to_float(uint16_t half) {

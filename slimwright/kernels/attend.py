@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
+from slimwright.kernels import HEADERS, library_path, torch_threads
 from slimwright.kernels import library as shared
-from slimwright.kernels import library_path, torch_threads
 from slimwright.kernels import why_not as shared_reason
 
 ABI = 1
@@ -38,7 +38,7 @@ class Kv(ctypes.Structure):
 
 def compiled() -> bool:
     """Whether the library is there already; its first use compiles it otherwise."""
-    return library_path("attend", ("attend.cpp",), _FLAGS).exists()
+    return library_path("attend", ("attend.cpp", *HEADERS), _FLAGS).exists()
 
 
 @functools.cache

@@ -9,12 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE static inline __attribute__((always_inline))
+#include "common.h"
 
 namespace {
 
@@ -23,9 +18,6 @@ constexpr int64_t BLOCK = int64_t(1) << 18;  // slimwright.methods.merging.BLOCK
 constexpr int LANES = 64, RUN = 16384;     // slimwright.methods.products
 constexpr float TINY = 1e-30f;             // slimwright.methods.consensus
 constexpr uint32_t EVERYTHING = 0, NOTHING = 0x7f800000u;  // least bits that all finite magnitudes have, that none has
-
-INLINE float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
-INLINE uint32_t to_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
 
 // One vector of a tile: what is stored, and what becomes of it before vectors meet.
 struct Source {

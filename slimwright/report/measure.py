@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.box import ROUNDED
 from rich.table import Table
 from rich.text import Text
 
 from slimwright.report import words
+from slimwright.report.template import render
 from slimwright.report.words import DASH, is_number
 
 SPEED_NAMES = {
@@ -111,12 +111,9 @@ def _fill(table: Table, title: str, rows: list[Row]) -> None:
 
 def render_measurement(report: Mapping[str, Any]) -> str:
     """``measure.html``: one self-contained page from the contents of measure.json; text from it is escaped."""
-    environment = Environment(
-        loader=PackageLoader("slimwright.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
     settings = report["settings"]
-    return environment.get_template("measure.html.jinja").render(
+    return render(
+        "measure.html.jinja",
         models=[words.printable(model["name"]) for model in report["models"]],
         paths=[(words.printable(model["name"]), words.printable(model["path"])) for model in report["models"]],
         reference=words.printable(report["reference"]),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from slimwright.report import pictures, words
 from slimwright.report.page import MAX_ROWS, mapping
+from slimwright.report.template import render
 
 _TONES = ("merged", "copied")
 
@@ -20,11 +19,7 @@ def render_merge(report: Mapping[str, Any], name: str) -> str:
         report: the contents of ``report.json``.
         name: of the result.
     """
-    environment = Environment(
-        loader=PackageLoader("slimwright.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("merge.html.jinja").render(view(report, name))
+    return render("merge.html.jinja", **view(report, name))
 
 
 def view(report: Mapping[str, Any], name: str) -> dict[str, Any]:

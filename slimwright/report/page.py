@@ -6,10 +6,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from slimwright.report import pictures, words
 from slimwright.report.ledger import PARTS, REST, Entry, by, mean, merge_experts, read_ledger
+from slimwright.report.template import render
 from slimwright.report.words import DASH, is_number
 
 MAX_ROWS = 4000
@@ -30,14 +29,7 @@ def render_report(report: Mapping[str, Any]) -> str:
     Returns:
         HTML.
     """
-    environment = Environment(
-        loader=PackageLoader("slimwright.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.jinja").render(view(report))
+    return render("report.html.jinja", **view(report))
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.box import ROUNDED
 from rich.table import Table
 from rich.text import Text
 
 from slimwright.report import words
+from slimwright.report.template import render
 from slimwright.report.words import DASH
 
 PAGES = {"fit": "report.html", "merge": "report.html", "measure": "measure.html"}
@@ -68,14 +68,14 @@ def render_recipe(report: Mapping[str, Any], name: str) -> str:
         report: the contents of ``recipe.json``.
         name: of the directory.
     """
-    environment = Environment(
-        loader=PackageLoader("slimwright.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
     steps = [
         {"cells": row, "page": f"{row[0]}/{PAGES[step['verb']]}" if step["verb"] in PAGES else ""}
         for row, step in zip(rows(report), report["steps"], strict=True)
     ]
-    return environment.get_template("recipe.html.jinja").render(
-        name=words.printable(name), steps=steps, headings=HEADINGS, time=words.duration(report["seconds"])
+    return render(
+        "recipe.html.jinja",
+        name=words.printable(name),
+        steps=steps,
+        headings=HEADINGS,
+        time=words.duration(report["seconds"]),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from slimwright.checkpoint import faults
 from slimwright.job import verify as verification
 from slimwright.job.fit import FitReport, fit
 from slimwright.job.work import Work
@@ -57,6 +59,24 @@ def tiny(name: str = "qwen2") -> str:
 def fitted(model: str, out: Path, **options: Any) -> FitReport:
     """``fit`` with plain rounding, without a word on stderr, and without what other jobs kept in the user's cache."""
     return fit(model, str(out), **{"method": PLAIN, "quiet": True, "statistics_cache": "off", **options})
+
+
+def in_forked_child(job: Callable[[], object], **environment: str) -> int:
+    """The exit status of a job in a forked child (137: killed by an injected crash)."""
+    torch.set_num_threads(1)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.environ.update(environment)
+            faults._reached.clear()
+            job()
+            status = 0
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def files(directory: Path) -> dict[str, bytes]:

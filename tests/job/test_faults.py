@@ -7,7 +7,6 @@ process has started no thread that the child would need: the job's own pool is m
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import parallel
 from slimwright.job.fit import FitOptions
 from slimwright.job.work import Work
-from tests.job.conftest import files, fitted, tiny
+from tests.job.conftest import files, fitted, in_forked_child, tiny
 
 JOB = {"size": "40%", "max_shard_bytes": 40_000}
 """A search, and three shards: every kind of point is reached."""
@@ -40,20 +39,7 @@ def many_commits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_child(out: Path, **environment: str) -> int:
     """The exit status of the job in a forked child (137: killed by the injected crash)."""
-    torch.set_num_threads(1)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.environ.update(environment)
-            faults._reached.clear()
-            fitted(tiny("llama"), out, **JOB)
-            status = 0
-        except BaseException as error:
-            os.write(2, repr(error).encode())
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return in_forked_child(lambda: fitted(tiny("llama"), out, **JOB), **environment)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from slimwright.job.merging import engine, proof
 from slimwright.methods import method
 from tests.checkpoint.samples import save_checkpoint
 from tests.families import cached
-from tests.job.conftest import files, fitted, tiny
+from tests.job.conftest import files, fitted, in_forked_child, tiny
 
 CONFIG = {"model_type": "test", "num_hidden_layers": 4, "layer_types": ["a", "b", "c", "d"], "dtype": "float32"}
 
@@ -366,20 +366,7 @@ def test_a_damaged_result_is_not_published(
 
 def in_child(config: Mapping[str, Any], out: Path, **environment: str) -> int:
     """The exit status of a merge in a forked child (137: killed by the injected crash)."""
-    torch.set_num_threads(1)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.environ.update(environment)
-            faults._reached.clear()
-            slimwright.merge(config, out, quiet=True, max_shard_bytes=20_000)
-            status = 0
-        except BaseException as error:
-            os.write(2, repr(error).encode())
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return in_forked_child(lambda: slimwright.merge(config, out, quiet=True, max_shard_bytes=20_000), **environment)
 
 
 @pytest.mark.parametrize("name", ["dare", "ties", "tall"])
