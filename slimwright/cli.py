@@ -76,8 +76,17 @@ def fit(
     ],
     out: Annotated[str | None, typer.Option(help="Directory for the result.")] = None,
     size: Annotated[str | None, typer.Option(help="Limit of the weight files: 4.25bit, 30%, 4.7GB.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Limit of the running result: weights, KV cache, workspace, e.g. 6GB.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Floor: kl:0.02, top1:99%, ppl:1%, ndcg@10:1%, ./eval.sh:0.5; repeatable."),
+    ] = None,
     grid: Annotated[str | None, typer.Option(help="One grid everywhere, e.g. int4:g128.")] = None,
-    rule: Annotated[list[str] | None, typer.Option(help="'PATTERN: keep' or 'PATTERN: GRID'; repeatable.")] = None,
+    rule: Annotated[
+        list[str] | None, typer.Option(hidden=True, help="'PATTERN: keep' or 'PATTERN: GRID'; repeatable.")
+    ] = None,
     plan: Annotated[str | None, typer.Option(help="Run this plan.yaml.")] = None,
     job_memory: Annotated[
         str | None, typer.Option(help="Memory the job may use, e.g. 2GB (default: 80 % of free).")
@@ -89,6 +98,11 @@ def fit(
         str | None,
         typer.Option(help="Data to calibrate on: a file, folder, dataset, or none."),
     ] = None,
+    context: Annotated[
+        int | None, typer.Option(hidden=True, help="Tokens that --memory is to hold (default: 4096 or the model's).")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(hidden=True, help="Sequences that --memory is to hold.")] = None,
+    eval_tokens: Annotated[int | None, typer.Option(hidden=True, help="Tokens to measure the quality on.")] = None,
     eval_data: Annotated[str | None, typer.Option(hidden=True, help="Data to measure the result's quality on.")] = None,
     method: Annotated[
         str | None, typer.Option(hidden=True, help="Solver: NAME[,knob=value...] (default: GPTQ, without data RTN).")
@@ -117,10 +131,6 @@ def fit(
     seed: Annotated[int, typer.Option(hidden=True, help="Seed of everything random.")] = 0,
     shard_size: Annotated[str, typer.Option(hidden=True, help="Largest weight file.")] = "5GB",
     trust_remote_code: Remote = False,
-    memory: Annotated[str | None, _later("--memory")] = None,
-    context: Annotated[str | None, _later("--context")] = None,
-    batch: Annotated[str | None, _later("--batch")] = None,
-    keep: Annotated[list[str] | None, _later("--keep")] = None,
     latency: Annotated[str | None, _later("--latency")] = None,
     allow: Annotated[list[str] | None, _later("--allow")] = None,
     effort: Annotated[str | None, _later("--effort")] = None,
@@ -129,16 +139,17 @@ def fit(
     loss: Annotated[str | None, _later("--loss")] = None,
     ray: Annotated[str | None, _later("--ray")] = None,
 ) -> None:
-    """Fit MODEL to a size: quantize it, prove the result, publish it with a report."""
+    """Fit MODEL to a limit: quantize it, prove the result, publish it with a report."""
     _refuse(
-        memory=memory, context=context, batch=batch, keep=keep, latency=latency, allow=allow, effort=effort,
+        latency=latency, allow=allow, effort=effort,
         target=target, adapter=adapter, loss=loss, ray=ray,
     )  # fmt: skip
     from slimwright.job.fit import fit as run
     from slimwright.sizes import parse_bytes
 
     report = run(
-        model, out, size=size, grid=grid, rules=tuple(rule or ()), plan=plan, job_memory=job_memory, dry_run=dry_run,
+        model, out, size=size, memory=memory, context=context, batch=batch, keep=tuple(keep or ()),
+        eval_tokens=eval_tokens, grid=grid, rules=tuple(rule or ()), plan=plan, job_memory=job_memory, dry_run=dry_run,
         data=data, eval_data=eval_data, calibration_tokens=calibration_tokens, calibration_length=calibration_length,
         method=method, folds=None if fold is None else tuple(fold), activations=activations, cache=cache, search=search,
         job_time=None if job_time is None else _seconds(job_time), device=device, seed=seed,

@@ -78,7 +78,7 @@ def test_a_dry_run(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("--memory", "6GB"), ("--context", "8192"), ("--batch", "4"), ("--keep", "top1:99%"), ("--latency", "30ms"),
+        ("--latency", "30ms"),
         ("--allow", "prune"), ("--effort", "best"), ("--target", "gguf"), ("--adapter", "a=b"), ("--ray", "auto"),
     ],
 )  # fmt: skip

@@ -49,7 +49,8 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
     Args:
         model: a directory with config.json and safetensors, a sentence-transformers directory, or a hub id.
         out: directory that the result is written to; it exists only when the result is whole and verified.
-        options: fields of :class:`FitOptions`: ``size`` (``4.25bit | 30% | 4.7GB``), ``grid`` (``int4:g128``
+        options: fields of :class:`FitOptions`: ``size`` (``4.25bit | 30% | 4.7GB``), ``memory`` (of the running result,
+            with ``context`` and ``batch``), ``keep`` (floors on quality: ``kl:0.02``), ``grid`` (``int4:g128``
             everywhere), ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``data`` (what to calibrate on, or
             ``none``), ``eval_data``, ``calibration_tokens``, ``calibration_length``, ``method`` (solver), ``folds``
             (what is done before: ``fold/awq``, ``none``), ``cache``
@@ -59,17 +60,23 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
 
     Raises:
         InputError: something about the input cannot work; nothing was written.
+        QualityError: a floor cannot be kept; nothing was written.
         SlimwrightError: the job failed; what was finished is kept for the next run of the same call.
     """
     known = {field.name for field in dataclasses.fields(FitOptions)}
     unknown = sorted(set(options) - known)
     if unknown:
         raise InputError(f"fit has no option '{unknown[0]}'; it has: {', '.join(sorted(known))}.")
-    for name in ("rules", "folds"):
+    for name in ("rules", "folds", "keep"):
         if options.get(name) is not None:
             options[name] = tuple(options[name])
     asked = FitOptions(model=str(model), out=None if out is None else str(out), **options)
+    check_options(asked)
     with MemoryWatch(memory_cap(asked.job_memory)) as watch:
+        if asked.keep or asked.memory is not None:
+            from slimwright.job.candidates import Confirmed
+
+            return Confirmed(asked, watch, lambda one: _Job(one, watch).run()).run()
         return _Job(asked, watch).run()
 
 
@@ -118,6 +125,7 @@ class _Job:
             seen,
             [fold for _, fold in group_folds(edits)],
             ranges,
+            asked.eval_tokens,
         )  # fmt: skip
         if cap < predicted.least_memory_bytes:
             raise InputError(
@@ -180,7 +188,9 @@ class _Job:
         if fixed is not None:
             units = plan_units(source, structure, fixed)
             return layout_of(units, structure, self.asked.max_shard_bytes).total_bytes, False
-        assert self.asked.size is not None
+        if self.asked.size is None:  # as few bytes as the loss allows
+            units = plan_units(source, structure, _keep_all(structure, ""))
+            return layout_of(units, structure, self.asked.max_shard_bytes).total_bytes, False
         budget = parse_size(self.asked.size, structure.parameters)
         whole = layout_of(
             plan_units(source, structure, _keep_all(structure, "")), structure, self.asked.max_shard_bytes

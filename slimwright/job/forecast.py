@@ -17,7 +17,7 @@ from slimwright.job.fold_walk import SCORED_PRODUCTS as FOLD_PRODUCTS
 from slimwright.job.options import FEW_GROUPS, FINE_LADDER, LADDER, sampling
 from slimwright.job.parallel import in_order
 from slimwright.job.probe import REVERSE_LOGITS, REVERSE_TOKENS, SCORED_PRODUCTS
-from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, SAMPLED_TILES, logits_width, tokens_for
+from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, SAMPLED_TILES, logits_width, spare_bytes, tokens_for
 from slimwright.job.walked import SOLVED_ELEMENTS, walk_dtype
 from slimwright.job.weights import TILE_ELEMENTS, plain_rounding
 from slimwright.kernels import attend, packed, switched_off
@@ -140,6 +140,7 @@ def forecast(
     tokens_seen: int = 0,
     folds: Sequence[GroupFold] = (),
     ranges: bool = False,
+    eval_tokens: int | None = None,
 ) -> Forecast:
     """Forecast a fit.
 
@@ -150,14 +151,15 @@ def forecast(
         tokens_seen: tokens that it calibrates on; 0: data-free.
         folds: whose scales are found first, each in a walk of its own.
         ranges: whether scales of activations are found in another.
+        eval_tokens: that the quality is measured on; None: :func:`tokens_for` says.
     """
     sites = list(structure.sites.values())
     weights = sum(site.numel for site in sites)
     parameters = structure.parameters
     vocabulary = logits_width(structure)
     share = sampling(structure).share
-    spare = max(64 << 20, min(cap // 4, 1 << 30))
-    tokens, batch = tokens_for(parameters, vocabulary, spare)
+    spare = spare_bytes(cap)
+    tokens, batch = tokens_for(parameters, vocabulary, spare, eval_tokens)
     batches = -(-tokens // batch)
     compared = sum(min(site.numel, SAMPLED_TILES * TILE_ELEMENTS) for site in sites)
     overhead = 3e-4 * len(source.tensors)

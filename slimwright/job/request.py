@@ -11,6 +11,7 @@ from typing import Any
 
 from slimwright.errors import InputError, NotBuiltError
 from slimwright.job.caching import parse_policy
+from slimwright.job.floors import Floor
 from slimwright.methods import GroupFold, WeightSolver, parse_method
 from slimwright.methods.rotation import RotationFold
 from slimwright.plan import DEFAULT_METHOD, Edit, Plan, Rule, group_folds
@@ -29,6 +30,12 @@ class FitOptions:
     model: str
     out: str | None = None
     size: str | None = None
+    memory: str | None = None
+    context: int | None = None
+    batch: int | None = None
+    keep: tuple[str, ...] = ()
+    predicted_loss: float | None = None
+    """Nats per token to stay under, by the prediction, with the fewest bytes: how a floor's candidates are made."""
     grid: str | None = None
     plan: str | None = None
     rules: tuple[str, ...] = ()
@@ -38,6 +45,7 @@ class FitOptions:
     cache: str | None = None
     data: str | None = None
     eval_data: str | None = None
+    eval_tokens: int | None = None
     calibration_tokens: int | None = None
     calibration_length: int | None = None
     search: str = "dp"
@@ -51,6 +59,8 @@ class FitOptions:
     max_shard_bytes: int = MAX_SHARD_BYTES
     statistics_cache: str = "2GB"
     data_digest: str = ""
+    published_as: str | None = None
+    """Where the result will lie in the end, if not in ``out``: what its papers say."""
 
     @property
     def solver(self) -> str:
@@ -108,7 +118,9 @@ class FitOptions:
         """What decides the result's bytes beside the source and the machine."""
         plan = Path(self.plan).read_text(encoding="utf-8") if self.plan else None
         return {
-            "size": self.size, "grid": self.grid, "plan": plan, "rules": list(self.rules), "method": self.method,
+            "size": self.size, "memory": self.memory, "context": self.context, "batch": self.batch,
+            "keep": list(self.keep), "predicted_loss": self.predicted_loss, "eval_tokens": self.eval_tokens,
+            "grid": self.grid, "plan": plan, "rules": list(self.rules), "method": self.method,
             "folds": None if self.folds is None else list(self.folds), "data_digest": self.data_digest,
             "activations": self.activations,
             "data": self.data, "eval_data": self.eval_data, "tokens": self.calibration_tokens,
@@ -119,21 +131,39 @@ class FitOptions:
     def command(self) -> str:
         """The command line that does this job again."""
         words = ["slimwright", "fit", self.model]
-        for name in ("size", "grid", "plan", "activations", "cache", "data", "eval_data", "out"):
+        for name in (
+            "size", "memory", "context", "batch", "grid", "plan", "activations", "cache", "data", "eval_data", "out",
+        ):  # fmt: skip
             if getattr(self, name) is not None:
                 words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
+        for floor in self.keep:
+            words += ["--keep", floor]
         for rule in self.rules:
             words += ["--rule", rule]
         for fold in self.folds if self.folds is not None else ():
             words += ["--fold", fold]
-        for name in ("method", "search", "seed", "calibration_tokens", "calibration_length"):
+        for name in ("method", "search", "seed", "calibration_tokens", "calibration_length", "eval_tokens"):
             if getattr(self, name) != FitOptions.__dataclass_fields__[name].default:
                 words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         return shlex.join(words)
 
     def limit(self) -> str:
-        """The size, grid or plan that was asked."""
-        return self.size or (f"grid {self.grid}" if self.grid else f"plan {self.plan}")
+        """The limits that were asked: a size, a memory, floors, a grid or a plan."""
+        words = [self.size] if self.size else []
+        words += [f"memory {self.memory}"] if self.memory else []
+        words += [f"grid {self.grid}"] if self.grid else []
+        words += [f"plan {self.plan}"] if self.plan else []
+        words += [f"keep {floor}" for floor in self.keep]
+        return ", ".join(words) or f"predicted loss {self.predicted_loss}"
+
+    @property
+    def floors(self) -> list[Floor]:
+        """The floors on quality.
+
+        Raises:
+            InputError: one of them is none.
+        """
+        return [Floor.parse(text) for text in self.keep]
 
 
 @dataclass(frozen=True)
@@ -155,11 +185,24 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
     """
     if asked.device not in ("auto", "cpu"):
         raise NotBuiltError(f"--device {asked.device}: this version computes on the CPU; use auto or cpu.")
-    given = [name for name in ("size", "grid", "plan") if getattr(asked, name) is not None]
-    if not given:
-        raise InputError("Give a limit: --size (for instance 4.25bit, 30% or 4.7GB), --grid or --plan.")
+    given = [name for name in ("size", "memory", "grid", "plan") if getattr(asked, name) is not None]
+    if not given and not asked.keep and asked.predicted_loss is None:
+        raise InputError(
+            "Give a limit: --size (for instance 4.25bit, 30% or 4.7GB), --memory, --keep, --grid or --plan."
+        )
     if len(given) > 1:
         raise InputError(f"--{given[0]} and --{given[1]} exclude each other: give one of them.")
+    _ = asked.floors
+    if asked.memory is not None:
+        parse_bytes(asked.memory, "--memory")
+    for name in ("context", "batch"):
+        value = getattr(asked, name)
+        if value is not None and asked.memory is None:
+            raise InputError(f"--{name} says how the result will be run: give it with --memory.")
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1, not {value}.")
+    if asked.eval_tokens is not None and asked.eval_tokens < 64:
+        raise InputError(f"--eval-tokens must be at least 64, not {asked.eval_tokens}.")
     if asked.plan is not None and asked.rules:
         raise InputError("--plan fixes everything: edit the plan instead of giving --rule.")
     if asked.out is None and not asked.dry_run:

@@ -112,8 +112,8 @@ def _in_words(quality: dict[str, Any]) -> str:
     return f"{quality['value']:.4g} ({quality['low']:.4g} to {quality['high']:.4g})"
 
 
-def write_papers(held: Claim, data: dict[str, Any], source: Checkpoint, side_files: tuple[str, ...]) -> None:
-    """Write README.md, report.json and report.html into the partial directory."""
+def write_papers(held: Claim, data: dict[str, Any], source: Checkpoint, side_files: tuple[str, ...], name: str) -> None:
+    """Write README.md, report.json and report.html into the partial directory of the result ``name``."""
     path = str(data["model"]["path"])
     facts = [
         ("Base model", path),
@@ -123,7 +123,7 @@ def write_papers(held: Claim, data: dict[str, Any], source: Checkpoint, side_fil
         ("Weights hash", data["hash"]),
     ]
     card = model_card(
-        held.out.name,
+        name,
         facts=facts,
         load=data["how_to_load"],
         base_models=[path] if not Path(path).exists() else [],

@@ -401,15 +401,21 @@ def logits_width(structure: Structure) -> int:
     return max([structure.sites[name].rows for name in owners if name in structure.sites], default=1)
 
 
-def tokens_for(parameters: int, vocabulary: int, free: int) -> tuple[int, int]:
+def spare_bytes(cap: int | None) -> int:
+    """What the logits of the models that are compared may take of a job's memory."""
+    return max(64 << 20, min((cap or 0) // 4, 1 << 30))
+
+
+def tokens_for(parameters: int, vocabulary: int, free: int, asked: int | None = None) -> tuple[int, int]:
     """(tokens in all, tokens of one forward) for the quality: fewer for larger models, logits within a share of memory.
 
     Args:
         parameters: of the model.
         vocabulary: size of the logits.
         free: bytes that the logits of three models may take.
+        asked: how many tokens the user wants.
     """
-    total = int(min(16384, max(128, 2e11 / max(1, parameters))))
+    total = asked or int(min(16384, max(128, 2e11 / max(1, parameters))))
     batch = int(min(4096, max(64, free / (16 * max(1, vocabulary)))))
     return total, min(batch, total)
 

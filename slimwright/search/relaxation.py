@@ -74,6 +74,20 @@ def _hull(cost: Integers, loss: Floats) -> list[int]:
     return hull
 
 
+def hull_steps(fronts: Fronts) -> tuple[Integers, Integers, Floats]:
+    """The segments of all scopes' lower convex hulls: (segments,) indices of the options at their ends, and (segments,)
+    the loss that a byte saves there."""
+    lower: list[int] = []
+    upper: list[int] = []
+    for first, end in zip(fronts.start[:-1], fronts.start[1:]):
+        hull = [int(first) + point for point in _hull(fronts.cost[first:end], fronts.loss[first:end])]
+        lower += hull[:-1]
+        upper += hull[1:]
+    ends = np.array(lower, np.int64), np.array(upper, np.int64)
+    saved = fronts.loss[ends[0]] - fronts.loss[ends[1]]
+    return *ends, saved / np.maximum(fronts.cost[ends[1]] - fronts.cost[ends[0]], 1)
+
+
 def relax(fronts: Fronts, budget: int) -> tuple[float, Integers]:
     """Solve the linear relaxation.
 
@@ -81,17 +95,10 @@ def relax(fronts: Fronts, budget: int) -> tuple[float, Integers]:
         λ, the loss that one more byte saves at the budget; and (scopes,) picks of the allocation that takes every
         segment which still fits, in the order of loss saved per byte. The budget must hold the cheapest options.
     """
-    lower, upper = [], []
-    for first, end in zip(fronts.start[:-1], fronts.start[1:]):
-        hull = [int(first) + point for point in _hull(fronts.cost[first:end], fronts.loss[first:end])]
-        lower += hull[:-1]
-        upper += hull[1:]
+    lower, upper, slope = hull_steps(fronts)
     picks = fronts.start[:-1].copy()
     left = budget - int(fronts.cost[picks].sum())
-    if not lower:
-        return 0.0, picks
     extra = fronts.cost[upper] - fronts.cost[lower]
-    slope = (fronts.loss[lower] - fronts.loss[upper]) / extra
     multiplier = 0.0
     for segment in np.argsort(-slope, kind="stable"):
         scope = fronts.scope[lower[segment]]

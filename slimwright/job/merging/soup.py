@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from slimwright.checkpoint import Journal
-from slimwright.errors import InputError, SlimwrightError
+from slimwright.job.command import measured as measured_by
 from slimwright.job.merging.config import MergeConfig
 from slimwright.job.merging.sources import ModelReference
 
@@ -80,7 +78,7 @@ def greedy_soup(
 
     def measured(group: tuple[ModelReference, ...]) -> float:
         if len(group) == 1 and group[0].adapter is None:
-            return measure(command, Path(group[0].path))
+            return measured_by(command, Path(group[0].path))
         out = folder / "candidate"
         try:
             merged: dict[str, Any] = {"method": "linear", "models": [str(model) for model in group]}
@@ -88,7 +86,7 @@ def greedy_soup(
                 if key in config.source:
                     merged[key] = config.source[key]
             average(merged, out)
-            return measure(command, out)
+            return measured_by(command, out)
         finally:
             shutil.rmtree(out, ignore_errors=True)
 
@@ -98,26 +96,3 @@ def greedy_soup(
         shutil.rmtree(folder, ignore_errors=True)
     kept = tuple(source for source in part.sources if source.model in soup.models)
     return replace(config, slices=(replace(part, sources=kept),)), soup
-
-
-def measure(command: Sequence[str], model: Path) -> float:
-    """The last number that a command prints about a model's directory.
-
-    Raises:
-        InputError: it cannot be run; SlimwrightError: it fails, or prints no number last.
-    """
-    try:
-        ran = subprocess.run([*command, str(model)], capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise InputError(f"The metric '{command[0]}' cannot be run ({error.strerror}): name a command.") from error
-    last = (ran.stdout.strip().splitlines() or [""])[-1].split()
-    try:
-        value = float(last[-1])
-    except (IndexError, ValueError):
-        value = math.nan
-    if ran.returncode != 0 or not math.isfinite(value):
-        said = (ran.stderr.strip().splitlines() or ["no message"])[-1][:200]
-        raise SlimwrightError(
-            f"The metric '{shlex.join(command)}' gave no number for {model} (exit {ran.returncode}: {said})."
-        )
-    return value

@@ -1,0 +1,38 @@
+"""A user's own metric: a command that gets a model's directory and prints a number last."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from slimwright.errors import InputError
+
+
+def measured(command: Sequence[str], model: Path, seconds: float | None = None) -> float:
+    """The last number that a command prints about a model's directory.
+
+    Args:
+        seconds: after which it is stopped; None: never.
+
+    Raises:
+        InputError: it cannot be run, fails, takes longer, or prints no number last.
+    """
+    words = shlex.join(command)
+    try:
+        ran = subprocess.run([*command, str(model)], capture_output=True, text=True, check=False, timeout=seconds)
+    except OSError as error:
+        raise InputError(f"The metric '{command[0]}' cannot be run ({error.strerror}): name a command.") from error
+    except subprocess.TimeoutExpired:
+        raise InputError(f"The metric '{words}' was stopped after {seconds:.0f} s: make it faster.") from None
+    last = (ran.stdout.strip().splitlines() or [""])[-1].split()
+    try:
+        value = float(last[-1])
+    except (IndexError, ValueError):
+        value = math.nan
+    if ran.returncode != 0 or not math.isfinite(value):
+        said = (ran.stderr.strip().splitlines() or ["no message"])[-1][:200]
+        raise InputError(f"The metric '{words}' gave no number for {model} (exit {ran.returncode}: {said}).")
+    return value

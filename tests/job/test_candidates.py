@@ -1,0 +1,146 @@
+"""Fits whose limits are settled by measuring: floors on quality, memory of the running result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimwright.checkpoint import weights_hash
+from slimwright.errors import InputError, QualityError
+from slimwright.job import candidates, parallel
+from slimwright.job.candidates import CANDIDATES, Candidate
+from slimwright.job.fit import FitReport
+from slimwright.job.running import Running
+from tests.job.conftest import files, fitted, in_forked_child, tiny
+
+
+def kept(out: Path, *floors: str, **options: Any) -> FitReport:
+    return fitted(tiny(), out, keep=floors, data="none", eval_tokens=1024, **options)
+
+
+def test_the_smallest_model_above_a_floor(tmp_path: Path) -> None:
+    report = kept(tmp_path / "out", "kl:0.05")
+    tried = report["confirmation"]["candidates"]
+    assert 1 <= len(tried) <= CANDIDATES and report["job"]["evaluations"] == 2 * len(tried)
+    assert report["quality"]["kl"]["high"] <= 0.05
+    chosen = tried[report["confirmation"]["chosen"] - 1]
+    keeping = [one for one in tried if all(judged["met"] for judged in one["judged"])]
+    assert chosen["bytes"] == min(one["bytes"] for one in keeping) == report["size"]["after"]
+    assert chosen["judged"][0]["strain"] > 0.5  # it does not keep much more than was asked
+    assert report["budget"]["asked"] == "keep kl:0.05" and "--keep kl:0.05" in report["reproduce"]
+    # What is on disk is one result, whose papers speak of it and not of a candidate.
+    assert report["hash"] == weights_hash(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["confirmation"] == report["confirmation"]
+    for name in ("README.md", "report.html", "report.json"):
+        assert "candidate-" not in (tmp_path / "out" / name).read_text()
+    again = kept(tmp_path / "out", "kl:0.05")
+    assert any("finished result of this same job" in note for note in again["notes"])
+
+
+def test_a_size_and_a_floor_that_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(
+        QualityError, match=r"kl:0\.0001: .* missed\. They would be kept from about \d+ bytes"
+    ) as raised:
+        kept(tmp_path / "out", "kl:0.0001", size="30%")
+    assert raised.value.exit_code == 3 and "by size: " in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+    both = kept(tmp_path / "out", "kl:2", size="30%")
+    assert both["budget"]["asked"] == "30%, keep kl:2" and both["size"]["bits_per_weight"] > 4.7
+
+
+def test_a_floor_too_narrow_for_the_text(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"narrower than the 95 % interval .* give --eval-tokens \d+"):
+        kept(tmp_path / "out", "top1:99.99%")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_users_command_gets_the_candidate(tmp_path: Path) -> None:
+    script = tmp_path / "eval.py"
+    script.write_text(
+        f"#!{sys.executable}\nimport pathlib, sys\n"
+        "print(100e4 / sum(f.stat().st_size for f in pathlib.Path(sys.argv[1]).glob('*.safetensors')))\n"
+    )
+    script.chmod(0o755)
+    report = kept(tmp_path / "out", f"{script}:10", size="30%")  # 57 kB: 17.6
+    assert report["confirmation"]["candidates"][0]["judged"][0]["value"] == pytest.approx(
+        100e4 / report["size"]["after"]
+    )
+    with pytest.raises(QualityError, match="missed"):
+        kept(tmp_path / "other", f"{script}:19", size="30%")
+
+
+@pytest.mark.parametrize("point", ["journal:1", "rename:1", "publish:1", "publish:2", "publish:6"])
+def test_killed_and_started_again_it_ends_with_the_same_bytes(
+    point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "_pool", None)  # threads do not survive a fork
+    model = tiny()
+
+    def job() -> None:
+        fitted(model, tmp_path / "out", keep=("kl:0.05",), data="none", eval_tokens=256)
+
+    assert in_forked_child(job, SLIMWRIGHT_CRASH_AT=point) == 137
+    assert in_forked_child(job) == 0
+    whole = tmp_path / "whole"
+    fitted(model, whole, keep=("kl:0.05",), data="none", eval_tokens=256)
+    assert {n: c for n, c in files(tmp_path / "out").items() if n.endswith((".safetensors", "plan.yaml"))} == {
+        n: c for n, c in files(whole).items() if n.endswith((".safetensors", "plan.yaml"))
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_memory_of_the_running_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights take what the cache and the workspace leave; a wrong first guess is mended by what was measured."""
+    ran: list[int] = []
+
+    def measured(directory: Path, asked: Any, watch: Any) -> Running:
+        weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+        ran.append(weights)
+        return Running(64, 2, weights, 1_000_000, 6_000_000)
+
+    monkeypatch.setattr(candidates, "measure_running", measured)
+    monkeypatch.setattr(candidates, "first_guess", lambda source, asked: 6_045_000)
+    report = fitted(tiny(), tmp_path / "out", memory="6.09MB", context=64, batch=2, data="none")
+    assert len(ran) == 1 and ran[0] < 45_000
+    assert 0.93 * 6.09e6 <= report["running"]["total"] <= 6.09e6
+    assert report["running"]["total"] == report["running"]["weights"] + report["running"]["anonymous"]
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(InputError, match=r"cannot hold this model|smallest possible"):
+        fitted(tiny(), tmp_path / "out", memory="6.05MB", context=64, data="none")
+
+
+def test_a_run_is_measured_in_a_fresh_process(tmp_path: Path) -> None:
+    report = fitted(tiny("llama"), tmp_path / "out", memory="800MB", context=32, batch=2, data="none")
+    running = report["running"]
+    assert running["context"] == 32 and running["batch"] == 2
+    assert 0 < running["cache"] < running["anonymous"] < 400e6
+    assert any("above the size of the source" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"context": 64, "size": "4bit"}, "give it with --memory"),
+        ({"memory": "6GB", "size": "4bit"}, "exclude each other"),
+        ({"memory": "1kB"}, "cannot hold this model: the KV cache"),
+        ({"memory": "6GB", "context": 10**9}, "more than the .* positions"),
+        ({"memory": "6GB", "batch": 0}, "at least 1"),
+        ({"keep": ("kl:x",)}, "is not of the form"),
+        ({"keep": ("ndcg@10:1%",), "size": "5bit"}, "have no ndcg@10; they have kl, top1"),
+    ],
+)
+def test_refused(options: dict[str, Any], match: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=match):
+        fitted(tiny(), tmp_path / "out", data="none", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_candidate_survives_the_journal() -> None:
+    one = Candidate(2, 10, 0.5, (), Running(1, 2, 3, 4, 5))
+    assert Candidate.from_json(json.loads(json.dumps(one.to_json()))) == one

@@ -1,0 +1,136 @@
+"""Floors on quality: what they are in writing, how a candidate is judged, which candidate comes next."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimwright.errors import InputError
+from slimwright.job.candidates import Candidate, first_loss, next_loss
+from slimwright.job.floors import Floor, Judged
+
+
+def leaf(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": value, "low": low, "high": high}
+
+
+QUALITY: dict[str, Any] = {
+    "kl": leaf(0.02, 0.018, 0.023),
+    "top1_agreement": leaf(0.95, 0.94, 0.96),
+    "perplexity": {"before": leaf(10, 9, 11), "after": leaf(10.2, 9, 11), "difference": leaf(0.2, 0.1, 0.3)},
+    "ndcg_at_10": {"before": leaf(0.5, 0.4, 0.6), "after": leaf(0.49, 0.4, 0.6), "difference": leaf(-0.01, -0.02, 0.0)},
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "met", "value", "worst"),
+    [
+        ("kl:0.023", True, 0.02, 0.023),
+        ("kl:0.0229", False, 0.02, 0.023),
+        ("top1:94%", True, 0.95, 0.94),
+        ("top1:0.945", False, 0.95, 0.94),
+        ("ppl:3%", True, 0.02, 0.03),
+        ("ppl:2.9%", False, 0.02, 0.03),
+        ("ndcg@10:4%", True, 0.02, 0.04),
+        ("ndcg@10:3%", False, 0.02, 0.04),
+    ],
+)
+def test_a_floor_is_judged_at_the_worse_end(text: str, met: bool, value: float, worst: float) -> None:
+    judged = Floor.parse(text).judge(QUALITY, 1000, Path(), None)
+    assert judged.met is met
+    assert judged.value == pytest.approx(value)
+    assert judged.worst == pytest.approx(worst)
+    assert (judged.strain <= 1 + 1e-12) is met
+
+
+def test_a_quality_that_the_model_does_not_have() -> None:
+    with pytest.raises(InputError, match="have no accuracy; they have kl, top1, ppl, ndcg@10"):
+        Floor.parse("accuracy:1%").judge(QUALITY, 1000, Path(), None)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("kl", "is not of the form"),
+        ("kl:", "is not of the form"),
+        ("kl:much", "is not of the form"),
+        ("kl:nan", "is not of the form"),
+        ("kl:0", "more than 0"),
+        ("ppl:-1%", "more than 0"),
+        ("top1:100%", "lies between 0 and 1"),
+        ("top1:99", "lies between 0 and 1"),
+        ("topp1:99%", "did you mean 'top1'"),
+        ("./none.sh:0.5", "there is no file './none.sh'"),
+    ],
+)
+def test_what_is_no_floor(text: str, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        Floor.parse(text)
+
+
+def script(folder: Path, code: str) -> str:
+    path = folder / "measure.py"
+    path.write_text(f"#!{sys.executable}\n{code}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_command_is_taken_as_it_is(tmp_path: Path) -> None:
+    command = script(tmp_path, "import sys; print('note'); print('score', len(sys.argv[1]))")
+    model = tmp_path / "model"
+    length = len(str(model))
+    assert Floor.parse(f"{command}:{length}").judge({}, 0, model, None).met
+    assert not Floor.parse(f"{command}:{length + 1}").judge({}, 0, model, None).met
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "match"),
+    [
+        ("raise SystemExit('no luck')", None, r"gave no number .*exit 1: no luck"),
+        ("print('a lot')", None, "gave no number"),
+        ("print('nan')", None, "gave no number"),
+        ("import threading; threading.Event().wait()", 0.2, "was stopped after"),
+    ],
+)
+def test_a_command_that_gives_nothing(tmp_path: Path, code: str, seconds: float | None, match: str) -> None:
+    floor = Floor.parse(f"{script(tmp_path, code)}:0.5")
+    with pytest.raises(InputError, match=match):
+        floor.judge({}, 0, tmp_path, seconds)
+
+
+def test_a_floor_narrower_than_its_interval_is_refused_with_the_tokens_needed() -> None:
+    wide = {"top1_agreement": leaf(0.90, 0.88, 0.92)}
+    judged = Floor.parse("top1:99.9%").judge(wide, 1000, Path(), None)
+    with pytest.raises(InputError, match=r"narrower than the 95 % interval .*\(1000 tokens\): give --eval-tokens \d+"):
+        judged.refuse_narrow()
+    Floor.parse("top1:80%").judge(wide, 1000, Path(), None).refuse_narrow()  # it is kept
+    Floor.parse("top1:91%").judge(wide, 1000, Path(), None).refuse_narrow()  # missed, but it can be shown
+
+
+def test_a_share_that_one_token_would_miss_is_refused_before_work() -> None:
+    Floor.parse("top1:99%").check_tokens(400)
+    Floor.parse("kl:0.00001").check_tokens(64)
+    with pytest.raises(InputError, match=r"--eval-tokens 38400 "):
+        Floor.parse("top1:99.99%").check_tokens(16384)
+
+
+def candidate(number: int, predicted: float, strain: float) -> Candidate:
+    return Candidate(number, 1000, predicted, (Judged("kl:1", 0, 0, strain <= 1, strain, 0.1, 9),))
+
+
+def test_the_next_candidate_follows_what_was_measured() -> None:
+    floors = [Floor.parse("kl:0.1")]
+    assert first_loss(floors) < 0.1
+    after_one = next_loss(floors, [candidate(1, 0.1, 2.0)], last=False)
+    assert after_one == pytest.approx(0.1 * 0.96 / 2)
+    # strain = (predicted / 0.1) ** 1.25 through both
+    two = [candidate(1, 0.2, 2**1.25), candidate(2, 0.15, 1.5**1.25)]
+    assert next_loss(floors, two, last=False) == pytest.approx(0.1 * 0.96**0.8)
+    # two that are nearly alike say nothing of the slope
+    alike = [candidate(1, 0.1, 1.2), candidate(2, 0.101, 1.1)]
+    assert next_loss(floors, alike, last=False) == pytest.approx(0.101 * 0.96 / 1.1)
+    assert next_loss(floors, two, last=True) < next_loss(floors, two, last=False)  # the last one is careful
+    assert next_loss(floors, [candidate(1, 0.1, 1e-9)], last=False) == pytest.approx(0.8)  # never a leap
