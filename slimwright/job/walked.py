@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cached_property
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimwright.calibrate.block_statistics import BlockCosine, BlockSimilarity, BlockStatistic
 from slimwright.calibrate.replay import Replay, ReplayStep, runs_apart
 from slimwright.calibrate.statistics import Collector, bf16_is_fast
 from slimwright.calibrate.walk import Step, Walk, walk_units
 from slimwright.calibrate.walk import Unit as WalkUnit
 from slimwright.checkpoint import Checkpoint, CheckpointWriter
+from slimwright.errors import InputError
 from slimwright.job.build import Calibration, Tile, TileResult, Unit, digest_of, solved_line
 from slimwright.job.ledger import Entry
 from slimwright.job.memory import trim
@@ -165,6 +167,39 @@ class WalkedModel:
                 yield wanted[unit.module], collectors.pop(unit.module)
             if over:
                 break
+
+    def observe(self, *statistics: BlockStatistic) -> None:
+        """Walk once over the model as it stands, and show every block's run on every batch to these statistics.
+
+        Raises:
+            InputError: the model's blocks cannot be run apart.
+        """
+        left = {path for path, unit in walk_units(self._structure).items() if unit.block}
+        for step in self.walk():
+            if not isinstance(step, Step):
+                raise InputError("The blocks of this model cannot be run apart, so what each does cannot be observed.")
+            self.hold(step.unit)
+            for index in step.indices if step.unit.block else ():
+                with ExitStack() as watching:
+                    told = [watching.enter_context(s.watching(step, index, self.model)) for s in statistics]
+                    output = step.output(index)
+                for tell in told:
+                    tell(output)
+                step.advance(index, output)
+            self.release(step.unit)
+            left -= {step.unit.module} if step.final else set()
+            if not left:
+                break
+
+    def block_cosines(self) -> dict[str, BlockSimilarity]:
+        """How little each block and each sublayer in it changes its tokens, by module path of the block.
+
+        Raises:
+            InputError: the model's blocks cannot be run apart.
+        """
+        statistic = BlockCosine()
+        self.observe(statistic)
+        return statistic.result()
 
     def hold(self, unit: WalkUnit) -> None:
         """Have the weights of a unit's sites in memory, but not those of a head tied to an embedding."""
