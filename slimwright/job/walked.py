@@ -19,7 +19,7 @@ from slimwright.calibrate.walk import Unit as WalkUnit
 from slimwright.checkpoint import Checkpoint, CheckpointWriter
 from slimwright.errors import InputError
 from slimwright.job.build import Calibration, Tile, TileResult, Unit, digest_of, solved_line
-from slimwright.job.ledger import Entry
+from slimwright.job.ledger import ONLY_ZEROS, Entry
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of
 from slimwright.job.parallel import in_order
@@ -34,6 +34,8 @@ from slimwright.weights import Grid, disk_shapes
 
 SOLVED_ELEMENTS = 1 << 20
 """Weights of a tile that is solved with data: more than without, since every tile reads its Gram's whole factor."""
+
+TOO_FEW_TOKENS = "on the calibration data too few tokens reached it"
 
 GRAM_BYTES = 256 << 20
 """Grams of a block that are factorized side by side."""
@@ -140,14 +142,15 @@ class WalkedModel:
         return Walk(self.model, self._structure, how.samples.batches, how.hidden_cap, how.scratch)
 
     def collected(
-        self, sites_of: Callable[[WalkUnit], Sequence[Site]], grams: bool = True
+        self, sites_of: Callable[[WalkUnit], Sequence[Site]], grams: bool = True, magnitudes: bool = False
     ) -> Iterator[tuple[Sequence[Site], Collector]]:
         """Walk over the model as it stands, collecting the inputs of each unit's wanted sites; they come after the
-        unit's last run, without their Grams if those are not wanted. Nothing is run that no wanted site needs."""
+        unit's last run, without their Grams if those are not wanted, with counts of magnitudes if they are. Nothing is
+        run that no wanted site needs."""
         units = walk_units(self._structure).values()
         wanted = {unit.module: sites for unit in units if (sites := sites_of(unit))}
         left = set(wanted)
-        collectors = {module: Collector(self.sources, sites, grams) for module, sites in wanted.items()}
+        collectors = {m: Collector(self.sources, sites, grams, magnitudes) for m, sites in wanted.items()}
         for step in self.walk() if left else ():
             unit = step.unit
             collector = collectors.get(unit.module)
@@ -390,8 +393,9 @@ class WalkedBuild:
         without = sum(tile.solver is not None and not tile.solver.needs for tile in tiles)
         nbytes = self.source.tensors[tiles[0].unit.name].nbytes
         if without == len(tiles):
-            reason = reason or "on the calibration data too few tokens reached it, or nothing but zeros"
-            return solved_line(tiles[0].unit, tiles[0], result, nbytes, reason)
+            tokens = max(tile.stats.tokens for tile in tiles)
+            line = solved_line(tiles[0].unit, tiles[0], result, nbytes, reason or TOO_FEW_TOKENS)
+            return replace(line, reason=f"{ONLY_ZEROS} ({tokens} tokens)") if tokens else line
         reason = f"calibrated on {self.calibration.samples.kind}"
         if without:
             reason += f"; {without} of its {len(tiles)} tiles saw too few tokens and were rounded without data"
