@@ -2,11 +2,12 @@
 
 ``python -m benchmarks.gptq``. 32 sequences of 512 tokens, others in every run, 4 bits symmetric, groups of 128, damping
 0.01, columns by activation with static groups, ranges from minimum and maximum, the head and the embedding left alone:
-the same in both. Loading and saving are excluded in both (ours writes its result as it goes, which is included); memory
-is anonymous, imports and model included. The held-out error is that of the logits, the mean over the runs: in one run it
-hangs on the draw, so that two solvers that do every layer equally well differ by a percent or so, either way. CPU seconds
-are those of the timed part of the last run: on a busy machine they say more than the wall time. ``PEERS`` names the
-directory of the peers' environments (``c`` has llm-compressor); without it ours is timed alone. Runs alternate.
+the same in both. Loading and saving are excluded in both (ours writes its result as it goes, which is included);
+memory is anonymous, imports and model included. The held-out error is that of the logits, the mean over the runs: in
+one run it hangs on the draw, so that two solvers that do every layer equally well differ by a percent or so, either
+way. CPU seconds are those of the timed part of the last run: on a busy machine they say more than the wall time.
+``PEERS`` names the directory of the peers' environments (``c`` has llm-compressor); without it ours is timed alone.
+Runs alternate.
 """
 
 from __future__ import annotations
