@@ -4,24 +4,32 @@
 
 MODEL is ``bundled``, ``minilm`` or the name of a zoo model (trained when first asked for); all if none is named.
 Every weight is put on int4:g64 or int3:g64 (on the real zero point's where a solver needs that) by `fit --grid`,
-calibrated on 16,384 tokens. The loss is the KL divergence from the source in nats per token, of an encoder without
-logits one minus the mean cosine. The bundled model's GPTQ at 3 bits is repeated with other data (``--seeds``): each
-must lose at most 0.7 times what rounding loses.
+calibrated on 16,384 tokens (the ViT on those of its digits that are neither for training nor held out; needs pillow and
+scikit-learn). The loss is the KL divergence from the source in nats per token (per image), of an encoder without
+logits one minus the mean cosine. What a model refuses (a rotation before LayerNorms) has an empty cell; what needs more
+bits than the grid (a rotated tied head) has them in the table of all rows. The bundled model's GPTQ at 3 bits is
+repeated with other data (``--seeds``): each must lose at most 0.7 times what rounding loses.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
+import shutil
 import sys
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import slimwright
 from benchmarks.common import Row, exit_code, publish, scratch
+from slimwright.errors import InputError
 from slimwright.zoo import bundled_path, minilm_path, model
 from slimwright.zoo.recipes import RECIPES
+from slimwright.zoo.text import part_of, standard_library
 
 GRIDS = ("int4:g64", "int3:g64")
 TOKENS = 16384
@@ -39,8 +47,11 @@ SOLVERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fold/awq + gptq": ("quantize/gptq", ("fold/awq",)),
     "ldlq": ("quantize/ldlq", ()),
     "decoupleq, real zero": ("quantize/decoupleq", ()),
+    "fold/rotation + gptq": ("quantize/gptq", ("fold/rotation",)),
+    "rsq": ("quantize/rsq", ("fold/rotation",)),
+    "rsq, equal weights": ("quantize/rsq,r_min=1", ("fold/rotation",)),
 }
-"""Method, and what is done to the model before. Rotations are not here: on a tied model they add a head's bytes."""
+"""Method, and what is done to the model before."""
 
 REAL = ("quantize/hqq", "quantize/decoupleq")
 MODELS = ("bundled", "minilm", *(name for name, recipe in RECIPES.items() if not recipe.fine_tune))
@@ -51,12 +62,46 @@ def path_of(name: str) -> Path:
     return bundled_path() if name == "bundled" else minilm_path() if name == "minilm" else model(name)
 
 
+@cache
+def digits() -> Path:
+    """The zoo's digits as a user would give them, images and labels: ``calibrate.jsonl`` and ``heldout.jsonl``."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    folder = Path(tempfile.mkdtemp(prefix="slimwright-bench-digits-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    found = load_digits()
+    lines: dict[str, list[str]] = {"calibrate": [], "heldout": [], "train": []}
+    for index, (image, label) in enumerate(zip(found.images, found.target, strict=True)):
+        Image.fromarray((image * (255 / 16)).round().astype("uint8")).save(folder / f"{index}.png")
+        row = json.dumps({"image": f"{index}.png", "label": int(label)})
+        lines[part_of(f"digits:{index}")].append(row)
+    for part, rows in lines.items():
+        (folder / f"{part}.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@cache
+def heldout_text() -> Path:
+    """Held-out text of the standard library as a user would give it: an encoder is then measured by its cosine alone,
+    without the retrieval task, which takes longer than all else."""
+    folder = Path(tempfile.mkdtemp(prefix="slimwright-bench-text-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    rows = [json.dumps({"text": document.text[:4000]}) for document in standard_library("heldout")]
+    (folder / "heldout.jsonl").write_text("\n".join(rows))
+    return folder / "heldout.jsonl"
+
+
 def lost(name: str, grid: str, method: str, folder: Path, **options: Any) -> Row:
     """One job: what its result loses, with the interval, and how long it took."""
     real = ":real" if method.split(",", maxsplit=1)[0] in REAL else ""
     folds = options.pop("folds", ())
     needs_none = method.split(",", maxsplit=1)[0] in ("quantize/rtn", "quantize/hqq") and not folds
     without = {"data": "none"} if needs_none else {}
+    if name == "minilm":
+        without["eval_data"] = str(heldout_text())
+    if name == "vit":
+        without = {"data": str(digits() / "calibrate.jsonl"), "eval_data": str(digits() / "heldout.jsonl")}
     started = time.perf_counter()
     report = slimwright.fit(
         str(path_of(name)), str(folder), grid=grid + real, method=method, quiet=True, folds=folds or ("none",),
@@ -81,7 +126,10 @@ def table(names: list[str]) -> list[Row]:
         for grid in GRIDS:
             for solver, (method, folds) in SOLVERS.items():
                 with scratch("calibrated") as folder:
-                    row = lost(name, grid, method, folder / "out", folds=folds)
+                    try:
+                        row = lost(name, grid, method, folder / "out", folds=folds)
+                    except InputError as error:
+                        row = {"refused": str(error)}
                 row = {"model": name, "grid": grid, "solver": solver} | row
                 rows.append(row)
                 print(json.dumps(row), flush=True)
@@ -109,7 +157,8 @@ def markdown(rows: list[Row]) -> str:
     for grid in GRIDS:
         lines += [f"`{grid}`:", "", f"| solver | {' | '.join(models)} |", "|---|" + "---|" * len(models)]
         for solver in SOLVERS:
-            cells = [f"{by[name, grid, solver]['loss']:.4g}" for name in models if (name, grid, solver) in by]
+            found = [by.get((name, grid, solver), {}).get("loss") for name in models]
+            cells = ["" if loss is None else f"{loss:.4g}" for loss in found]
             lines.append(f"| {solver} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

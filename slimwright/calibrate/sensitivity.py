@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimwright.calibrate.walk import SPILLED_BYTES, Batch, Call, Unit, Walk, mapped_copy
+from slimwright.calibrate.statistics import not_finite
+from slimwright.calibrate.walk import SPILLED_BYTES, Batch, Call, Unit, Walk, mapped_copy, run_forward
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.model.structure import Site, Structure
 from slimwright.runtime.streamed import WeightSource
@@ -196,7 +197,7 @@ class ReverseWalk:
         else:
             rows = self._batch.predicted(logits).float()
             if not torch.isfinite(rows).all():
-                raise InputError(
+                raise self._first_not_finite() or InputError(
                     f"The model's logits hold NaN or Inf on {self._batch.named(logits)}: leave that sample out, repair "
                     "the model, or fit without data (--data none)."
                 )
@@ -205,6 +206,28 @@ class ReverseWalk:
             loss, tokens = torch.nn.functional.cross_entropy(rows, labels, reduction="sum"), rows.shape[0]
         self.tokens += tokens
         loss.backward(retain_graph=True)
+
+    def _first_not_finite(self) -> InputError | None:
+        """The first site whose inputs hold NaN or Inf in a forward of the current batch; None where it is the output
+        alone."""
+        batch = self._batch
+
+        def look(site: Site, x: Tensor) -> None:
+            if not torch.isfinite(batch.counted(x)).all():
+                raise not_finite(site, batch, x)
+
+        sites = [source for source in self.sources.values() if source.site.kind != "embedding"]
+        for source in sites:
+            source.watch = lambda x, expert, site=source.site: look(site, x)
+        try:
+            with torch.no_grad():
+                run_forward(self.model, batch)
+        except InputError as error:
+            return error
+        finally:
+            for source in sites:
+                source.watch = None
+        return None
 
     # -- watching --------------------------------------------------------------------------------------------------
 

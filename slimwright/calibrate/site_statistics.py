@@ -59,7 +59,7 @@ class SiteStatistics:
         """
         if x.ndim != 2 or not x.numel():
             raise InputError(f"Inputs must be (tokens, in) and not empty, but have shape {tuple(x.shape)}.")
-        x = x.float()
+        x = x.detach().float()
         if not torch.isfinite(x).all():
             raise InputError("Inputs hold NaN or Inf.")
         weighted = x

@@ -16,6 +16,7 @@ from slimwright.kernels.gram import add_gram as add_gram_compiled
 from slimwright.kernels.gram import gram_available
 from slimwright.model.structure import Site
 from slimwright.runtime.streamed import WeightSource
+from slimwright.weights.activations import magnitude_counts
 
 STRIPS = 4
 """Column strips in which a Gram's lower triangle is computed: 5/8 of the products of the whole."""
@@ -92,10 +93,15 @@ class InputSums:
         columns: inputs of the site.
         keep: keep the inputs and make the Gram when it is asked for: of experts, each of which sees few tokens.
         gram: whether there is to be a Gram.
+        counted: whether magnitudes are to be counted.
+
+    Attributes:
+        magnitudes: how many magnitudes lie where (:func:`magnitude_counts`); None where they are not counted.
     """
 
-    def __init__(self, columns: int, keep: bool = False, gram: bool = True) -> None:
+    def __init__(self, columns: int, keep: bool = False, gram: bool = True, counted: bool = False) -> None:
         self.tokens = 0
+        self.magnitudes: Tensor | None = magnitude_counts(torch.zeros(0)) if counted else None
         self._weight = 0.0
         self._gram = gram
         self._sum: Tensor | None = None if keep or not gram else torch.zeros(columns, columns)
@@ -117,6 +123,8 @@ class InputSums:
             size = part.abs()
             torch.maximum(self._absmax, size.amax(0).float(), out=self._absmax)
             self._abssum += size.sum(0, dtype=torch.float32)
+            if self.magnitudes is not None:
+                self.magnitudes += magnitude_counts(size)
             if weights is None:
                 self._sum_of_inputs += part.sum(0, dtype=torch.float32)
         if weights is None:
@@ -147,10 +155,10 @@ class InputSums:
         return _symmetric(total)
 
     def statistics(self) -> SiteStatistics:
-        """What solvers are given; without data where no token was seen, or nothing but zeros. Asked for once: the sum
-        becomes the mean."""
+        """What solvers are given; without a Gram where no token was seen, or nothing but zeros, which is told by the
+        tokens. Asked for once: the sum becomes the mean."""
         if not self.tokens or not self._absmax.any():
-            return SiteStatistics.none()
+            return SiteStatistics(self.tokens)
         gram = self.gram_sum().div_(self._weight) if self._gram else None
         return SiteStatistics(
             self.tokens, gram, absmax=self._absmax, absmean=self._abssum / self.tokens,
@@ -165,11 +173,14 @@ class Collector:
         sources: of the model, by disk name.
         sites: those to watch; of a Gram group one is watched for all.
         grams: whether Grams are wanted.
+        magnitudes: whether the inputs' magnitudes are to be counted (:meth:`magnitudes`).
     """
 
-    def __init__(self, sources: Mapping[str, WeightSource], sites: Sequence[Site], grams: bool = True) -> None:
+    def __init__(
+        self, sources: Mapping[str, WeightSource], sites: Sequence[Site], grams: bool = True, magnitudes: bool = False
+    ) -> None:
         self._sources = sources
-        self._grams = grams
+        self._grams, self._counted = grams, magnitudes
         self._leaders: dict[str, Site] = {}
         for site in sites:
             self._leaders.setdefault(_key(site), site)
@@ -195,7 +206,9 @@ class Collector:
     def _add(self, key: str, site: Site, x: Tensor, expert: int) -> None:
         sums = self._sums.get((key, expert))
         if sums is None:
-            sums = self._sums[key, expert] = InputSums(site.columns, site.kind == "experts", self._grams)
+            sums = self._sums[key, expert] = InputSums(
+                site.columns, site.kind == "experts", self._grams, self._counted
+            )  # fmt: skip
         weights = self._weights
         if weights is None:
             sums.add(self._batch.counted(x))
@@ -207,10 +220,12 @@ class Collector:
                 "solver that counts all tokens alike."
             )
         if not sums.finite:
-            raise InputError(
-                f"The inputs of '{site.name}'{f' in {site.block}' if site.block else ''} hold NaN or Inf on "
-                f"{self._batch.named(x)}: leave that sample out, or fit without data (--data none)."
-            )
+            raise not_finite(site, self._batch, x)
+
+    def magnitudes(self, site: Site) -> Tensor | None:
+        """The counts of its inputs' magnitudes; None where no token was seen. Asked for before the statistics are."""
+        sums = self._sums.get((_key(site), 0))
+        return None if sums is None or not sums.tokens else sums.magnitudes
 
     def statistics(self, site: Site) -> list[SiteStatistics]:
         """One for each of the site's matrices: several where it is a tensor of fused experts.
@@ -234,8 +249,7 @@ class Collector:
                 continue
             own = sums.statistics()
             lacking = 2 * site.columns - own.tokens
-            if lacking > 0:
-                assert own.gram is not None
+            if lacking > 0 and own.gram is not None:
                 gram = (own.gram * own.tokens + layer * lacking) / (own.tokens + lacking)
                 own = dataclasses.replace(own, gram=gram, _factors={})
             found.append(own)
@@ -251,6 +265,14 @@ class Collector:
                 total += sums.gram_sum()
             self._layers[kind] = total / max(1, sum(sums.tokens for sums in alike))
         return self._layers[kind]
+
+
+def not_finite(site: Site, batch: Batch, x: Tensor) -> InputError:
+    """What to raise where the inputs ``x`` of a site hold NaN or Inf in tokens that count."""
+    return InputError(
+        f"The inputs of '{site.name}'{f' in {site.block}' if site.block else ''} hold NaN or Inf on {batch.named(x)}: "
+        "leave that sample out, repair the model, or fit without data (--data none)."
+    )
 
 
 def _kind(site: Site) -> tuple[str, int, str]:

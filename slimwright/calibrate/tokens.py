@@ -133,7 +133,8 @@ def samples(
     if not batches:
         raise InputError(
             f"The data has too little text: what of it the solvers may see ({len(found)} "
-            f"document{'s' if len(found) != 1 else ''}) does not make one sequence of {length} tokens."
+            f"document{'s' if len(found) != 1 else ''}) does not make one sequence of {length} tokens: give more, or a "
+            "smaller --calibration-length."
         )
     return Samples(tuple(batches), counted, "text", _digest(batches), example)
 
@@ -154,7 +155,8 @@ def _encode(tokenizer: Any, document: Document, special: bool, length: int | Non
 def _check(ids: Sequence[int], vocabulary: int) -> None:
     if ids and max(ids) >= vocabulary:
         raise InputError(
-            f"The tokenizer gives the id {max(ids)}, but the model has {vocabulary} embeddings: they do not fit."
+            f"The tokenizer gives the id {max(ids)}, but the model has {vocabulary} embeddings: they do not fit; "
+            "put the model's own tokenizer beside it, or fit without data (--data none)."
         )
 
 

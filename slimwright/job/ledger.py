@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from slimwright.checkpoint import Checkpoint, TensorInfo
 from slimwright.errors import SlimwrightError
 from slimwright.model.structure import Structure
+
+ONLY_ZEROS = "its inputs are zero in every token of the calibration data"
+"""How the reason of a weight begins that could not be solved for that."""
 
 State = Literal["calibrated", "data-free", "kept"]
 
@@ -57,6 +61,24 @@ class Entry:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def dead_inputs(entries: Sequence[Entry], samples: Sequence[str]) -> list[str]:
+    """A sentence for every block with weights whose inputs were zero on all samples: a user should know of it.
+
+    Args:
+        samples: names of the calibration's, in their order.
+    """
+    dead: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.reason.startswith(ONLY_ZEROS):
+            dead.setdefault(entry.block or "", []).append(entry.site)
+    return [
+        f"The inputs of {' and '.join(repr(name) for name in names)}{f' in {block}' if block else ''} are zero on all "
+        f"{len(samples)} samples of the calibration data ('{samples[0]}' is the first), so they were rounded without "
+        "data: something before them gives nothing."
+        for block, names in dead.items()
+    ]
 
 
 def kept_line(name: str, structure: Structure, reason: str, info: TensorInfo, written: bool) -> Entry:

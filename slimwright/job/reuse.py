@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from slimwright.calibrate.block_statistics import BlockSimilarity, RouterCounts, RouterRecord
 from slimwright.calibrate.sensitivity import Sensitivity
 from slimwright.calibrate.store import StatisticsStore
 from slimwright.checkpoint import Checkpoint, environment_key, fingerprint, job_key
@@ -23,6 +24,7 @@ from slimwright.directories import cache_directory
 from slimwright.job.build import Calibration
 from slimwright.job.cache import STATISTICS
 from slimwright.job.edits import original
+from slimwright.job.walked import WalkedModel
 from slimwright.plan import Edit
 from slimwright.search.options import Option
 
@@ -100,6 +102,48 @@ class Reuse:
                 if own.inputs is not None:
                     tensors[f"inputs:{index}:{site}"] = own.inputs
         self._put("sensitivities", tensors, "sensitivities")
+
+    def block_cosines(self, walked: WalkedModel) -> dict[str, BlockSimilarity]:
+        """How little each block and sublayer of the model changes its tokens, by module path of the block: walked for,
+        unless an earlier job has.
+
+        Raises:
+            InputError: the model's blocks cannot be run apart.
+        """
+        kept = self._get("cosines")
+        if not kept:
+            for place, (block, own) in enumerate(walked.block_cosines().items()):
+                for sublayer, cosine in {"": own.block, **own.sublayers}.items():
+                    kept[f"{block}:{sublayer}"] = torch.tensor([place, own.tokens, cosine], dtype=torch.float64)
+            self._put("cosines", kept, "cosines of blocks")
+        found: dict[str, BlockSimilarity] = {}
+        for name in sorted((name for name in kept if name.endswith(":")), key=lambda name: float(kept[name][0])):
+            inside = {n.partition(":")[2]: float(kept[n][2]) for n in sorted(kept) if n.startswith(name) and n != name}
+            found[name[:-1]] = BlockSimilarity(float(kept[name][2]), inside, int(kept[name][1]))
+        return found
+
+    def router_record(self, walked: WalkedModel) -> dict[str, RouterCounts]:
+        """What each layer's router does with the data, by module path of the experts: walked for, unless an earlier job
+        has.
+
+        Raises:
+            InputError: the model's blocks cannot be run apart.
+        """
+        kept = self._get("routers")
+        if not kept:
+            statistic = RouterRecord()
+            walked.observe(statistic)
+            for path, own in statistic.result().items():
+                kept |= {f"tokens:{path}": torch.tensor(own.tokens), f"counts:{path}": own.counts}
+                kept |= {f"mass:{path}": own.mass, f"coactivation:{path}": own.coactivation}
+            self._put("routers", kept, "what routers chose")
+        paths = [name.partition(":")[2] for name in kept if name.startswith("counts:")]
+        return {
+            path: RouterCounts(
+                int(kept[f"tokens:{path}"]), *(kept[f"{part}:{path}"] for part in ("counts", "mass", "coactivation"))
+            )
+            for path in sorted(paths)
+        }
 
     # -- the store -------------------------------------------------------------------------------------------------
 

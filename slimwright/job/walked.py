@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cached_property
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimwright.calibrate.block_statistics import BlockCosine, BlockSimilarity, BlockStatistic
 from slimwright.calibrate.replay import Replay, ReplayStep, runs_apart
 from slimwright.calibrate.statistics import Collector, bf16_is_fast
 from slimwright.calibrate.walk import Step, Walk, walk_units
 from slimwright.calibrate.walk import Unit as WalkUnit
 from slimwright.checkpoint import Checkpoint, CheckpointWriter
+from slimwright.errors import InputError
 from slimwright.job.build import Calibration, Tile, TileResult, Unit, digest_of, solved_line
-from slimwright.job.ledger import Entry
+from slimwright.job.ledger import ONLY_ZEROS, Entry
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of
 from slimwright.job.parallel import in_order
@@ -32,6 +34,8 @@ from slimwright.weights import Grid, disk_shapes
 
 SOLVED_ELEMENTS = 1 << 20
 """Weights of a tile that is solved with data: more than without, since every tile reads its Gram's whole factor."""
+
+TOO_FEW_TOKENS = "on the calibration data too few tokens reached it"
 
 GRAM_BYTES = 256 << 20
 """Grams of a block that are factorized side by side."""
@@ -138,14 +142,15 @@ class WalkedModel:
         return Walk(self.model, self._structure, how.samples.batches, how.hidden_cap, how.scratch)
 
     def collected(
-        self, sites_of: Callable[[WalkUnit], Sequence[Site]], grams: bool = True
+        self, sites_of: Callable[[WalkUnit], Sequence[Site]], grams: bool = True, magnitudes: bool = False
     ) -> Iterator[tuple[Sequence[Site], Collector]]:
         """Walk over the model as it stands, collecting the inputs of each unit's wanted sites; they come after the
-        unit's last run, without their Grams if those are not wanted. Nothing is run that no wanted site needs."""
+        unit's last run, without their Grams if those are not wanted, with counts of magnitudes if they are. Nothing is
+        run that no wanted site needs."""
         units = walk_units(self._structure).values()
         wanted = {unit.module: sites for unit in units if (sites := sites_of(unit))}
         left = set(wanted)
-        collectors = {module: Collector(self.sources, sites, grams) for module, sites in wanted.items()}
+        collectors = {m: Collector(self.sources, sites, grams, magnitudes) for m, sites in wanted.items()}
         for step in self.walk() if left else ():
             unit = step.unit
             collector = collectors.get(unit.module)
@@ -165,6 +170,39 @@ class WalkedModel:
                 yield wanted[unit.module], collectors.pop(unit.module)
             if over:
                 break
+
+    def observe(self, *statistics: BlockStatistic) -> None:
+        """Walk once over the model as it stands, and show every block's run on every batch to these statistics.
+
+        Raises:
+            InputError: the model's blocks cannot be run apart.
+        """
+        left = {path for path, unit in walk_units(self._structure).items() if unit.block}
+        for step in self.walk():
+            if not isinstance(step, Step):
+                raise InputError("The blocks of this model cannot be run apart, so what each does cannot be observed.")
+            self.hold(step.unit)
+            for index in step.indices if step.unit.block else ():
+                with ExitStack() as watching:
+                    told = [watching.enter_context(s.watching(step, index, self.model)) for s in statistics]
+                    output = step.output(index)
+                for tell in told:
+                    tell(output)
+                step.advance(index, output)
+            self.release(step.unit)
+            left -= {step.unit.module} if step.final else set()
+            if not left:
+                break
+
+    def block_cosines(self) -> dict[str, BlockSimilarity]:
+        """How little each block and each sublayer in it changes its tokens, by module path of the block.
+
+        Raises:
+            InputError: the model's blocks cannot be run apart.
+        """
+        statistic = BlockCosine()
+        self.observe(statistic)
+        return statistic.result()
 
     def hold(self, unit: WalkUnit) -> None:
         """Have the weights of a unit's sites in memory, but not those of a head tied to an embedding."""
@@ -355,8 +393,9 @@ class WalkedBuild:
         without = sum(tile.solver is not None and not tile.solver.needs for tile in tiles)
         nbytes = self.source.tensors[tiles[0].unit.name].nbytes
         if without == len(tiles):
-            reason = reason or "on the calibration data too few tokens reached it, or nothing but zeros"
-            return solved_line(tiles[0].unit, tiles[0], result, nbytes, reason)
+            tokens = max(tile.stats.tokens for tile in tiles)
+            line = solved_line(tiles[0].unit, tiles[0], result, nbytes, reason or TOO_FEW_TOKENS)
+            return replace(line, reason=f"{ONLY_ZEROS} ({tokens} tokens)") if tokens else line
         reason = f"calibrated on {self.calibration.samples.kind}"
         if without:
             reason += f"; {without} of its {len(tiles)} tiles saw too few tokens and were rounded without data"

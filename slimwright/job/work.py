@@ -39,7 +39,7 @@ from slimwright.job.calibration import calibrate, notes_on
 from slimwright.job.edits import folded, original, save_scales
 from slimwright.job.fold_walk import FoldWalk, usual_grid
 from slimwright.job.forecast import Forecast
-from slimwright.job.ledger import Entry, check_complete
+from slimwright.job.ledger import Entry, check_complete, dead_inputs
 from slimwright.job.memory import MemoryWatch, trim
 from slimwright.job.open import model_of
 from slimwright.job.options import score_options, with_losses
@@ -364,6 +364,9 @@ class Work:
             state.entries = build(
                 source, state.structure, state.units, writer, state.journal, self._step(state), calibration
             )  # fmt: skip
+            if calibration is not None:
+                names = [name for batch in calibration.samples.batches for name in batch.documents]
+                self.notes += dead_inputs(state.entries, list(dict.fromkeys(names)))
         write_bytes_atomic(held.partial / "plan.yaml", plan.to_yaml().encode())
         copied = copy_side_files(source, held.partial, trust_remote_code=self.asked.trust_remote_code)
         state.side_files = copied.copied

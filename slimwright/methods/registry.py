@@ -184,7 +184,7 @@ class WeightSolver(Method):
         if reason:
             raise InputError(f"The grid {self.grid} cannot hold a weight of {tuple(weight.shape)}: {reason}.")
         self.check_statistics(stats, weight.shape[1])
-        weight = weight.float()
+        weight = weight.detach().float()
         low, high = weight.aminmax()  # NaN and Inf come through: one pass instead of isfinite's three
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise InputError("The weight holds NaN or Inf.")
@@ -254,7 +254,7 @@ class GroupFold(ModelFold):
             raise InputError(
                 f"{self.name}: channels are given for {channels.numel()} inputs, the weights have {columns}."
             )
-        found = [weight.float() for weight in weights]
+        found = [weight.detach().float() for weight in weights]
         if not all(torch.isfinite(weight).all() for weight in found):
             raise InputError("The weight holds NaN or Inf.")
         self.check_statistics(stats, columns)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from slimwright.calibrate.statistics import InputSums
 from slimwright.calibrate.walk import Batch, Walk, walk_units
 from slimwright.checkpoint import Checkpoint
 from slimwright.job.open import model_of
@@ -111,6 +112,27 @@ def test_masks_leave_padding_out() -> None:
     assert torch.equal(batch.counted(x), x[mask])
     assert torch.equal(batch.counted(x.reshape(6, 2)), x[mask])
     assert batch.counted(torch.zeros(2, 5, 2)).shape == (10, 2)
+
+
+def test_a_sample_that_is_wholly_masked_counts_nowhere() -> None:
+    """Neither in Grams and magnitudes nor as the sample that is named, and the outputs of others stay."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 8, generator=generator)
+    x[1] = torch.nan
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    mask[1] = False
+    batch = Batch({}, {(3, 4): mask}, ("first", "masked", "last"))
+    with_it, without = InputSums(8), InputSums(8)
+    with_it.add(batch.counted(x))
+    without.add(torch.cat([x[0], x[2]]))
+    found, expected = with_it.statistics(), without.statistics()
+    assert with_it.finite and found.tokens == expected.tokens == 8
+    assert found.gram is not None and expected.gram is not None and torch.equal(found.gram, expected.gram)
+    x[2, 1] = torch.inf
+    assert batch.named(x) == "the sample 'last'"
+    nothing = InputSums(8)
+    nothing.add(Batch({}, {(1, 4): mask[1:2]}).counted(x[1:2]))
+    assert nothing.statistics().tokens == 0
 
 
 def test_spilled_hidden_states_give_the_same(tmp_path: Path) -> None:

@@ -96,6 +96,22 @@ def test_smoothing_helps_static_scales(outliers: str, tmp_path: Path) -> None:
     assert found["fold/smoothquant"] < 0.7 * found["none"]
 
 
+def test_how_one_scale_is_found(tmp_path: Path) -> None:
+    """Both other ways clip something where the largest magnitude does not."""
+    scales: dict[str, dict[str, float]] = {}
+    for how in ("absmax", "percentile", "mse"):
+        report = fitted(
+            tiny("qwen2"), tmp_path / how, grid="int8:row:sym", activations=f"int8:tensor,scale={how}", **FEW
+        )
+        plan = Plan.load(tmp_path / how / "plan.yaml")
+        scales[how] = {group: Activations.parse(spec).scale or 0.0 for group, spec in plan.activations.items()}
+        assert report["verified"]["ok"]
+    assert len(scales["absmax"]) >= 8
+    assert all(scales["percentile"][group] < scale for group, scale in scales["absmax"].items())
+    assert all(scales["mse"][group] <= 1.01 * scale for group, scale in scales["absmax"].items())
+    assert any(scales["mse"][group] < 0.99 * scale for group, scale in scales["absmax"].items())
+
+
 def test_the_written_plan_does_the_same_again(tmp_path: Path) -> None:
     fitted(tiny("qwen2"), tmp_path / "a", grid="int8:row:sym", activations="int8:tensor", **FEW)
     plan = Plan.load(tmp_path / "a" / "plan.yaml")

@@ -222,19 +222,38 @@ def test_inputs_that_are_not_finite_are_named(limit: dict[str, str], tmp_path: P
     with pytest.raises(InputError) as error:
         fitted(model, tmp_path / "out", method="quantize/gptq", **limit, **FEW)
     sentence = str(error.value)
-    if "grid" in limit:
-        assert "'model.layers.1.mlp.gate_proj.weight' in model.layers.1" in sentence
-    else:
-        assert "The model's logits hold NaN or Inf" in sentence
+    assert "'model.layers.1.mlp.gate_proj.weight' in model.layers.1 hold NaN or Inf" in sentence
     assert "on the sample 'random-0-0'" in sentence and len(sentence.splitlines()) == 1
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_a_site_that_sees_only_zeros_is_rounded_without_data(tmp_path: Path) -> None:
+    """The ledger says so for each weight, the report for the block."""
     model = changed(tmp_path, "model.layers.1.post_attention_layernorm.weight", 0.0)
     report = fitted(model, tmp_path / "out", method="quantize/gptq", grid="int4:g32", **FEW)
     lines = {line["site"]: line for line in report["ledger"]}
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        line = lines[f"model.layers.1.mlp.{name}.weight"]
-        assert line["state"] == "data-free" and "nothing but zeros" in line["reason"]
+    names = [f"model.layers.1.mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
+    for name in names:
+        assert lines[name]["state"] == "data-free"
+        assert lines[name]["reason"] == "its inputs are zero in every token of the calibration data (512 tokens)"
     assert lines["model.layers.1.self_attn.q_proj.weight"]["state"] == "calibrated"
+    notes = [note for note in report["notes"] if "zero on all" in note]
+    assert len(notes) == 1 and "in model.layers.1 are zero on all 32 samples" in notes[0]
+    assert all(f"'{name}'" in notes[0] for name in names) and "'random-0-0' is the first" in notes[0]
+
+
+def test_experts_that_no_token_reaches_are_no_dead_inputs(tmp_path: Path) -> None:
+    """A router sends them none; those it sends zeros are dead."""
+    model = shutil.copytree(tiny("mixtral"), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    router = next(name for name in tensors if "layers.0" in name and name.endswith("gate.weight"))
+    favoured = torch.zeros_like(tensors[router])
+    tensors[router] = favoured  # all logits equal: the first two experts are always chosen
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    report = fitted(str(model), tmp_path / "out", method="quantize/gptq", grid="int4:g32", **FEW)
+    unreached = [line for line in report["ledger"] if "too few tokens reached it" in line["reason"]]
+    assert unreached and not any("zero on all" in note for note in report["notes"])
+    tensors["model.layers.0.post_attention_layernorm.weight"].zero_()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    report = fitted(str(model), tmp_path / "dead", method="quantize/gptq", grid="int4:g32", **FEW)
+    assert any("zero on all" in note for note in report["notes"])

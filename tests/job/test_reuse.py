@@ -9,10 +9,19 @@ import torch
 
 from slimwright.calibrate.sensitivity import ReverseWalk
 from slimwright.calibrate.store import SUFFIX, StatisticsStore
-from slimwright.calibrate.walk import Walk
+from slimwright.calibrate.tokens import Samples
+from slimwright.calibrate.walk import Batch, Walk
+from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.job import cache
+from slimwright.job.build import Calibration
 from slimwright.job.fit import fit
+from slimwright.job.reuse import Reuse
+from slimwright.job.walked import WalkedModel
+from slimwright.model.discover import discover
+from slimwright.model.inputs import dummy_inputs
+from slimwright.model.skeleton import skeleton
+from tests.families import cached
 from tests.job.conftest import files, fitted, tiny
 
 DATA = {"method": "quantize/gptq", "calibration_tokens": 512, "calibration_length": 16, "statistics_cache": "1GB"}
@@ -97,3 +106,23 @@ def test_the_cache_lists_and_removes_entries(kept: Path) -> None:
         cache.remove(["statistics/losses-a"])
     assert cache.remove(["statistics"]) > 0 and not kept.exists()
     assert cache.remove(None) == 10 and cache.entries() == []
+
+
+def test_cosines_and_routers_are_walked_for_once(tmp_path: Path, kept: Path, walks: list[str]) -> None:
+    source = Checkpoint.open(str(cached("mixtral", torch.float32)))
+    structure = discover(source)
+    batches = tuple(Batch(dummy_inputs(skeleton(source.config), batch=2, length=8, seed=seed)) for seed in range(2))
+    calibration = Calibration(Samples(batches, 32, "random tokens", "0" * 64), 1 << 30, tmp_path, False, print)
+    walked = WalkedModel(source, structure, calibration)
+    reuse = Reuse(source, calibration, 1 << 20, "mixtral", "")
+    cosines, routers = reuse.block_cosines(walked), reuse.router_record(walked)
+    assert cosines == walked.block_cosines() and len(cosines) == 2
+    assert sum(own.tokens for own in routers.values()) == 64
+    walks.clear()
+    again = Reuse(source, calibration, 1 << 20, "mixtral", "")
+    assert again.block_cosines(walked) == cosines
+    for path, own in again.router_record(walked).items():
+        assert torch.equal(own.coactivation, routers[path].coactivation) and torch.equal(own.mass, routers[path].mass)
+    assert not walks
+    assert Reuse(source, calibration, 1 << 20, "mixtral", "edited").block_cosines(walked) == cosines
+    assert walks == ["walk"]
