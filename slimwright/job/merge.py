@@ -7,6 +7,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,9 @@ class _Job:
         with (
             Journal.open(held.scratch / "journal", key, reset=True) as journal,
             Reporter(predicted.phases, held.partial / "events.jsonl", self.asked.quiet) as reporter,
+            ThreadPoolExecutor(1, "slimwright-publishing") as aside,
         ):
+            prepared = aside.submit(_prepare_publishing, inputs)
             if held.status == "resumed":
                 reporter.log(f"Resuming: {len(journal.done)} finished tensors are kept.")
                 if not journal.done:
@@ -245,7 +248,7 @@ class _Job:
                 if self.variants:
                     pieces = [(unit, 0, first_elements(unit)) for unit in plan.units] + random_tiles(plan, self.seed)
                     prove_variants(plan, held.partial, self.variants["names"], done, self.seed, pieces)
-            data = self._publish(held, inner, plan, inputs, layout, predicted, done, proof)
+            data = self._publish(held, inner, plan, inputs, layout, predicted, done, proof, *prepared.result())
             reporter.step(1, 1)
         return MergeReport(data, held.out)
 
@@ -301,13 +304,13 @@ class _Job:
 
     def _publish(
         self, held: Claim, inner: Path, plan: MergePlan, inputs: Inputs, layout: Layout, predicted: MergeForecast,
-        done: Mapping[str, Done], proof: dict[str, Any] | None,
+        done: Mapping[str, Done], proof: dict[str, Any] | None, parents: tuple[Lineage, ...],
+        render: Callable[[Mapping[str, Any], str], str],
     ) -> dict[str, Any]:  # fmt: skip
         metadata, warnings = papers.licence_notes(inputs)
         for reference in papers.equal_inputs(plan, done) if len(inputs) > 1 else ():
             warnings.append(f"The result equals {reference}: the other models have no effect with these parameters.")
         self.notes += warnings
-        parents = tuple(papers.lineage_of(given.checkpoint) for given in inputs.values())
         edit = {"edit": "merge", "method": self.config.method, "models": [str(reference) for reference in inputs]}
         data = self._report(plan, inputs, layout, predicted)
         data |= {
@@ -325,9 +328,7 @@ class _Job:
         write_bytes_atomic(held.partial / "README.md", text.encode())
         write_bytes_atomic(held.partial / "merge.yaml", papers.recipe_text(self.config, self.seed).encode())
         write_json_atomic(held.partial / "report.json", data)
-        from slimwright.report.merge import render_merge  # the templates' library: not before the weights are written
-
-        write_bytes_atomic(held.partial / "report.html", render_merge(data, held.out.name).encode())
+        write_bytes_atomic(held.partial / "report.html", render(data, held.out.name).encode())
         held.publish()
         return data
 
@@ -371,3 +372,11 @@ class _Job:
             "reproduce": shlex.join(["slimwright", "merge", given, "--out", str(self.out)]),
             "notes": self.notes,
         }
+
+
+def _prepare_publishing(inputs: Inputs) -> tuple[tuple[Lineage, ...], Callable[[Mapping[str, Any], str], str]]:
+    """What publishing needs and no tile does, made while tiles stream: the inputs' lineages, and what renders
+    report.html (its import takes a while)."""
+    from slimwright.report.merge import render_merge
+
+    return tuple(papers.lineage_of(given.checkpoint) for given in inputs.values()), render_merge

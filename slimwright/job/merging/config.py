@@ -243,6 +243,13 @@ def _slices(
     return tuple(found)
 
 
+def _is_merge_method(name: str) -> bool:
+    try:
+        return issubclass(method_class(name), MergeMethod)
+    except InputError:
+        return False
+
+
 def _own_names() -> list[str]:
     own = [name.removeprefix("merge/") for name, cls in methods().items() if issubclass(cls, MergeMethod)]
     return [*own, GREEDY_SOUP]
@@ -251,9 +258,9 @@ def _own_names() -> list[str]:
 def _own_method(asked: str, where: str) -> tuple[str, dict[str, Any]]:
     """Our name and the knobs written behind it (``ties,density=0.3``)."""
     name, *words = asked.split(",")
-    known = _own_names()
     name = name.strip().removeprefix("merge/")
-    if name not in known or name == GREEDY_SOUP:
+    if name == GREEDY_SOUP or not _is_merge_method(f"merge/{name}"):
+        known = _own_names()
         raise InputError(f"{where}: unknown method '{asked}'{nearest(name, known)} Known: {', '.join(known)}.")
     knobs: dict[str, Any] = {}
     for word in words:
