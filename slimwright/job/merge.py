@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import shutil
 import time
@@ -146,8 +147,9 @@ class _Job:
         }
         with claim(self.out, job_key(inputs=states, recipe=repr(recipe), verb="merge")) as held:
             if held.status == "finished":
-                self.notes.append(f"{held.out} is the finished result of this same job.")
-                return MergeReport(self._report(plan, inputs, layout, predicted), held.out)
+                data = json.loads((held.out / "report.json").read_text(encoding="utf-8"))
+                data["notes"].append(f"{held.out} is the finished result of this same job.")
+                return MergeReport(data, held.out)
             try:
                 if config.metric is not None:
                     self._choose_soup(held, states)
