@@ -410,6 +410,8 @@ def test_bad_inputs_are_refused_in_one_sentence(models: dict[str, str], tmp_path
     a, base = models["first"], models["base"]
     one = {"sources": [{"model": a, "layer_range": [0, 9]}]}
     unequal = {"sources": [{"model": a, "layer_range": [0, 2]}, {"model": base, "layer_range": [0, 3]}]}
+    cycle: list[Any] = [one]
+    cycle.append(cycle)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"method": "linear", "models": [a, str(tmp_path / "short")]}, r"model.norm.weight.*\(8,\).*\(16,\)"),
         ({"method": "linear", "models": [a, str(tmp_path / "less")]}, "lacks the tensor"),
@@ -435,6 +437,9 @@ def test_bad_inputs_are_refused_in_one_sentence(models: dict[str, str], tmp_path
         ({"method": "linear", "models": [a], "dtype": "int4"}, "'dtype' is one of"),
         ({"method": "linear", "models": [{"model": a, "weight": 1}]}, "stand under 'parameters'"),
         ({"method": "linear", "models": [f"{a}+{base}"]}, "is no adapter"),
+        ({"method": "greedy_soup", "models": [a], "metric": "say 'it"}, "is no command"),
+        ({"method": "greedy_soup", "models": [a], "metric": "\0"}, "cannot be run"),
+        ({"method": "linear", "slices": cycle}, "contains itself"),
     ]  # fmt: skip
     for number, (config, sentence) in enumerate(cases):
         with pytest.raises(InputError, match=sentence) as caught:

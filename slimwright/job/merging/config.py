@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -163,6 +164,10 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def _config(value: dict[str, Any], where: str) -> MergeConfig:
+    try:
+        json.dumps(value, default=str, skipkeys=True)
+    except (ValueError, RecursionError):
+        raise InputError(f"{where}: a part of it contains itself (a YAML anchor): write that part out.") from None
     form = "mergekit" if "merge_method" in value else "slimwright"
     notes: list[str] = []
     for key in list(value):

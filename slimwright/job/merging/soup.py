@@ -67,7 +67,10 @@ def greedy_soup(
         journal: of scores; those that it has are not measured again.
     """
     assert config.metric is not None
-    command = shlex.split(config.metric)
+    try:
+        command = shlex.split(config.metric)
+    except ValueError as error:
+        raise InputError(f"The metric '{config.metric}' is no command ({error}): quote it as in a shell.") from None
     (part,) = config.slices
     models = [source.model for source in part.sources]
 
@@ -108,8 +111,9 @@ def measure(command: Sequence[str], model: Path) -> float:
     """
     try:
         ran = subprocess.run([*command, str(model)], capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise InputError(f"The metric '{command[0]}' cannot be run ({error.strerror}): name a command.") from error
+    except (OSError, ValueError) as error:  # a ValueError of a character that no command has
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"The metric {command[0]!r} cannot be run ({why}): name a command.") from error
     last = (ran.stdout.strip().splitlines() or [""])[-1].split()
     try:
         value = float(last[-1])
