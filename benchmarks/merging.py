@@ -4,6 +4,8 @@
 Qwen2 shape (two fine-tunes and a base of 1 GB each), alternated with mergekit, the page cache warm for both.
 ``memory``: the same, and a shape of 13 GB, inside a cgroup of a bare import plus 1 GB and 1.5 GB.
 
+Names of methods behind these words (``speed ties``) restrict them to those methods.
+
 mergekit lives in an environment of its own, named by SLIMWRIGHT_PEERS (DIR/b/bin/python); without it only our own
 figures are taken, and the run says so.
 """
@@ -17,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +145,7 @@ def compared(ours: Path, theirs: Path, base: Path) -> Row:
     }  # fmt: skip
 
 
-def agreement(folder: Path) -> list[Row]:
+def agreement(folder: Path, methods: Sequence[str]) -> list[Row]:
     """Every method of mergekit's, in both dtypes."""
     python = peer()
     if python is None:
@@ -153,7 +156,7 @@ def agreement(folder: Path) -> list[Row]:
         stored = str(dtype).removeprefix("torch.")
         seedling = make(dict(SMALL), folder / "small-source")
         models = [fine_tune(seedling, folder / f"small-{stored}-{i}", i, 5_000_000_000, dtype) for i in range(3)]
-        for method in METHODS:
+        for method in methods:
             config = configuration(method, models, "float32" if kind == "cast" else stored)
             if kind == "cast":
                 config["out_dtype"] = "bfloat16"
@@ -220,13 +223,13 @@ def timed(command: list[str], out: Path) -> tuple[float, int]:
     return time.perf_counter() - started, peak
 
 
-def speed(folder: Path, repeats: int = 3) -> list[Row]:
-    """Wall time and memory of five methods, with verification and without, beside mergekit."""
+def speed(folder: Path, timed_methods: Sequence[str] = TIMED, repeats: int = 3) -> list[Row]:
+    """Wall time and memory of methods, with verification and without, beside mergekit."""
     base = make(QWEN2_05B, folder / "base", 500_000_000)
     models = [base, *(fine_tune(base, folder / f"tuned-{seed}", seed, 500_000_000) for seed in (1, 2))]
     python = peer()
     rows = []
-    for method in TIMED:
+    for method in timed_methods:
         config = configuration(method, models, "bfloat16")
         file = folder / f"{method}.yaml"
         file.write_text(yaml.safe_dump(config))
@@ -308,19 +311,21 @@ def limited(file: Path, out: Path, cap: int) -> Row:
 
 def main() -> int:
     started = time.time()
-    wanted = sys.argv[1:] or ["agreement", "speed", "memory"]
+    parts = ("agreement", "speed", "memory")
+    only = [word for word in sys.argv[1:] if word not in parts]
+    wanted = [word for word in sys.argv[1:] if word in parts] or parts
     with scratch("merging") as folder:
         found: list[Row] = []
         if "agreement" in wanted:
             columns = {"method": "method", "dtype": "dtype", "equal": "equal bits", "within_1_ulp": "within 1 ulp",
                        "relative_error": "relative error", "change_ratio": "size of change", "note": "note",
                        "ok": "ok"}  # fmt: skip
-            found += publish("merging-agreement", agreement(folder), columns, started)
+            found += publish("merging-agreement", agreement(folder, only or list(METHODS)), columns, started)
         if "speed" in wanted:
             columns = {"method": "method", "seconds": "s", "verified_seconds": "s verified", "copy_seconds": "s copy",
                        "limit_seconds": "s limit", "mergekit_seconds": "s mergekit", "multiple": "multiple",
                        "memory_bytes": "bytes", "mergekit_memory_bytes": "bytes mergekit", "ok": "ok"}  # fmt: skip
-            found += publish("merging-speed", speed(folder), columns, started)
+            found += publish("merging-speed", speed(folder, only or TIMED), columns, started)
         if "memory" in wanted:
             columns = {"shape": "shape", "method": "method", "seconds": "s", "peak": "peak bytes", "cap": "allowed",
                        "forecast": "forecast", "cgroup": "in a cgroup", "note": "note", "ok": "ok"}  # fmt: skip

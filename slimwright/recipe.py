@@ -166,7 +166,7 @@ def _step(name: str, given: Any, names: Sequence[str], where: str, base: Path) -
     wanted = list if verb == "measure" else Mapping if verb == "merge" else str
     if not isinstance(subject, wanted) or (verb == "measure" and not all(isinstance(m, str) for m in subject)):
         raise InputError(f"{where}: the step '{name}' is done to {subject!r}, which names no model.")
-    mentioned = {found for found in _models([subject, options.get("reference")]) if found in names}
+    mentioned = set(_models(subject) + _models(options.get("reference"))) & set(names)
     if name in mentioned:
         raise InputError(f"{where}: the step '{name}' needs itself.")
     return Step(name, verb, subject, options, tuple(n for n in names if n in mentioned))
@@ -189,21 +189,44 @@ def _options_of(verb: str) -> list[str]:
     return [f.name for f in fields(options) if f.name not in ("model", "out", "dry_run", "quiet", "data_digest")]
 
 
-def _models(value: Any) -> list[str]:
-    """Every text in a value, adapters behind ``+`` apart."""
+_MODEL_KEYS = ("model", "models", "base", "base_model", "reference", "path", "lora")
+_TOKENIZER_KEYS = ("tokenizer", "tokenizer_source", "source")
+"""Keys of a merge, or of options, under which a text names a model; of a tokenizer ``base`` and ``union`` are none."""
+
+
+def _with_models(value: Any, change: Callable[[str], str], named: bool = True) -> Any:
+    """A copy of a value with every text changed that names a model; in mappings, those under certain keys."""
     if isinstance(value, str):
-        return value.split("+")
-    inner = list(value.values()) if isinstance(value, Mapping) else list(value) if isinstance(value, list) else []
-    return [name for item in inner for name in _models(item)]
+        return change(value) if named else value
+    if isinstance(value, Mapping):
+        return {
+            key: _with_models(
+                item, change, key in _MODEL_KEYS or (key in _TOKENIZER_KEYS and item not in ("base", "union"))
+            )
+            for key, item in value.items()
+        }
+    return [_with_models(item, change, named) for item in value] if isinstance(value, list) else value
+
+
+def _models(value: Any) -> list[str]:
+    """Every model that a value names, adapters behind ``+`` apart."""
+    found: list[str] = []
+
+    def note(text: str) -> str:
+        found.extend(text.split("+"))
+        return text
+
+    _with_models(value, note)
+    return found
 
 
 def _resolved(value: Any, step: Step, folder: Path) -> Any:
     """A value with the names of steps replaced by their directories."""
-    if isinstance(value, str):
-        return "+".join(str(folder / part) if part in step.needs else part for part in value.split("+"))
-    if isinstance(value, Mapping):
-        return {key: _resolved(item, step, folder) for key, item in value.items()}
-    return [_resolved(item, step, folder) for item in value] if isinstance(value, list) else value
+
+    def place(text: str) -> str:
+        return "+".join(str(folder / part) if part in step.needs else part for part in text.split("+"))
+
+    return _with_models(value, place)
 
 
 # -- verbs ---------------------------------------------------------------------------------------------------------
@@ -262,9 +285,10 @@ def _measure(step: Step, folder: Path, dry_run: bool, quiet: bool, state: dict[s
 
 
 def _content(directory: Path) -> str:
-    """What tells one result from another."""
+    """What tells one result from another: the hash of its weights, or a merge's fingerprint."""
     found = directory / "report.json"
-    return str(json.loads(found.read_text(encoding="utf-8")).get("hash", "")) if found.exists() else ""
+    data = json.loads(found.read_text(encoding="utf-8")) if found.exists() else {}
+    return str(data.get("hash") or (data.get("lineage") or {}).get("fingerprint", ""))
 
 
 def _state(folder: Path) -> dict[str, str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import slimwright
 from slimwright.errors import InputError
 from slimwright.recipe import read_recipe, run
+from slimwright.zoo import bundled_path
 from tests.families import cached
 
 PLAIN = {"method": "quantize/rtn,clip=none", "data": "none"}
@@ -38,6 +41,44 @@ def test_steps_come_after_those_they_need() -> None:
     assert [step.name for step in read_recipe(recipe())] == ["merged", "small", "dense"]
     independent = {"steps": {name: {"fit": "x", "size": "4bit"} for name in ("c", "a", "b")}}
     assert [step.name for step in read_recipe(independent)] == ["c", "a", "b"]
+
+
+def test_only_what_names_a_model_is_a_step() -> None:
+    """Steps that are called after their method, or after a word of a merge, are no inputs of that merge."""
+    merge = {
+        "method": "ties", "base": "union", "models": ["x+lora", {"model": "linear", "parameters": {"weight": 1}}],
+        "parameters": {"agg": "sum"}, "tokenizer_source": "base", "dtype": "sum",
+    }  # fmt: skip
+    plain = {"merge": {"method": "linear", "models": ["x", "y"]}}
+    steps = {name: plain for name in ("linear", "union", "base", "sum", "lora")}
+    found = {step.name: step.needs for step in read_recipe({"steps": {"ties": {"merge": merge}, **steps}})}
+    assert found["ties"] == ("linear", "union", "lora") and not any(found[name] for name in steps)
+
+
+def test_a_merge_is_fitted_and_measured_against_itself(tmp_path: Path) -> None:
+    """The three verbs in one recipe that was stopped after the merge; as a step it is the same bytes as by itself."""
+    other = tmp_path / "other"
+    shutil.copytree(bundled_path(), other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: value * 1.01 for name, value in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    merge = {"method": "linear", "models": [str(bundled_path()), str(other)]}
+    text = tmp_path / "text.txt"
+    text.write_text("def merge(models):\n    return sum(models) / len(models)\n" * 40)
+    steps: dict[str, Any] = {
+        "figures": {"measure": ["s"], "reference": "m", "data": {"own": str(text)}, "text": "2kB", "repeats": 0},
+        "s": {"fit": "m", "grid": "int8:g32", **PLAIN},
+        "m": {"merge": merge},
+    }
+    run({"steps": {"m": steps["m"]}}, tmp_path / "out", quiet=True)
+    made = (tmp_path / "out" / "m" / "report.json").stat().st_mtime_ns
+    found = run({"steps": steps}, tmp_path / "out", quiet=True)
+    assert [step["step"] for step in found["steps"]] == ["m", "s", "figures"]
+    assert found["steps"][0]["seconds"] > 0 and (tmp_path / "out" / "m" / "report.json").stat().st_mtime_ns == made
+    alone = slimwright.merge(merge, tmp_path / "alone", quiet=True)
+    files = [tmp_path / folder / "model.safetensors" for folder in ("out/m", "alone")]
+    assert files[0].read_bytes() == files[1].read_bytes() and alone["verified"]["ok"]
+    small = found["steps"][2]["measured"]
+    assert len(small) == 2 and "kl" in str(small)
 
 
 def test_a_recipe_makes_every_result_once(tmp_path: Path) -> None:

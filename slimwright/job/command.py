@@ -11,6 +11,21 @@ from pathlib import Path
 from slimwright.errors import InputError
 
 
+def words(text: str) -> list[str]:
+    """A command in writing, as a shell splits it.
+
+    Raises:
+        InputError: its quotes do not match, or it is empty.
+    """
+    try:
+        found = shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"The metric '{text}' is no command ({error}): quote it as in a shell.") from None
+    if not found:
+        raise InputError(f"The metric '{text}' is no command: it is empty.")
+    return found
+
+
 def measured(command: Sequence[str], model: Path, seconds: float | None = None) -> float:
     """The last number that a command prints about a model's directory.
 
@@ -20,13 +35,14 @@ def measured(command: Sequence[str], model: Path, seconds: float | None = None) 
     Raises:
         InputError: it cannot be run, fails, takes longer, or prints no number last.
     """
-    words = shlex.join(command)
+    written = shlex.join(command)
     try:
         ran = subprocess.run([*command, str(model)], capture_output=True, text=True, check=False, timeout=seconds)
-    except OSError as error:
-        raise InputError(f"The metric '{command[0]}' cannot be run ({error.strerror}): name a command.") from error
+    except (OSError, ValueError) as error:  # a ValueError of a character that no command has
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"The metric {command[0]!r} cannot be run ({why}): name a command.") from error
     except subprocess.TimeoutExpired:
-        raise InputError(f"The metric '{words}' was stopped after {seconds:.0f} s: make it faster.") from None
+        raise InputError(f"The metric '{written}' was stopped after {seconds:.0f} s: make it faster.") from None
     last = (ran.stdout.strip().splitlines() or [""])[-1].split()
     try:
         value = float(last[-1])
@@ -34,5 +50,5 @@ def measured(command: Sequence[str], model: Path, seconds: float | None = None) 
         value = math.nan
     if ran.returncode != 0 or not math.isfinite(value):
         said = (ran.stderr.strip().splitlines() or ["no message"])[-1][:200]
-        raise InputError(f"The metric '{words}' gave no number for {model} (exit {ran.returncode}: {said}).")
+        raise InputError(f"The metric '{written}' gave no number for {model} (exit {ran.returncode}: {said}).")
     return value

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import difflib
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from slimwright.errors import InputError
-from slimwright.job.command import measured
+from slimwright.job.command import measured, words
 
 LIMIT_SECONDS = 3600.0
 """How long a user's command may take where the job has no limit of its own."""
@@ -82,8 +81,8 @@ class Floor:
                 f"--keep '{text}' is not of the form kl:0.02, top1:99%, ppl:1%, ndcg@10:1% or ./eval.sh:0.5."
             )
         if "/" in name:
-            if not Path(shlex.split(name)[0]).expanduser().is_file():
-                raise InputError(f"--keep '{text}': there is no file '{shlex.split(name)[0]}' to run.")
+            if not Path(words(name)[0]).expanduser().is_file():
+                raise InputError(f"--keep '{text}': there is no file '{words(name)[0]}' to run.")
             return cls(text, name, limit)
         name = name.lower()
         if name not in KINDS:
@@ -138,7 +137,7 @@ class Floor:
             InputError: the model has no such quality (those it has are named), or the command gives no number.
         """
         if self.command:
-            value = measured(shlex.split(self.name), model, seconds or LIMIT_SECONDS)
+            value = measured(words(self.name), model, seconds or LIMIT_SECONDS)
             strain = 1 + (self.limit - value) / max(abs(self.limit), 1e-12)
             return Judged(self.text, value, value, value >= self.limit, max(strain, 0.0), 0.0, 0)
         kind = KINDS[self.name]

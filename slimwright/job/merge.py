@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,18 +31,18 @@ from slimwright.checkpoint import (
     write_json_atomic,
 )
 from slimwright.errors import InputError
+from slimwright.formats.peft import WEIGHTS_FILE
 from slimwright.job.memory import MemoryWatch, memory_cap
-from slimwright.job.merging import papers
+from slimwright.job.merging import extract, papers
 from slimwright.job.merging.chat import chosen_template, write_template
 from slimwright.job.merging.config import MergeConfig, read_config
-from slimwright.job.merging.engine import Done, Engine
-from slimwright.job.merging.extract import extract_adapter
+from slimwright.job.merging.engine import Engine
 from slimwright.job.merging.forecast import MergeForecast, forecast
 from slimwright.job.merging.modules import WHOLE, resized_module
 from slimwright.job.merging.plan import MergePlan, plan_units
 from slimwright.job.merging.proof import first_elements, prove, random_tiles
 from slimwright.job.merging.soup import Soup, greedy_soup
-from slimwright.job.merging.sources import MergeInput
+from slimwright.job.merging.sources import MergeInput, open_tensors
 from slimwright.job.merging.targets import Inputs, like
 from slimwright.job.merging.variants import extra_bytes, is_store, prove_variants, write_variants
 from slimwright.job.merging.vocabulary import Alignment, align, resized, write_tokenizer
@@ -48,6 +50,7 @@ from slimwright.job.progress import Reporter
 
 MAX_SHARD_BYTES = 5_000_000_000
 REPORT_VERSION = 1
+NOT_VERIFIED = {"ok": None, "how": "not verified, as asked"}
 
 
 @dataclass(frozen=True)
@@ -145,14 +148,15 @@ class _Job:
         }
         with claim(self.out, job_key(inputs=states, recipe=repr(recipe), verb="merge")) as held:
             if held.status == "finished":
-                self.notes.append(f"{held.out} is the finished result of this same job.")
-                return MergeReport(self._report(plan, inputs, layout, predicted), held.out)
+                data = json.loads((held.out / "report.json").read_text(encoding="utf-8"))
+                data["notes"].append(f"{held.out} is the finished result of this same job.")
+                return MergeReport(data, held.out)
             try:
                 if config.metric is not None:
                     self._choose_soup(held, states)
                     inputs, plan = self._planned()
                 if config.method == "merge/lora_extract":
-                    return self._extract(held, plan, inputs, layout, predicted)
+                    return self._extract(held, plan, inputs, layout, predicted, states)
                 return self._work(held, plan, inputs, layout, predicted, states)
             except InputError:  # what was given cannot work, so nothing of it is worth keeping for another try
                 if held.status == "new" and not self.watch.exceeded:
@@ -213,17 +217,12 @@ class _Job:
     ) -> MergeReport:  # fmt: skip
         leader = inputs[like(self.config)]
         inner = held.partial / leader.checkpoint.model_path.relative_to(leader.checkpoint.path)
-        key = job_key(
-            inputs=states,
-            models=[str(reference) for reference in inputs],
-            config=repr(self.config.source),
-            seed=self.seed,
-            environment=environment_key("merge"),
-        )
         with (
-            Journal.open(held.scratch / "journal", key, reset=True) as journal,
+            Journal.open(held.scratch / "journal", self._journal_key(inputs, states), reset=True) as journal,
             Reporter(predicted.phases, held.partial / "events.jsonl", self.asked.quiet) as reporter,
+            ThreadPoolExecutor(1, "slimwright-publishing") as aside,
         ):
+            prepared = aside.submit(papers.prepare, inputs)
             if held.status == "resumed":
                 reporter.log(f"Resuming: {len(journal.done)} finished tensors are kept.")
                 if not journal.done:
@@ -245,28 +244,67 @@ class _Job:
                 if self.variants:
                     pieces = [(unit, 0, first_elements(unit)) for unit in plan.units] + random_tiles(plan, self.seed)
                     prove_variants(plan, held.partial, self.variants["names"], done, self.seed, pieces)
-            data = self._publish(held, inner, plan, inputs, layout, predicted, done, proof)
+            for reference in papers.equal_inputs(plan, done) if len(inputs) > 1 else ():
+                self.notes.append(
+                    f"The result equals {reference}: the other models have no effect with these parameters."
+                )
+            parents, render = prepared.result()
+            data = self._report(plan, inputs, layout, predicted) | {
+                "verified": proof or NOT_VERIFIED,
+                "ledger": papers.ledger(plan, done),
+                "lineage": self._lineage(Checkpoint.open(held.partial), inputs, parents),
+                "how_to_load": papers.how_to_load(
+                    held.out / inner.relative_to(held.partial), leader.checkpoint, self.variants
+                ),
+            }
+            self._publish(held, inputs, data, render, "merge")
             reporter.step(1, 1)
         return MergeReport(data, held.out)
 
     def _extract(
-        self, held: Claim, plan: MergePlan, inputs: Inputs, layout: Layout, predicted: MergeForecast
-    ) -> MergeReport:
+        self, held: Claim, plan: MergePlan, inputs: Inputs, layout: Layout, predicted: MergeForecast,
+        states: dict[str, str],
+    ) -> MergeReport:  # fmt: skip
         """Write an adapter instead of a model."""
         base = self.config.base
         assert base is not None
-        found = extract_adapter(plan, held.partial, base.path)
-        data = self._report(plan, inputs, layout, predicted)
-        data |= {
-            "adapter": found,
-            "versions": papers.versions(),
-            "how_to_load": f"from peft import PeftModel\nmodel = PeftModel.from_pretrained(base, {str(held.out)!r})",
-            "job": {"seconds": time.monotonic() - self.started, "peak_memory_bytes": self.watch.peak},
-        }
-        data["size"]["after"] = found["bytes"]
-        write_json_atomic(held.partial / "report.json", data)
-        held.publish()
+        parts = held.scratch / "extracted"
+        with (
+            Journal.open(held.scratch / "journal", self._journal_key(inputs, states), reset=True) as journal,
+            Reporter(predicted.phases, held.partial / "events.jsonl", self.asked.quiet) as reporter,
+        ):
+            if held.status == "resumed":
+                reporter.log(f"Resuming: {len(journal.done)} finished tensors are kept.")
+            reporter.begin("merge")
+            found = extract.extract_factors(plan, parts, journal, self._step(reporter))
+            adapter = extract.write_adapter(plan, found, parts, held.partial, base.path)
+            proof = NOT_VERIFIED
+            if self.asked.verify:
+                reporter.begin("verify")
+                proof = extract.prove_adapter(plan, found, held.partial, self.seed, self._step(reporter))
+            parents, render = papers.prepare(inputs)
+            data = self._report(plan, inputs, layout, predicted) | {
+                "adapter": adapter,
+                "verified": proof,
+                "ledger": extract.adapter_ledger(plan, found),
+                "lineage": self._lineage(open_tensors(held.partial / WEIGHTS_FILE), inputs, parents),
+                "how_to_load": papers.how_to_adapt(held.out),
+            }
+            data["size"]["after"], data["size"]["shards"] = adapter["bytes"], 1
+            merged = adapter["modules"]
+            data["tensors"] = {"merged": merged, "copied": len(adapter["whole"]), "not_read": 0}
+            self._publish(held, inputs, data, render, "adapter")
+            reporter.step(1, 1)
         return MergeReport(data, held.out)
+
+    def _journal_key(self, inputs: Inputs, states: dict[str, str]) -> str:
+        return job_key(
+            inputs=states,
+            models=[str(reference) for reference in inputs],
+            config=repr(self.config.source),
+            seed=self.seed,
+            environment=environment_key("merge"),
+        )
 
     def _step(self, reporter: Reporter) -> Callable[[int, int], None]:
         def step(done: int, total: int) -> None:
@@ -299,46 +337,31 @@ class _Job:
             write_template(self.template, target)
         self.licence_files = [name for name in copied.copied if "licen" in name.lower()]
 
-    def _publish(
-        self, held: Claim, inner: Path, plan: MergePlan, inputs: Inputs, layout: Layout, predicted: MergeForecast,
-        done: Mapping[str, Done], proof: dict[str, Any] | None,
-    ) -> dict[str, Any]:  # fmt: skip
-        metadata, warnings = papers.licence_notes(inputs)
-        for reference in papers.equal_inputs(plan, done) if len(inputs) > 1 else ():
-            warnings.append(f"The result equals {reference}: the other models have no effect with these parameters.")
-        self.notes += warnings
-        parents = tuple(papers.lineage_of(given.checkpoint) for given in inputs.values())
+    def _lineage(self, result: Checkpoint, inputs: Inputs, parents: tuple[Lineage, ...]) -> dict[str, Any]:
         edit = {"edit": "merge", "method": self.config.method, "models": [str(reference) for reference in inputs]}
-        data = self._report(plan, inputs, layout, predicted)
+        return Lineage(fingerprint(result), parents, (edit,)).to_json()
+
+    def _publish(
+        self, held: Claim, inputs: Inputs, data: dict[str, Any], render: Callable[[Mapping[str, Any], str], str],
+        relation: str,
+    ) -> None:  # fmt: skip
+        """Write what stands beside the weights (``data`` becomes report.json), and give the result its name."""
+        metadata, warnings = papers.licence_notes(inputs)
+        self.notes += warnings
         data |= {
-            "verified": proof or {"ok": None, "how": "not verified, as asked"},
-            "ledger": papers.ledger(plan, done),
-            "lineage": Lineage(fingerprint(Checkpoint.open(held.partial)), parents, (edit,)).to_json(),
+            "notes": self.notes,
             "versions": papers.versions(),
-            "how_to_load": self._how_to_load(held.out / inner.relative_to(held.partial), inputs),
             "job": {"seconds": time.monotonic() - self.started, "peak_memory_bytes": self.watch.peak},
         }
         text = papers.card(
             held.out.name, self.config, inputs, metadata, self.licence_files, self.notes, data["how_to_load"],
-            data["ledger"],
+            data["ledger"], relation,
         )  # fmt: skip
         write_bytes_atomic(held.partial / "README.md", text.encode())
         write_bytes_atomic(held.partial / "merge.yaml", papers.recipe_text(self.config, self.seed).encode())
         write_json_atomic(held.partial / "report.json", data)
-        from slimwright.report.merge import render_merge  # the templates' library: not before the weights are written
-
-        write_bytes_atomic(held.partial / "report.html", render_merge(data, held.out.name).encode())
+        write_bytes_atomic(held.partial / "report.html", render(data, held.out.name).encode())
         held.publish()
-        return data
-
-    def _how_to_load(self, path: Path, inputs: Inputs) -> str:
-        architecture = (inputs[like(self.config)].checkpoint.config.get("architectures") or ["AutoModel"])[0]
-        auto = "AutoModelForCausalLM" if str(architecture).endswith(("ForCausalLM", "LMHeadModel")) else "AutoModel"
-        load = f"from transformers import {auto}\nmodel = {auto}.from_pretrained({str(path)!r})"
-        if not self.variants:
-            return load
-        one = {"method": "passthrough", "models": [f"{path}+{self.variants['names'][0]}"]}
-        return f"import slimwright\nslimwright.merge({one}, 'restored')  # or {', '.join(self.variants['names'][1:])}"
 
     def _report(
         self, plan: MergePlan, inputs: Inputs, layout: Layout, predicted: MergeForecast, dry_run: bool = False

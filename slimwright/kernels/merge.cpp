@@ -15,6 +15,7 @@ namespace {
 
 constexpr int PIECE = 512;                 // elements that are worked on at a time
 constexpr int64_t BLOCK = int64_t(1) << 18;  // slimwright.methods.merging.BLOCK
+constexpr int COUNTERS = 2, UPPER = 1 << 15, LOWER = 1 << 16;
 constexpr int LANES = 64, RUN = 16384;     // slimwright.methods.products
 constexpr float TINY = 1e-30f;             // slimwright.methods.consensus
 constexpr uint32_t EVERYTHING = 0, NOTHING = 0x7f800000u;  // least bits that all finite magnitudes have, that none has
@@ -242,7 +243,9 @@ CLONES int slimwright_blend(const Source* sources, int count, const void* base, 
 }
 
 // Counts of the upper 16 bits (high < 0), or of the lower 16 bits of those whose upper are `high`, of the magnitudes of
-// each source: counts (sources, 32768 or 65536).
+// each source: counts (sources, 32768 or 65536). Many differences are equal (of fine-tunes in 16 bits most are zero), and
+// a counter that is counted up again at once waits for itself: so neighbours count in COUNTERS sets, which `counts` has
+// room for, and which are added into the first.
 CLONES int slimwright_count_bits(const Source* sources, int count, const void* base, int base_kind, int64_t n,
                                  const int64_t* high, int32_t* const* counts) {
     float start[PIECE], x[PIECE];
@@ -256,7 +259,10 @@ CLONES int slimwright_count_bits(const Source* sources, int count, const void* b
             for (int i = 0; i < m; i++) bits[i] = to_bits(x[i]) & 0x7fffffffu;
             int32_t* to = counts[s];
             if (high[s] < 0) {
-                for (int i = 0; i < m; i++) to[bits[i] >> 16]++;
+                for (int i = m; i % COUNTERS; i++) bits[i] = 0;
+                for (int i = 0; i < m; i += COUNTERS)
+                    for (int set = 0; set < COUNTERS; set++) to[set * UPPER + (bits[i + set] >> 16)]++;
+                for (int i = m; i % COUNTERS; i++) to[i % COUNTERS * UPPER]--;
             } else {
                 const uint32_t wanted = uint32_t(high[s]);
                 uint32_t inside[PIECE];
@@ -265,9 +271,14 @@ CLONES int slimwright_count_bits(const Source* sources, int count, const void* b
                     inside[found] = bits[i] & 0xffffu;
                     found += bits[i] >> 16 == wanted;
                 }
-                for (int i = 0; i < found; i++) to[inside[i]]++;
+                for (int i = 0; i < found; i++) to[i % COUNTERS * LOWER + inside[i]]++;
             }
         }
+    }
+    for (int s = 0; s < count; s++) {
+        const int bins = high[s] < 0 ? UPPER : LOWER;
+        for (int set = 1; set < COUNTERS; set++)
+            for (int i = 0; i < bins; i++) counts[s][i] += counts[s][set * bins + i];
     }
     return flags;
 }

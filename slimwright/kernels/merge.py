@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slimwright.kernels import library, pointer
 
-PIECE, LANES, RUN = 512, 64, 16384
+PIECE, LANES, RUN, COUNTERS = 512, 64, 16384, 2
 """As in merge.cpp."""
 _GROUP = 32
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -103,11 +103,11 @@ def votes(given: Any, base: Tensor | None, numel: int, by_count: bool) -> int | 
 def count_bits(given: Any, base: Tensor | None, numel: int, highs: Sequence[int | None]) -> list[Tensor] | None:
     """Histograms of the magnitudes' bits, int32, one a source: (32768,) of the upper 16 bits, or (65536,) of the lower
     16 bits of those whose upper are ``high``."""
-    counts = [torch.zeros(1 << 15 if high is None else 1 << 16, dtype=torch.int32) for high in highs]
+    counts = [torch.zeros(COUNTERS, 1 << 15 if high is None else 1 << 16, dtype=torch.int32) for high in highs]
     wanted = (ctypes.c_int64 * len(counts))(*(-1 if high is None else high for high in highs))
     places = (ctypes.c_void_p * len(counts))(*(count.data_ptr() for count in counts))
     flags = _call("count_bits", given, _int(len(given)), *_base(base), _long(numel), wanted, places)
-    return counts if flags == 0 else None
+    return [count[0].clone() for count in counts] if flags == 0 else None
 
 
 def gather(source: Any, base: Tensor | None, numel: int, high: int) -> tuple[Tensor, Tensor] | None:

@@ -12,6 +12,7 @@ import functools
 import importlib
 import math
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -25,6 +26,7 @@ from slimwright.weights import Compressed, Grid, parse_grid
 
 M = TypeVar("M", bound="type[Method]")
 _METHODS: dict[str, type[Method]] = {}
+_PACKAGE = "slimwright.methods"
 
 
 def knob(
@@ -280,6 +282,18 @@ def _load_all() -> None:
         importlib.import_module(module.name)
 
 
+def _load(name: str) -> None:
+    """Import the file that a method is named after, if there is one: importing all files takes ten times as long."""
+    module = f"{_PACKAGE}.{name.replace('/', '.')}"
+    if not re.fullmatch(r"[a-z0-9_]+/[a-z0-9_]+", name):
+        return
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith(_PACKAGE):
+            raise
+
+
 def methods() -> dict[str, type[Method]]:
     """All registered methods by name."""
     _load_all()
@@ -292,7 +306,9 @@ def method_class(name: str) -> type[Method]:
     Raises:
         InputError: unknown, with the nearest name.
     """
-    known = methods()
+    if name not in _METHODS:
+        _load(name)
+    known = _METHODS if name in _METHODS else methods()
     if name not in known:
         near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.3)
         hint = f"; did you mean '{near[0]}'?" if near else "."

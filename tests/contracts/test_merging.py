@@ -22,6 +22,7 @@ VARIANTS = [
     ("merge/nuslerp", {"flatten": False}),
     ("merge/model_stock", {"filter_wise": True}),
     ("merge/sce", {"select_topk": 0.2}),
+    ("merge/ram", {"r": 0.5, "alpha": 5.0, "epsilon": 0.1}),
 ]
 
 

@@ -22,8 +22,9 @@ from slimwright.checkpoint import faults
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import merge as job
 from slimwright.job import parallel
-from slimwright.job.merging import engine, proof
+from slimwright.job.merging import engine, extract, proof
 from slimwright.methods import method
+from slimwright.methods.merge.lora_extract import LoraExtract
 from tests.checkpoint.samples import save_checkpoint
 from tests.families import cached
 from tests.job.conftest import files, fitted, in_forked_child, tiny
@@ -409,6 +410,8 @@ def test_bad_inputs_are_refused_in_one_sentence(models: dict[str, str], tmp_path
     a, base = models["first"], models["base"]
     one = {"sources": [{"model": a, "layer_range": [0, 9]}]}
     unequal = {"sources": [{"model": a, "layer_range": [0, 2]}, {"model": base, "layer_range": [0, 3]}]}
+    cycle: list[Any] = [one]
+    cycle.append(cycle)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"method": "linear", "models": [a, str(tmp_path / "short")]}, r"model.norm.weight.*\(8,\).*\(16,\)"),
         ({"method": "linear", "models": [a, str(tmp_path / "less")]}, "lacks the tensor"),
@@ -434,6 +437,9 @@ def test_bad_inputs_are_refused_in_one_sentence(models: dict[str, str], tmp_path
         ({"method": "linear", "models": [a], "dtype": "int4"}, "'dtype' is one of"),
         ({"method": "linear", "models": [{"model": a, "weight": 1}]}, "stand under 'parameters'"),
         ({"method": "linear", "models": [f"{a}+{base}"]}, "is no adapter"),
+        ({"method": "greedy_soup", "models": [a], "metric": "say 'it"}, "is no command"),
+        ({"method": "greedy_soup", "models": [a], "metric": "\0"}, "cannot be run"),
+        ({"method": "linear", "slices": cycle}, "contains itself"),
     ]  # fmt: skip
     for number, (config, sentence) in enumerate(cases):
         with pytest.raises(InputError, match=sentence) as caught:
@@ -534,6 +540,12 @@ def test_an_adapter_is_extracted_and_merges_back(tmp_path: Path) -> None:
     config = {"method": "lora_extract,max_rank=3", "base": str(source), "models": [str(tmp_path / "tuned")]}
     report = slimwright.merge(config, tmp_path / "adapter", quiet=True)
     assert report["adapter"]["relative_error"] < 1e-8 and report["adapter"]["whole"] == ["model.norm"]
+    assert report["verified"]["ok"] and report["lineage"]["parents"]
+    ledger = Counter(line["state"] for line in report["ledger"])
+    changed = sum("proj" in name for name in content)
+    assert ledger == {"merged": changed, "copied": 1, "unchanged": len(content) - changed - 1}
+    assert "rank 3" in (tmp_path / "adapter" / "report.html").read_text()
+    assert "base_model_relation: adapter" in (tmp_path / "adapter" / "README.md").read_text() or not report["notes"]
     back = merged({"method": "passthrough", "models": [f"{source}+{tmp_path / 'adapter'}"]}, tmp_path / "back")
     for name, tensor in back.items():
         assert torch.allclose(tensor, tuned[name], atol=1e-5), name
@@ -551,3 +563,47 @@ def test_an_adapter_is_extracted_and_merges_back(tmp_path: Path) -> None:
     assert abs(float(missed) - float(values[2] / values.square().sum().sqrt())) < 1e-3
     with pytest.raises(InputError, match="nothing to extract"):
         slimwright.merge({**config, "models": [str(source)], "base": str(source) + "/"}, tmp_path / "none", quiet=True)
+
+
+def test_a_killed_extraction_continues_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in (("base", BASE), ("tuned", FIRST)):
+        save_checkpoint(tmp_path / name, content, config=CONFIG)
+    config = {"method": "lora_extract,max_rank=2", "base": str(tmp_path / "base"), "models": [str(tmp_path / "tuned")]}
+    slimwright.merge(config, tmp_path / "whole", quiet=True)
+    calls, factors = [], LoraExtract.factors
+
+    def counted(self: LoraExtract, weight: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(weight.shape)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return factors(self, weight, base)
+
+    monkeypatch.setattr(LoraExtract, "factors", counted)
+    with pytest.raises(KeyboardInterrupt):
+        slimwright.merge(config, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+    slimwright.merge(config, tmp_path / "out", quiet=True)
+    matrices = sum(tensor.ndim == 2 and "layers" in name for name, tensor in BASE.items())
+    assert len(calls) == 4 + matrices - 3 + min(8, matrices)  # three were kept, eight are proven
+    found = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert found[0] == found[1]
+
+
+def test_a_damaged_adapter_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in (("base", BASE), ("tuned", FIRST)):
+        save_checkpoint(tmp_path / name, content, config=CONFIG)
+    config = {"method": "lora_extract,max_rank=2", "base": str(tmp_path / "base"), "models": [str(tmp_path / "tuned")]}
+    write = extract.write_adapter
+
+    def damaged(*given: Any) -> dict[str, Any]:
+        found = write(*given)
+        file = given[3] / "adapter_model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 0x40  # of the exponent of the last number
+        file.write_bytes(content)
+        return found
+
+    monkeypatch.setattr(extract, "write_adapter", damaged)
+    with pytest.raises(SlimwrightError, match="not written as it should be"):
+        slimwright.merge(config, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()

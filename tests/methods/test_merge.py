@@ -380,6 +380,18 @@ def test_nearswap_moves_by_the_share() -> None:
     assert torch.allclose(merged, torch.tensor([1.00005, 1.0001, 1.0001]), atol=2e-7)
 
 
+@pytest.mark.parametrize("r", [0.0, 0.5])
+def test_ram_by_hand(r: float) -> None:
+    base = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0])
+    changes = torch.tensor([[0.5, 0.0, 0.25, 1.0, 1e-3], [0.0, -2.0, 0.75, 0.0, 0.0], [0.0, 0.0, -0.25, 0.5, 0.0]])
+    # Alone: model 0 the first entry, model 1 the second, model 2 none. Shared: the third by all, the fourth by two.
+    factors = [1 + r * min(2 / 1, 1.5), 1 + r * min(1 / 1, 1.5), 1.0]
+    expected = base + torch.tensor([0.5 * factors[0], -2 * factors[1], 0.75 / 3, 1.5 / 2, 0.0])
+    merged = method("merge/ram", r=r, alpha=1.5, epsilon=0.01).merge([base + change for change in changes], base)
+    assert torch.allclose(merged, expected, atol=1e-6)
+    assert merged[4] == base[4]
+
+
 def test_passthrough_scales() -> None:
     (a,) = tensors(0)
     assert torch.equal(method("merge/passthrough").merge([a]), a)

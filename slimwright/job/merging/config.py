@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,15 @@ from slimwright.errors import InputError
 from slimwright.job.merging.dialect import MERGEKIT, NO_OPS, MergekitMethod, mergekit_method
 from slimwright.job.merging.parameters import Settings, check_setting, nearest
 from slimwright.job.merging.sources import ModelReference
+from slimwright.job.merging.values import (
+    TokenizerChoice,
+    read_dtype,
+    read_list,
+    read_reference,
+    read_size,
+    read_text,
+    read_tokenizer,
+)
 from slimwright.methods.merging import MergeMethod
 from slimwright.methods.registry import knob_name, method_class, methods
 
@@ -28,7 +37,6 @@ _KEYS = {
 }
 GREEDY_SOUP = "greedy_soup"
 _SLICE_KEYS = ("sources", "parameters", "base_model")
-_TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")
 
 
 @dataclass(frozen=True)
@@ -63,21 +71,6 @@ class Slice:
     def whole(self) -> bool:
         """Whether no layers are chosen."""
         return self.sources[0].start is None
-
-
-@dataclass(frozen=True)
-class TokenizerChoice:
-    """Which vocabulary the result has.
-
-    Attributes:
-        source: ``base``, ``union``, or a model.
-        tokens: embeddings of single tokens: by token ``{"source": ..., "force": ...}``.
-        pad_to_multiple_of: rows of the embedding.
-    """
-
-    source: str | ModelReference
-    tokens: Mapping[str, Any] = field(default_factory=dict)
-    pad_to_multiple_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +164,10 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def _config(value: dict[str, Any], where: str) -> MergeConfig:
+    try:
+        json.dumps(value, default=str, skipkeys=True)
+    except (ValueError, RecursionError):
+        raise InputError(f"{where}: a part of it contains itself (a YAML anchor): write that part out.") from None
     form = "mergekit" if "merge_method" in value else "slimwright"
     notes: list[str] = []
     for key in list(value):
@@ -185,7 +182,7 @@ def _config(value: dict[str, Any], where: str) -> MergeConfig:
     if not isinstance(asked, str):
         raise InputError(f"{where}: give 'method' (ours: {', '.join(_own_names())}) or mergekit's 'merge_method'.")
     dialect = mergekit_method(asked, where) if form == "mergekit" else None
-    metric = _text(value.get("metric"), "metric", where)
+    metric = read_text(value.get("metric"), "metric", where)
     soup = form == "slimwright" and asked.removeprefix("merge/") == GREEDY_SOUP
     if soup != (metric is not None) or (soup and "models" not in value):
         raise InputError(
@@ -193,7 +190,7 @@ def _config(value: dict[str, Any], where: str) -> MergeConfig:
             "a number; no other method takes one."
         )
     method, knobs = (dialect.method, {}) if dialect else _own_method("linear" if soup else asked, where)
-    base = _reference(value.get("base_model" if form == "mergekit" else "base"), "the base model", where)
+    base = read_reference(value.get("base_model" if form == "mergekit" else "base"), "the base model", where)
     parameters = _parameters(value.get("parameters"), method, dialect, f"{where}: parameters", notes)
     if sum(key in value for key in ("models", "slices", "modules")) != 1:
         raise InputError(f"{where}: give either 'models' or 'slices', or 'modules' that have one of the two.")
@@ -204,9 +201,9 @@ def _config(value: dict[str, Any], where: str) -> MergeConfig:
         raise InputError(f"{where}: 'seed' is a whole number, not {seed!r}.")
     return MergeConfig(
         form=form, method=method, dialect=dialect, base=base, slices=slices,
-        parameters={**parameters, **knobs}, dtype=_dtype(value, where), tokenizer=_tokenizer(value, where),
-        chat_template=_text(value.get("chat_template"), "chat_template", where),
-        out_shard_size=None if shard is None else _size(shard, where), seed=seed, metric=metric,
+        parameters={**parameters, **knobs}, dtype=read_dtype(value, where), tokenizer=read_tokenizer(value, where),
+        chat_template=read_text(value.get("chat_template"), "chat_template", where),
+        out_shard_size=None if shard is None else read_size(shard, where), seed=seed, metric=metric,
         notes=tuple(dict.fromkeys(notes)), source=value,
     )  # fmt: skip
 
@@ -217,12 +214,12 @@ def _slices(
 ) -> tuple[Slice, ...]:  # fmt: skip
     """The slices of ``models``, ``slices`` or ``modules``."""
     if "models" in value:
-        listed = _listed(value["models"], "models", where)
+        listed = read_list(value["models"], "models", where)
         return (Slice(tuple(_model(item, method, dialect, where, notes) for item in listed), base),)
     if "slices" in value:
         return tuple(
             _slice(item, base, method, dialect, f"{where}: slices[{number}]", notes)
-            for number, item in enumerate(_listed(value["slices"], "slices", where))
+            for number, item in enumerate(read_list(value["slices"], "slices", where))
         )
     modules = value["modules"]
     if not isinstance(modules, Mapping) or not modules:
@@ -243,6 +240,13 @@ def _slices(
     return tuple(found)
 
 
+def _is_merge_method(name: str) -> bool:
+    try:
+        return issubclass(method_class(name), MergeMethod)
+    except InputError:
+        return False
+
+
 def _own_names() -> list[str]:
     own = [name.removeprefix("merge/") for name, cls in methods().items() if issubclass(cls, MergeMethod)]
     return [*own, GREEDY_SOUP]
@@ -251,9 +255,9 @@ def _own_names() -> list[str]:
 def _own_method(asked: str, where: str) -> tuple[str, dict[str, Any]]:
     """Our name and the knobs written behind it (``ties,density=0.3``)."""
     name, *words = asked.split(",")
-    known = _own_names()
     name = name.strip().removeprefix("merge/")
-    if name not in known or name == GREEDY_SOUP:
+    if name == GREEDY_SOUP or not _is_merge_method(f"merge/{name}"):
+        known = _own_names()
         raise InputError(f"{where}: unknown method '{asked}'{nearest(name, known)} Known: {', '.join(known)}.")
     knobs: dict[str, Any] = {}
     for word in words:
@@ -307,7 +311,7 @@ def _model(item: Any, method: str, dialect: MergekitMethod | None, where: str, n
             f"{where}: unknown key '{unknown[0]}' of a model{nearest(unknown[0], ('model', 'parameters'))} "
             "Parameters of a model stand under 'parameters'."
         )
-    reference = _reference(item["model"], "a model", where)
+    reference = read_reference(item["model"], "a model", where)
     assert reference is not None
     return SliceSource(
         reference, parameters=_parameters(item.get("parameters"), method, dialect, f"{where}: {reference}", notes)
@@ -339,7 +343,7 @@ def _slice(
             or not all(isinstance(n, int) and not isinstance(n, bool) for n in layers) or not 0 <= layers[0] < layers[1]
         ):  # fmt: skip
             raise InputError(f"{where}: 'layer_range' is [first, behind the last], two numbers, the first smaller.")
-        reference = _reference(source.get("model"), "a model", where)
+        reference = read_reference(source.get("model"), "a model", where)
         if reference is None:
             raise InputError(f"{where}: each of 'sources' has 'model' and 'layer_range'.")
         parameters = _parameters(source.get("parameters"), method, dialect, f"{where}: {reference}", notes)
@@ -347,86 +351,5 @@ def _slice(
     counts = {source.stop - source.start for source in sources if source.start is not None and source.stop is not None}
     if len(counts) != 1:
         raise InputError(f"{where}: all sources of a slice must have the same number of layers.")
-    own = _reference(item.get("base_model"), "the base model", where)
+    own = read_reference(item.get("base_model"), "the base model", where)
     return Slice(tuple(sources), own or base, _parameters(item.get("parameters"), method, dialect, where, notes))
-
-
-def _listed(value: Any, name: str, where: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: '{name}' is a list with at least one entry.")
-    return value
-
-
-def _reference(value: Any, what: str, where: str) -> ModelReference | None:
-    if value is None:
-        return None
-    if isinstance(value, Mapping):  # mergekit's long form
-        inner = value.get("model")
-        path = inner.get("path") if isinstance(inner, Mapping) else inner
-        lora = value.get("lora")
-        lora = lora.get("path") if isinstance(lora, Mapping) else lora
-        value = f"{path}+{lora}" if lora else path
-    if not isinstance(value, str) or not value:
-        raise InputError(f"{where}: {what} is a directory or hub id, not {value!r}.")
-    return ModelReference.parse(value)
-
-
-def _dtype(value: Mapping[str, Any], where: str) -> str | None:
-    for key in ("out_dtype", "dtype"):
-        given = value.get(key)
-        if given is None:
-            continue
-        names = {"float32", "float16", "bfloat16", "float64"}
-        name = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}.get(
-            str(given), str(given).removeprefix("torch.")
-        )
-        if name not in names:
-            raise InputError(f"{where}: '{key}' is one of {', '.join(sorted(names))}, not {given!r}.")
-        return name
-    return None
-
-
-def _tokenizer(value: Mapping[str, Any], where: str) -> TokenizerChoice | None:
-    plain, full = value.get("tokenizer_source"), value.get("tokenizer")
-    if plain is not None and full is not None:
-        raise InputError(f"{where}: give 'tokenizer_source' or 'tokenizer', not both.")
-    if plain is None and full is None:
-        return None
-    if isinstance(full, str):
-        plain, full = full, None
-    settings = {"source": plain} if full is None else full
-    if not isinstance(settings, Mapping):
-        raise InputError(f"{where}: 'tokenizer' is base, union, a model, or has 'source' and 'tokens'.")
-    for key in settings:
-        if key not in _TOKENIZER_KEYS:
-            raise InputError(f"{where}: unknown key '{key}' of 'tokenizer'{nearest(key, _TOKENIZER_KEYS)}")
-    source = settings.get("source", "union")
-    if not isinstance(source, str) or not source:
-        raise InputError(f"{where}: the tokenizer's source is base, union or a model, not {source!r}.")
-    pad = settings.get("pad_to_multiple_of")
-    if pad is not None and (not isinstance(pad, int) or isinstance(pad, bool) or pad < 1):
-        raise InputError(f"{where}: 'pad_to_multiple_of' is a whole number above 0, not {pad!r}.")
-    tokens = settings.get("tokens") or {}
-    if not isinstance(tokens, Mapping) or not all(isinstance(item, Mapping) for item in tokens.values()):
-        raise InputError(f"{where}: 'tokens' of the tokenizer is a mapping of tokens to 'source' and 'force'.")
-    reference = source.removeprefix("model:")
-    return TokenizerChoice(
-        source if source in ("base", "union") else ModelReference.parse(reference),
-        {str(token): dict(item) for token, item in tokens.items()}, pad,
-    )  # fmt: skip
-
-
-def _text(value: Any, name: str, where: str) -> str | None:
-    if value is not None and (not isinstance(value, str) or not value):
-        raise InputError(f"{where}: '{name}' is text, not {value!r}.")
-    return value
-
-
-def _size(value: Any, where: str) -> int:
-    """Bytes: a number, or one with K, M, G (or B, as mergekit's billion) behind it, as in 500MB, 5GB, 5B."""
-    text = str(value).strip().upper()
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(K|M|G|B)?B?", text)
-    size = int(float(match[1]) * {None: 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}[match[2]]) if match else 0
-    if size < 1:
-        raise InputError(f"{where}: 'out_shard_size' is a size such as 5GB, not {value!r}.")
-    return size

@@ -149,6 +149,8 @@ _TABLE = (
     MergekitMethod("sce", "merge/sce", {"int8_mask": False, "select_topk": 1.0}),
     MergekitMethod("arcee_fusion", "merge/arcee_fusion"),
     MergekitMethod("nearswap", "merge/nearswap", {"t": REQUIRED}),
+    MergekitMethod("ram", "merge/ram", {"epsilon": 1e-5}),
+    MergekitMethod("ramplus_tl", "merge/ram", {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}),
 )  # fmt: skip
 
 MERGEKIT: dict[str, MergekitMethod] = {method.name: method for method in _TABLE}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def licence_notes(inputs: Inputs) -> tuple[dict[str, Any], list[str]]:
 
 def card(
     name: str, config: MergeConfig, inputs: Inputs, metadata: Mapping[str, Any], licence_files: Sequence[str],
-    notes: Sequence[str], load: str, lines: Sequence[Mapping[str, Any]],
+    notes: Sequence[str], load: str, lines: Sequence[Mapping[str, Any]], relation: str = "merge",
 ) -> str:  # fmt: skip
     """The text of README.md."""
     merged = [line for line in lines if line["state"] == "merged"]
@@ -103,7 +103,7 @@ def card(
         facts=facts,
         load=load,
         base_models=[reference.path for reference in inputs if not Path(reference.path).exists()],
-        relation="merge",
+        relation=relation,
         source_metadata=metadata,
         licence_files=licence_files,
         tags=("merge",),
@@ -126,3 +126,33 @@ def versions() -> dict[str, str]:
 def merged_units(plan: MergePlan) -> list[Unit]:
     """The units that a method merges."""
     return [unit for unit in plan.units if unit.method is not None]
+
+
+def prepare(inputs: Inputs) -> tuple[tuple[Lineage, ...], Callable[[Mapping[str, Any], str], str]]:
+    """What publishing needs and no tile does, so that it can be made while tiles stream: the inputs' lineages, and what
+    renders report.html (its import takes a while)."""
+    from slimwright.report.merge import render_merge
+
+    return tuple(lineage_of(given.checkpoint) for given in inputs.values()), render_merge
+
+
+def how_to_load(path: Path, like: Checkpoint, variants: Mapping[str, Any] | None) -> str:
+    """Lines of Python that load a result, or restore a model of a store of many.
+
+    Args:
+        path: where the model will be.
+        like: the model whose class it has.
+        variants: what the report says of a store.
+    """
+    architecture = (like.config.get("architectures") or ["AutoModel"])[0]
+    auto = "AutoModelForCausalLM" if str(architecture).endswith(("ForCausalLM", "LMHeadModel")) else "AutoModel"
+    load = f"from transformers import {auto}\nmodel = {auto}.from_pretrained({str(path)!r})"
+    if not variants:
+        return load
+    one = {"method": "passthrough", "models": [f"{path}+{variants['names'][0]}"]}
+    return f"import slimwright\nslimwright.merge({one}, 'restored')  # or {', '.join(variants['names'][1:])}"
+
+
+def how_to_adapt(path: Path) -> str:
+    """Lines of Python that put an extracted adapter on its base."""
+    return f"from peft import PeftModel\nmodel = PeftModel.from_pretrained(base, {str(path)!r})"

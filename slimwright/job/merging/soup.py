@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 from slimwright.checkpoint import Journal
 from slimwright.job.command import measured as measured_by
+from slimwright.job.command import words
 from slimwright.job.merging.config import MergeConfig
 from slimwright.job.merging.sources import ModelReference
 
@@ -65,7 +65,7 @@ def greedy_soup(
         journal: of scores; those that it has are not measured again.
     """
     assert config.metric is not None
-    command = shlex.split(config.metric)
+    command = words(config.metric)
     (part,) = config.slices
     models = [source.model for source in part.sources]
 

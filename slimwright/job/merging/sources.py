@@ -173,6 +173,16 @@ def open_masks(folder: Path) -> Checkpoint:
         raise InputError(f"{shown(folder / VARIANT_FILE)} is of a later version: update slimwright.")
     if not exists(file):
         raise InputError(f"{shown(file)} is missing: merge the models again.")
+    return open_tensors(file)
+
+
+def open_tensors(file: Path) -> Checkpoint:
+    """A safetensors file that is no model.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    folder = file.parent
     descriptor = os.open(regular(folder, file)[0], os.O_RDONLY)
     try:
         tensors = read_header(descriptor, file)[0]

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from slimwright.checkpoint.files import exists, read_bytes, read_json_object, shown, write_json_atomic
 from slimwright.errors import InputError
-from slimwright.job.merging.config import MergeConfig, TokenizerChoice
+from slimwright.job.merging.config import MergeConfig
 from slimwright.job.merging.layers import find_stacks, layer_of
 from slimwright.job.merging.sources import GatheredRows, MergeInput, ModelReference, Origin
 from slimwright.job.merging.targets import Inputs, like
+from slimwright.job.merging.values import TokenizerChoice
 
 TOKENIZER_FILE = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 256 << 20
