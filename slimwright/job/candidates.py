@@ -54,7 +54,7 @@ MOST_STEP = 8.0
 """Factor by which the predicted loss changes from one candidate to the next, at most."""
 
 CAUTION = 0.6
-"""Share of what the floors allow that the last candidate aims at where none before it kept them."""
+"""Share of what the floors allow that the last candidate aims at, where none before it came near to keeping them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,9 @@ def next_loss(floors: Sequence[Floor], tried: Sequence[Candidate], last: bool) -
         if abs(apart) > 0.1:  # nearer ones differ by what their intervals differ
             through = math.log(known[1].strain / best.strain) / apart
             exponent = min(1.5 * exponent, max(0.6 * exponent, through))
-    aim = CAUTION if last and not any(candidate.kept for candidate in tried) else 0.96
+    aim = 0.96
+    if last and not any(candidate.kept for candidate in tried):  # the farther what was measured, the more careful
+        aim = 0.9 - (0.9 - CAUTION) * min(1.0, abs(math.log(best.strain)))
     factor = (aim / max(best.strain, 1e-9)) ** (1 / exponent)
     return best.predicted * min(MOST_STEP, max(1 / MOST_STEP, factor))
 

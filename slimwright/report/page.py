@@ -104,6 +104,9 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "evaluated": _evaluated(mapping(report.get("measured_on"))),
         "stacks": pictures.stacks(entries),
         "legend": pictures.legend(entries),
+        "searched": _searched(report, size, quality),
+        "prediction": _prediction(report, quality),
+        "candidates": _candidates(report),
         "parts": _parts(entries, size),
         "states": _states(entries),
         "kept": _kept(entries),
@@ -130,6 +133,54 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "hash": str(report.get("hash") or ""),
         "format_version": report.get("format_version", DASH),
     }
+
+
+def _searched(report: Mapping[str, Any], size: Mapping[str, Any], quality: Mapping[str, Any]) -> dict[str, Any] | None:
+    search = mapping(report.get("search"))
+    measured = mapping(quality.get("kl")).get("value") if "nats" in str(search.get("unit")) else None
+    return pictures.searched(search, size.get("after"), measured)
+
+
+def _prediction(report: Mapping[str, Any], quality: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The loss that the search predicted beside the KL that was measured."""
+    search = mapping(report.get("search"))
+    predicted, measured = search.get("predicted"), mapping(quality.get("kl"))
+    if "nats" not in str(search.get("unit")) or not is_number(predicted) or not is_number(measured.get("value")):
+        return []
+    ratio = measured["value"] / predicted if predicted else None
+    return [
+        ("Predicted loss, nats per token", words.significant(predicted)),
+        ("Measured KL", words.estimate("kl", measured)),
+        ("Measured by predicted", DASH if ratio is None else words.decimal(ratio)),
+    ]
+
+
+def _candidates(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The candidates that were made and measured for a floor or a memory limit."""
+    found = mapping(report.get("confirmation"))
+    rows = []
+    for one in found.get("candidates") or ():
+        one = mapping(one)
+        judged = [mapping(floor) for floor in one.get("judged") or ()]
+        running = mapping(one.get("running"))
+        parts = [
+            f"{floor.get('floor')}: {words.significant(floor.get('value'))} (at worst "
+            f"{words.significant(floor.get('worst'))}), {'kept' if floor.get('met') else 'missed'}"
+            for floor in judged
+        ]
+        if running:
+            total = (running.get("weights") or 0) + (running.get("anonymous") or 0)
+            parts.append(f"ran in {words.size(total)}")
+        rows.append(
+            {
+                "number": str(one.get("number")),
+                "size": words.size(one.get("bytes")),
+                "predicted": words.significant(one.get("predicted")),
+                "found": "; ".join(parts),
+                "chosen": "✓" if one.get("number") == found.get("chosen") else "",
+            }
+        )
+    return rows
 
 
 def _tiles(quality: Mapping[str, Any], job: Mapping[str, Any]) -> list[tuple[str, str, str]]:

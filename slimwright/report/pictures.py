@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from slimwright.model.structure import ROLES
@@ -187,3 +187,61 @@ def legend(entries: Sequence[Entry]) -> list[dict[str, Any]]:
         {"step": step, "label": names.get(step, f"about {step} bits"), "parameters": count(found[step])}
         for step in sorted(found)
     ]
+
+
+_PLOT = (720.0, 250.0)
+
+
+def searched(search: Mapping[str, Any], chosen: float | None, measured: float | None) -> dict[str, Any] | None:
+    """What the search saw: least loss by size, one grid everywhere, the chosen point and what was measured there; None
+    where the report has too little of it.
+
+    Args:
+        search: of the report.
+        chosen: bytes of the result.
+        measured: its KL, where losses are in nats too.
+    """
+    curve = _points((size, loss) for size, loss in search.get("curve") or ())
+    single = [(str(name), *point) for name, *rest in search.get("everywhere") or () for point in _points([rest])]
+    if len(curve) < 2:
+        return None
+    front = [one for one in single if not any(b <= one[1] and y < one[2] for _, b, y in single)]
+    marks = _points([(chosen, search.get("predicted"))])
+    found = _points([(chosen, measured)])
+    points = curve + [(b, y) for _, b, y in front] + marks + found
+    right = 1.02 * max(b for b, _ in points)
+    top, bottom = math.ceil(math.log10(max(y for _, y in points))), math.floor(math.log10(min(y for _, y in points)))
+    top = max(top, bottom + 1)
+    width, height = _PLOT
+
+    def place(size: float, loss: float) -> tuple[float, float]:
+        x = _LABEL + (width - _LABEL - 12) * size / right
+        return round(x, 2), round(8 + (height - 36) * (top - math.log10(loss)) / (top - bottom), 2)
+
+    return {
+        "line": " ".join(f"{x},{y}" for x, y in (place(*point) for point in curve)),
+        "single": [
+            {"at": place(b, y), "label": name, "title": f"{name} everywhere\n{size(b)}\nloss {significant(y)}"}
+            for name, b, y in front
+        ],
+        "chosen": [{"at": place(*p), "title": f"chosen\n{size(p[0])}\npredicted {significant(p[1])}"} for p in marks],
+        "measured": [{"at": place(*p), "title": f"measured\n{size(p[0])}\nKL {significant(p[1])}"} for p in found],
+        "rows": [
+            {"y": place(0, 10.0**power)[1], "label": f"{10.0**power:g}"}
+            for power in range(bottom, top + 1, max(1, (top - bottom) // 5))
+        ],
+        "columns": [
+            {"x": place(right * part / 4, 10.0**top)[0], "label": size(right * part / 4)} for part in (1, 2, 3)
+        ],
+        "width": width, "height": height, "left": _LABEL, "unit": str(search.get("unit") or ""),
+    }  # fmt: skip
+
+
+def _points(pairs: Iterable[Any]) -> list[tuple[float, float]]:
+    """Those that can stand on a logarithmic scale of losses."""
+    found = []
+    for pair in pairs:
+        values = [value for value in pair if isinstance(value, (int, float)) and not isinstance(value, bool)]
+        if len(values) == 2 and all(math.isfinite(value) for value in values) and values[0] >= 0 and values[1] > 0:
+            found.append((float(values[0]), float(values[1])))
+    return found
