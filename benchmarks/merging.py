@@ -41,13 +41,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "breadcrumbs_ties": {"density": 0.5}, "model_stock": {}, "sce": {"select_topk": 0.3}, "arcee_fusion": {},
     "nearswap": {"t": 1e-3}, "ties rescaled": {"density": 0.5, "rescale": True},
     "breadcrumbs rescaled": {"density": 0.5, "rescale": True},
+    "breadcrumbs_ties rescaled": {"density": 0.5, "rescale": True}, "ram": {"epsilon": 1e-3},
+    "ramplus_tl": {"epsilon": 1e-3, "r": 0.3}, "ties slices": {"density": [0.3, 0.9]}, "linear modules": {},
 }  # fmt: skip
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "cast": torch.bfloat16}
 """``cast``: bfloat16 inputs, arithmetic in float32, one cast, in both programs."""
 NOISE = 1 << 22
 """Random numbers that a fine-tune repeats: how it is made must not take longer than what is measured."""
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
-ELEMENTWISE = ("linear", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "nearswap")
+ELEMENTWISE = (
+    "linear", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "nearswap", "ram", "ties slices",
+    "linear modules",
+)  # fmt: skip
 """Equal bits in float32, but where two magnitudes at the threshold are equal."""
 TIMED = ("linear", "slerp", "task_arithmetic", "ties", "dare_ties")
 TWO_READS = ("slerp", "ties", "dare_ties")
@@ -102,12 +107,19 @@ def configuration(method: str, models: list[Path], dtype: str) -> dict[str, Any]
     if name in _PAIR:
         return config | {"base_model": first, "models": [{"model": first}, {"model": second}]}
     entries: list[dict[str, Any]] = [{"model": first}, {"model": second}]
-    if name in _WEIGHTED or name not in (*_BASELESS, "model_stock", "sce"):
+    if name in _WEIGHTED or name not in (*_BASELESS, "model_stock", "sce", "ram", "ramplus_tl"):
         for entry, weight in zip(entries, (0.6, 0.4)):
             entry["parameters"] = {"weight": weight}
     if name not in _BASELESS:
         config["base_model"] = base
-    return config | {"models": entries}
+    if method.endswith("modules"):
+        return config | {"modules": {"default": {"models": entries}}}
+    if not method.endswith("slices"):
+        return config | {"models": entries}
+    if name not in _BASELESS:
+        entries.insert(0, {"model": base})
+    ranges = [[{**entry, "layer_range": [first, first + 2]} for entry in entries] for first in (0, 2)]
+    return config | {"slices": [{"sources": sources} for sources in ranges]}
 
 
 # -- agreement ---------------------------------------------------------------------------------------------------------
