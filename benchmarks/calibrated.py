@@ -83,8 +83,7 @@ def digits() -> Path:
 
 @cache
 def heldout_text() -> Path:
-    """Held-out text of the standard library as a user would give it: an encoder is then measured by its cosine alone,
-    without the retrieval task, which takes longer than all else."""
+    """Held-out text of the standard library as a user would give it, on which an encoder's cosine is measured."""
     folder = Path(tempfile.mkdtemp(prefix="slimwright-bench-text-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     rows = [json.dumps({"text": document.text[:4000]}) for document in standard_library("heldout")]
