@@ -6,7 +6,7 @@ MODEL is ``bundled``, ``minilm`` or the name of a zoo model (trained when first 
 Every weight is put on int4:g64 or int3:g64 (on the real zero point's where a solver needs that) by `fit --grid`,
 calibrated on 16,384 tokens (the ViT on those of its digits that are neither for training nor held out; needs pillow and
 scikit-learn). The loss is the KL divergence from the source in nats per token (per image), of an encoder without
-logits one minus the mean cosine. What a model refuses (a rotation before LayerNorms) has an empty cell; what needs more
+logits one minus the mean cosine. What a model refuses (a rotation before LayerNorms) has a dash; what needs more
 bits than the grid (a rotated tied head) has them in the table of all rows. The bundled model's GPTQ at 3 bits is
 repeated with other data (``--seeds``): each must lose at most 0.7 times what rounding loses.
 """
@@ -83,8 +83,7 @@ def digits() -> Path:
 
 @cache
 def heldout_text() -> Path:
-    """Held-out text of the standard library as a user would give it: an encoder is then measured by its cosine alone,
-    without the retrieval task, which takes longer than all else."""
+    """Held-out text of the standard library as a user would give it, on which an encoder's cosine is measured."""
     folder = Path(tempfile.mkdtemp(prefix="slimwright-bench-text-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     rows = [json.dumps({"text": document.text[:4000]}) for document in standard_library("heldout")]
@@ -157,8 +156,8 @@ def markdown(rows: list[Row]) -> str:
     for grid in GRIDS:
         lines += [f"`{grid}`:", "", f"| solver | {' | '.join(models)} |", "|---|" + "---|" * len(models)]
         for solver in SOLVERS:
-            found = [by.get((name, grid, solver), {}).get("loss") for name in models]
-            cells = ["" if loss is None else f"{loss:.4g}" for loss in found]
+            found = [by.get((name, grid, solver), {"loss": None}) for name in models]
+            cells = ["–" if "refused" in row else "" if row["loss"] is None else f"{row['loss']:.3g}" for row in found]
             lines.append(f"| {solver} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

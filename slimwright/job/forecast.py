@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import torch
@@ -14,6 +15,7 @@ from slimwright.calibrate.tokens import BATCH_TOKENS
 from slimwright.calibrate.walk import walk_units
 from slimwright.checkpoint import Checkpoint
 from slimwright.job.fold_walk import SCORED_PRODUCTS as FOLD_PRODUCTS
+from slimwright.job.held_out import RETRIEVED_TOKENS, retrieves
 from slimwright.job.options import FEW_GROUPS, FINE_LADDER, LADDER, sampling
 from slimwright.job.parallel import in_order
 from slimwright.job.probe import REVERSE_LOGITS, REVERSE_TOKENS, SCORED_PRODUCTS
@@ -39,6 +41,17 @@ COMPILE_SECONDS = 15.0
 
 CONVERT = 4e-10
 """Seconds to read one weight of the source and convert it to float32."""
+
+
+def _started() -> float:
+    """Seconds that this process needed until its imports were done: its age, but of one that waited or worked on
+    something else before (a notebook) no more than twice what it has computed."""
+    process = psutil.Process(os.getpid())
+    computed = sum(process.cpu_times()[:2])
+    return min(20.0, max(2.0, min(time.time() - process.create_time(), 2 * computed)))
+
+
+STARTED = _started()
 
 READ_RATE = 2e9
 """Bytes per second assumed for reading weights that may not be in the page cache."""
@@ -125,7 +138,7 @@ def measure_rates(solver: WeightSolver) -> Rates:
         score=_pooled_rate(weight.numel(), lambda: solver.solve(weight, stats).dense()),
         decode=_rate(weight.numel(), decode),
         multiply=_rate(a.shape[0] * b.numel(), lambda: a @ b),
-        start=min(20.0, max(2.0, time.time() - psutil.Process(os.getpid()).create_time())),
+        start=STARTED,
     )
 
 
@@ -188,6 +201,9 @@ def forecast(
         + 10 * overhead
         + 0.5
     )
+    if retrieves(Path(source.path), parameters):
+        multiplied = sum(site.numel for site in sites if site.kind != "embedding")
+        phases["verify"] += rates.start + 1.3 * RETRIEVED_TOKENS * multiplied / rates.multiply
     if not switched_off():
         phases["verify"] += COMPILE_SECONDS * (not packed.compiled()) + COMPILE_SECONDS * (
             generated > 0 and not attend.compiled()

@@ -26,8 +26,11 @@ from slimwright.model.inputs import dummy_inputs
 RETRIEVED_QUERIES, RETRIEVED_DOCUMENTS = 300, 420
 """What a job asks of the retrieval task, a third of it (`slimwright measure` asks all of it)."""
 
+RETRIEVED_TOKENS = 130_000
+"""What two models embed for it, about."""
+
 RETRIEVED_BELOW = 200_000_000
-"""Parameters up to which encoders are tried on a retrieval task: two models embed some 130,000 tokens."""
+"""Parameters up to which encoders are tried on a retrieval task."""
 
 SHORTEST_SEQUENCE = 8
 """Tokens of an evaluated sequence at least."""
@@ -227,15 +230,21 @@ def _random(model: Any, length: int, tokens: int, batch_tokens: int, seed: int) 
         yield HeldOut(names, dummy_inputs(model, batch=batch, length=length, seed=seed + made))
 
 
+def retrieves(directory: Path, parameters: int) -> bool:
+    """Whether a sentence-transformers directory is tried on the retrieval task: the package is there, and the model not
+    too large."""
+    known = (directory / "modules.json").exists() and find_spec("sentence_transformers") is not None
+    return known and parameters <= RETRIEVED_BELOW
+
+
 def retrieval_quality(written: Path, original: PreTrainedModel, parameters: int, seed: int) -> dict[str, Any]:
-    """``ndcg_at_10`` before and after on a retrieval task made of held-out modules, where the result is a
-    sentence-transformers directory, that package is installed, and the model is not too large for it; else nothing.
+    """``ndcg_at_10`` before and after on a retrieval task made of held-out modules; nothing where the result is not
+    tried on it (:func:`retrieves`).
 
     Args:
         original: the source, loaded with streamed weights: it takes the packed model's place in the same pipeline.
     """
-    pipeline = written / "modules.json"
-    if not pipeline.exists() or parameters > RETRIEVED_BELOW or find_spec("sentence_transformers") is None:
+    if not retrieves(written, parameters):
         return {}
     from sentence_transformers import SentenceTransformer
 
