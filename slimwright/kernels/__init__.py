@@ -12,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -25,8 +26,6 @@ from slimwright.directories import cache_directory
 
 __all__ = ["available", "library", "pointer", "shared_library", "switched_off", "torch_threads", "why_not"]
 
-HEADERS = ("common.h",)
-"""Read for the key of every library of one source."""
 
 _FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
@@ -45,9 +44,16 @@ def _load(name: str, flags: tuple[str, ...]) -> tuple[ctypes.CDLL | None, str]:
     if off := switched_off():
         return None, off
     try:
-        return ctypes.CDLL(str(shared_library(name, (f"{name}.cpp", *HEADERS), flags))), ""
+        return ctypes.CDLL(str(shared_library(name, sources(name), flags))), ""
     except (OSError, subprocess.SubprocessError) as error:
         return None, one_line(error)
+
+
+@functools.cache
+def sources(name: str) -> tuple[str, ...]:
+    """Files of a library of one source: that, and the headers beside it which it includes."""
+    text = Path(__file__).with_name(f"{name}.cpp").read_text()
+    return (f"{name}.cpp", *re.findall(r'^#include "(\w+\.h)"', text, re.MULTILINE))
 
 
 def library(name: str = "solve", flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:

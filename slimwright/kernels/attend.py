@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
-from slimwright.kernels import HEADERS, library_path, torch_threads
+from slimwright.kernels import library_path, sources, torch_threads
 from slimwright.kernels import library as shared
 from slimwright.kernels import why_not as shared_reason
 
-ABI = 1
+ABI = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of keys, values and queries that the kernels take."""
 
@@ -38,7 +38,7 @@ class Kv(ctypes.Structure):
 
 def compiled() -> bool:
     """Whether the library is there already; its first use compiles it otherwise."""
-    return library_path("attend", ("attend.cpp", *HEADERS), _FLAGS).exists()
+    return library_path("attend", sources("attend"), _FLAGS).exists()
 
 
 @functools.cache
@@ -52,6 +52,7 @@ def library() -> ctypes.CDLL | None:
     loaded.slimwright_kv_step.argtypes = [ctypes.c_void_p] * 5
     loaded.slimwright_set_parallel.argtypes = [ctypes.c_void_p]
     loaded.slimwright_set_parallel.restype = None
+    loaded.slimwright_kv_parts.restype = ctypes.c_void_p
     loaded.slimwright_set_parallel(torch_threads())
     return loaded
 

@@ -20,14 +20,17 @@ from torch import Tensor
 from slimwright.errors import SlimwrightError
 from slimwright.kernels import library_path, one_line, shared_library, switched_off, torch_threads
 
-ABI = 1
+ABI = 2
 BFLOATS = 4
 """``digits`` of products in bfloat16."""
 KINDS = {"int": 0, "nf4": 1, "mxfp4": 2, "fp8": 3, "q4_0": 4, "q8_0": 5, "q4_k": 6, "q6_k": 7}
 ZEROS = {"middle": 0, "bytes": 1, "nibbles": 2, "halves": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
-_SOURCES = ("packed.cpp", "packed_rows.cpp", "packed_codes.h", "packed_inputs.h", "packed_vectors.h", "packed.h")
+_SOURCES = (
+    "packed.cpp", "packed_rows.cpp", "packed_step.cpp", "packed_threads.cpp", "packed_codes.h", "packed_inputs.h",
+    "packed_vectors.h", "packed.h", "packed_step.h", "packed_threads.h", "attend.h",
+)  # fmt: skip
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"})
 _SETS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
     "avx512bf16": (("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"), _AVX512 | {"avx512_bf16"}),
@@ -104,6 +107,9 @@ class Library:
         self.gather.argtypes = [pointer, pointer, long, pointer, integer, integer]
         self.check = self.loaded.slimwright_packed_check
         self.check.argtypes = [pointer]
+        self.step = self.loaded.slimwright_packed_step
+        self.step.argtypes = [pointer]
+        self.loaded.slimwright_packed_step_size.restype = long
         self.bfloats = bool(self.loaded.slimwright_packed_bfloats())
         self._error = self.loaded.slimwright_packed_error
         self._error.argtypes, self._error.restype = [integer], ctypes.c_char_p
