@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
-from slimwright.kernels import library_path, sources, torch_threads
 from slimwright.kernels import library as shared
+from slimwright.kernels import library_path, sources, torch_threads
 from slimwright.kernels import why_not as shared_reason
 
 ABI = 2

@@ -1,8 +1,8 @@
 """A decoding step as one call of the kernels (kernels/packed_step.cpp), for decoders that are built as most are.
 
-A block of such a model is a norm, attention with rotary positions, a norm and a gated MLP with SiLU, all products packed.
-What a model is made of is seen in its modules; that it computes with them what the kernels do is not believed but
-compared, layer by layer, on a few tokens before the first text. Every other model runs its own forward, module by
+A block of such a model is a norm, attention with rotary positions, a norm and a gated MLP with SiLU, all products
+packed. What a model is made of is seen in its modules; that it computes with them what the kernels do is not believed
+but compared, layer by layer, on a few tokens before the first text. Every other model runs its own forward, module by
 module.
 """
 
@@ -49,7 +49,8 @@ class Fused:
         chosen = slice(None) if only is None else slice(only, only + 1)
         self.embed, self.rotary, self.dtype = model.get_input_embeddings(), decoder.rotary_emb, model.dtype
         self.layers, self.how, self.start = list(layers)[chosen], list(how)[chosen], start
-        self.heads = [layer.self_attn.q_proj.out_features // layer.self_attn.head_dim for layer in decoder.layers][chosen]
+        attentions = [layer.self_attn for layer in decoder.layers][chosen]
+        self.heads = [attention.q_proj.out_features // attention.head_dim for attention in attentions]
         final = None if only is not None else _gain(decoder.norm)
         head = None if only is not None else _product(model.get_output_embeddings(), model.dtype, batch)
         epsilons = (_epsilon(decoder.norm), _epsilon(getattr(decoder.layers[0].self_attn, "q_norm", decoder.norm)))
@@ -212,9 +213,11 @@ def compare(model: Any, run: Any, caches: Any, how: list[dict[str, Any]], tokens
 def _difference(model: Any, run: Any, caches: Any, how: list[dict[str, Any]], tokens: Tensor, positions: Tensor,
                 start: Tensor) -> str:  # fmt: skip
     decoder, states = model.get_decoder(), []
-    hooks = [
-        layer.register_forward_hook(lambda _, inputs, output: states.append((inputs, output))) for layer in decoder.layers
-    ]
+
+    def record(_: nn.Module, inputs: Any, output: Any) -> None:
+        states.append((inputs, output))
+
+    hooks = [layer.register_forward_hook(record) for layer in decoder.layers]
     try:
         logits = run().float()
     finally:
@@ -228,14 +231,14 @@ def _difference(model: Any, run: Any, caches: Any, how: list[dict[str, Any]], to
         return "attention has sinks"
     if not torch.equal(model.get_input_embeddings()(tokens), states[0][0][0]):
         return "embeddings are changed before the first layer"
-    loose = model.dtype != torch.float32
+    share, rest = (1e-4, 1e-6) if model.dtype == torch.float32 else (0.05, 2**-7)
     for index, (inputs, output) in enumerate(states):
         one = Fused(model, copy.deepcopy(caches).layers, how, start, tokens.shape[0], only=index)
         before, after = inputs[0][:, 0].float(), output.reshape(inputs[0].shape)[:, 0].float()
         got, _ = one.through(inputs[0][:, 0], positions)
-        bound = (0.05 if loose else 1e-4) * (after - before).abs().max() + (2**-7 if loose else 1e-6) * after.abs().max()
+        bound = share * (after - before).abs().max() + rest * after.abs().max()
         if not bool((got - after).abs().max() <= bound):
             return f"{type(decoder.layers[index]).__name__} computes otherwise"
     whole = Fused(model, copy.deepcopy(caches).layers, how, start, tokens.shape[0])
-    bound = (0.05 if loose else 1e-4) * logits.abs().max()
+    bound = share * logits.abs().max()
     return "" if bool((whole(tokens, positions) - logits).abs().max() <= bound) else "the head computes otherwise"

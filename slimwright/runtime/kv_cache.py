@@ -302,9 +302,9 @@ class KvLayer(CacheLayerMixin):
             if new is not None:
                 self.append(*new)
             return self._attend_in_torch(query, scaling, sliding, softcap, start, sinks)
-        native = self.native
         sinks = None if sinks is None else sinks.float().contiguous()
         self._prepare(query.shape[1], start, scaling, sliding, softcap, sinks, int(new is not None))
+        native = self.native  # room for the token may have come with a new one
         if new is None:
             return kernel.attend(native, query)
         keys, values = new
@@ -324,10 +324,10 @@ class KvLayer(CacheLayerMixin):
         self, heads: int, start: Tensor | None, scaling: float, sliding: int, softcap: float, sinks: Tensor | None,
         count: int,
     ) -> None:  # fmt: skip
-        native = self.native
-        assert native is not None
         if count:
             self._reserve(count)
+        native = self.native
+        assert native is not None
         if self.stale or native.heads != heads:
             self._describe(heads)
         native.length, native.threads = self.length, torch.get_num_threads()
