@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from slimwright.kernels import packed
+from slimwright.kernels.compiling import INSTRUCTION_SETS, PACKED_SOURCES
 from slimwright.kernels.packed import instruction_sets
 
-SOURCES = [Path(packed.__file__).with_name(name) for name in ("packed.cpp", "packed_rows.cpp")]
+SOURCES = [Path(packed.__file__).with_name(name) for name in PACKED_SOURCES if name.endswith(".cpp")]
 DRIVER = Path(__file__).with_name("fuzz_packed.cpp")
 FLAGS = ("-O1", "-g", "-std=c++17", "-pthread", "-ffp-contract=off", "-fno-math-errno")
 
@@ -20,7 +21,7 @@ FLAGS = ("-O1", "-g", "-std=c++17", "-pthread", "-ffp-contract=off", "-fno-math-
 @pytest.mark.parametrize("name", instruction_sets())
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
 def test_no_byte_outside_the_buffers_is_touched(name: str, tmp_path: Path) -> None:
-    program, flags = tmp_path / "fuzz", packed._SETS[name][0]
+    program, flags = tmp_path / "fuzz", INSTRUCTION_SETS[name][0]
     sanitize = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     command = ["g++", *FLAGS, *sanitize, f"-DISA={name}", *flags, *map(str, [DRIVER, *SOURCES]), "-o", str(program)]
     subprocess.run(command, check=True, capture_output=True)
