@@ -39,7 +39,7 @@ class BuildWithKernels(build_py):
             return
         module, target = compiling(), Path(self.build_lib) / "slimwright" / "kernels" / "compiled"
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda recipe: module.compile_into(recipe, target), module.all_recipes(os.uname().machine)))
+            list(pool.map(lambda one: module.compile_into(one, target, 3600), module.all_recipes(os.uname().machine)))
 
 
 class WheelForMachine(bdist_wheel):

@@ -83,8 +83,8 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or next((found for found in ("g++", "clang++", "c++") if shutil.which(found)), None)
 
 
-def compile_into(recipe: Recipe, directory: Path) -> Path:
-    """Compile a library into a directory, whole or not at all.
+def compile_into(recipe: Recipe, directory: Path, seconds: float = 300) -> Path:
+    """Compile a library into a directory, whole or not at all, in so many seconds at most.
 
     Raises:
         OSError: no compiler; subprocess.SubprocessError: it failed.
@@ -97,6 +97,6 @@ def compile_into(recipe: Recipe, directory: Path) -> Path:
         made = Path(folder) / "made.so"
         paths = [str(HERE / source) for source in recipe.sources if source.endswith(".cpp")]
         command: Sequence[str] = [*program.split(), *FLAGS, *recipe.flags, "-o", str(made), *paths]
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        subprocess.run(command, check=True, capture_output=True, timeout=seconds)
         os.replace(made, target)  # another process may have made the same meanwhile: either will do
     return target
