@@ -32,9 +32,9 @@ def load(kind: str, directory: str) -> torch.nn.Module:
     if kind.startswith("torchao-int8"):
         quantize_(model, Int8WeightOnlyConfig())
     else:
-        from torchao.prototype.int4_opaque_tensor import Int4WeightOnlyOpaqueTensorConfig
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
-        quantize_(model, Int4WeightOnlyOpaqueTensorConfig(group_size=128))
+        quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=128))
     return model
 
 

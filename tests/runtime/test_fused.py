@@ -21,10 +21,10 @@ from tests.runtime.packing import packed_family
 pytestmark = pytest.mark.skipif(packed.library() is None, reason="no compiled kernels here")
 
 SPECS = ("int4:g32", "int8:row", "int3:g64", "nf4", "q4_0", "int4:g20")
-WHOLE = ("llama", "llama_tied", "granite", "qwen2", "qwen3")
+WHOLE = ("llama", "llama_tied", "granite", "smollm3", "qwen2", "qwen3")
 """Families built as most are; the others are refused for what stands beside them."""
 OTHERWISE = {
-    "gemma2": "built otherwise", "olmo2": "built otherwise", "smollm3": "computes otherwise", "cohere": "otherwise",
+    "gemma2": "built otherwise", "olmo2": "built otherwise", "cohere": "otherwise",
     "qwen3_moe": "built otherwise", "gpt2": "is not layers",
 }  # fmt: skip
 
