@@ -198,7 +198,10 @@ def test_descriptions_that_contradict_themselves_are_refused_by_the_kernels() ->
             refused(getattr(layer, name), "digits", digits)
     refused(layer.down, "weight", layer.o.weight)
     refused(layer.q, "weight", layer.k.weight)
-    for field, value in (("batch", 2), ("heads", 3), ("kv_heads", 0), ("key_dim", 1 << 30), ("value_dim", 0),
-                         ("dtype", 1), ("window", 0), ("length", 20), ("length", -3), ("key_window", None)):  # fmt: skip
+    for field, value in {
+        "batch": 2, "heads": 3, "kv_heads": 0, "key_dim": 1 << 30, "value_dim": 0, "dtype": 1, "window": 0,
+        "length": 20, "key_window": None,
+    }.items():  # fmt: skip
         refused(native, field, value)
+    refused(native, "length", -3)
     assert torch.equal(hidden, torch.ones_like(hidden))
