@@ -125,7 +125,8 @@ def _block(layer: Any, dtype: torch.dtype, batch: int) -> Block:
 
 def _unlike(model: Any, batch: int) -> str:
     """What of a model's modules is not as the kernels have it; empty where all is."""
-    library, decoder = packed.library(), model.get_decoder() if hasattr(model, "get_decoder") else None
+    library = packed.library()
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
     if library is None or attend.library() is None:
         return packed.why_not() or attend.why_not()
     if model.dtype not in packed.DTYPES or not hasattr(library, "step"):
@@ -135,7 +136,7 @@ def _unlike(model: Any, batch: int) -> str:
     layers = list(decoder.layers)
     if not layers or not all(_plain(module) for module in model.modules()):
         return "a module is hooked"
-    norms = {}
+    norms: dict[Any, str] = {}
     for layer in layers:
         attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
         if _children(layer) != _LAYER or attention is None or mlp is None:
