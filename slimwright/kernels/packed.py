@@ -92,6 +92,7 @@ class Library:
         self.step = self.loaded.slimwright_packed_step
         self.step.argtypes = [pointer]
         self.loaded.slimwright_packed_step_size.restype = long
+        self.step_bytes = self.loaded.slimwright_packed_step_size()
         self.bfloats = bool(self.loaded.slimwright_packed_bfloats())
         self._error = self.loaded.slimwright_packed_error
         self._error.argtypes, self._error.restype = [integer], ctypes.c_char_p

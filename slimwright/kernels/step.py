@@ -88,6 +88,8 @@ class Step:
         parts = attend.library()
         if parts is None:
             raise SlimwrightError(f"There are no compiled kernels: {attend.why_not()}.")
+        if library.step_bytes != ctypes.sizeof(_Step) + ctypes.sizeof(_Layer):
+            raise SlimwrightError("The compiled kernels are of another version.")
         self.library, self.batch, self.head = library, batch, head
         self.kept = (blocks, final_gain, head)
         self.layers = (_Layer * max(1, len(blocks)))()
@@ -150,8 +152,3 @@ def _floats(tensor: Tensor) -> Tensor:
     if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise TypeError(f"A decoding step takes contiguous float32 tensors on the CPU, not {tensor.dtype}.")
     return tensor
-
-
-def sizes() -> int:
-    """Bytes of the structures, to be compared with the library's."""
-    return ctypes.sizeof(_Step) + ctypes.sizeof(_Layer)

@@ -45,16 +45,16 @@ class Fused:
     ) -> None:  # fmt: skip
         decoder, library = model.get_decoder(), packed.library()
         assert library is not None
-        blocks = [_block(layer, model.dtype, batch) for layer in decoder.layers]
         chosen = slice(None) if only is None else slice(only, only + 1)
+        own = list(decoder.layers)[chosen]
+        blocks = [_block(layer, model.dtype, batch) for layer in own]
         self.embed, self.rotary, self.dtype = model.get_input_embeddings(), decoder.rotary_emb, model.dtype
         self.layers, self.how, self.start = list(layers)[chosen], list(how)[chosen], start
-        attentions = [layer.self_attn for layer in decoder.layers][chosen]
-        self.heads = [attention.q_proj.out_features // attention.head_dim for attention in attentions]
+        self.heads = [layer.self_attn.q_proj.out_features // layer.self_attn.head_dim for layer in own]
         final = None if only is not None else _gain(decoder.norm)
         head = None if only is not None else _product(model.get_output_embeddings(), model.dtype, batch)
         epsilons = (_epsilon(decoder.norm), _epsilon(getattr(decoder.layers[0].self_attn, "q_norm", decoder.norm)))
-        self.step = Step(library, blocks[chosen], batch, model.dtype, epsilons, final, head)
+        self.step = Step(library, blocks, batch, model.dtype, epsilons, final, head)
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits, (batch, vocabulary) float32.
@@ -129,7 +129,7 @@ def _unlike(model: Any, batch: int) -> str:
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
     if library is None or attend.library() is None:
         return packed.why_not() or attend.why_not()
-    if model.dtype not in packed.DTYPES or not hasattr(library, "step"):
+    if model.dtype not in packed.DTYPES:
         return f"activations are {str(model.dtype).removeprefix('torch.')}"
     if not all(hasattr(decoder, name) for name in ("layers", "norm", "rotary_emb")):
         return f"{type(model).__name__} is not layers between an embedding and a norm"
@@ -234,7 +234,9 @@ def _difference(model: Any, run: Any, caches: Any, how: list[dict[str, Any]], to
         return "embeddings are changed before the first layer"
     share, rest = (1e-4, 1e-6) if model.dtype == torch.float32 else (0.05, 2**-7)
     for index, (inputs, output) in enumerate(states):
-        one = Fused(model, copy.deepcopy(caches).layers, how, start, tokens.shape[0], only=index)
+        layers = list(caches.layers)
+        layers[index] = copy.deepcopy(layers[index])
+        one = Fused(model, layers, how, start, tokens.shape[0], only=index)
         before, after = inputs[0][:, 0].float(), output.reshape(inputs[0].shape)[:, 0].float()
         got, _ = one.through(inputs[0][:, 0], positions)
         bound = share * (after - before).abs().max() + rest * after.abs().max()
