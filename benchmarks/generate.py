@@ -79,7 +79,9 @@ def timed(run: Callable[[], Any]) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def speed(layers: int, context: int, tokens: int, rounds: int, packed: str | None = None) -> list[dict[str, Any]]:
+def speed(
+    layers: int, context: int, tokens: int, rounds: int, packed: str | None = None, wait: bool = False
+) -> list[dict[str, Any]]:
     """Decode speed at each width, alternated."""
     model = shape(layers, packed)
     assert not decode.supported(model), decode.supported(model)
@@ -90,6 +92,8 @@ def speed(layers: int, context: int, tokens: int, rounds: int, packed: str | Non
     alone: dict[Any, list[tuple[float, float]]] = {bits: [] for bits in BITS}
     query = torch.randn(1, model.config.num_attention_heads, 1, 64).bfloat16()
 
+    decodings = {name: decode.Decoding(cache, None) for name, cache in caches.items()}
+
     def decode_with(name: Any) -> None:
         cache = caches[name]
         if isinstance(cache, DynamicCache):
@@ -98,7 +102,7 @@ def speed(layers: int, context: int, tokens: int, rounds: int, packed: str | Non
             return
         with decode.attention_by_cache(model):
             for _ in range(tokens):
-                decode.decode(model, decode.Decoding(cache, None), token, at)
+                decode.decode(model, decodings[name], token, at)
 
     def attend_with(bits: int) -> None:
         for layer in caches[bits].layers:
@@ -107,6 +111,9 @@ def speed(layers: int, context: int, tokens: int, rounds: int, packed: str | Non
 
     for name in caches:
         decode_with(name)
+    if wait:
+        print("ready", flush=True)
+        sys.stdin.readline()
     for _ in range(rounds):
         for name in caches:
             found[name].append(timed(lambda name=name: decode_with(name)))  # type: ignore[misc]
@@ -176,10 +183,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--packed")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--wait", action="store_true", help="for a line on standard input when all is loaded")
     asked = parser.parse_args()
     started = time.time()
     kl = divergence()
-    rows = speed(asked.layers, asked.context, asked.tokens, asked.rounds, asked.packed)
+    rows = speed(asked.layers, asked.context, asked.tokens, asked.rounds, asked.packed, asked.wait)
     for row in rows:
         bits = row["cache"].split()[0]
         row["kl"], row["same_best"] = kl.get(int(bits), (0.0, 1.0)) if bits.isdigit() else (0.0, 1.0)

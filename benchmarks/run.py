@@ -26,6 +26,7 @@ BENCHMARKS = {
     "memory": "13 GB models under 1.5 GB of memory",
     "products": "products with packed weights, one by one, beside dense ones",
     "decode": "decoding from packed weights beside dense models and peers",
+    "embeddings": "embeddings per second of MiniLM, packed beside dense",
     "generate": "generation with caches of 16, 8, 4 and 2 bits, beside transformers'",
     "gptq": "GPTQ beside llm-compressor's, and as a multiple of its floor",
 }

@@ -1,7 +1,8 @@
-"""Decoding with another library's packed weights, in its own environment: ``python decode_torch.py KIND MODEL``.
+"""Decoding with dense weights or another library's packed ones, in an environment of its own.
 
-KIND: torchao-int4, torchao-int8, quanto-int4. Prints one line when it is ready, then for each line of
-``{"what": "decode" or "prefill", "batch": N}`` on standard input the seconds of one step or of the prompt.
+``python decode_torch.py KIND MODEL``, KIND: dense-compiled, torchao-int4, torchao-int8-compiled, torchao-int4-compiled,
+quanto-int4. Prints one line when it is ready, then for each line of ``{"what": "decode" or "prefill", "batch": N}`` on
+standard input the seconds of one step or of the prompt. What is compiled has a static cache, as torch.compile asks.
 """
 
 import json
@@ -9,55 +10,86 @@ import sys
 import time
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-PROMPT, STEPS, PREFILL = 32, 8, 512
+PROMPT, PREFILL, ROOM = 32, 512, 256
 
 
 def load(kind: str, directory: str) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    if kind == "dense-compiled":
+        return model
     if kind == "quanto-int4":
         from optimum.quanto import freeze, qint4, quantize
 
         quantize(model, weights=qint4)
         freeze(model)
+        # batches of rows need contiguous inputs, as version 0.2.7 does not see to itself
+        model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         return model
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    if kind == "torchao-int8":
+    if kind.startswith("torchao-int8"):
         quantize_(model, Int8WeightOnlyConfig())
     else:
-        from torchao.prototype.int4_opaque_tensor import Int4WeightOnlyOpaqueTensorConfig
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
-        quantize_(model, Int4WeightOnlyOpaqueTensorConfig(group_size=128))
+        quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=128))
     return model
 
 
-@torch.inference_mode()
-def decode(model: torch.nn.Module, batch: int) -> float:
-    ids = torch.randint(0, 1000, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
-    cache = DynamicCache()
-    token = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-    started = time.perf_counter()
-    for _ in range(STEPS):
-        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-    return (time.perf_counter() - started) / STEPS
+class Decoder:
+    """A model, and a cache for each batch in which decoding goes on."""
 
+    def __init__(self, kind: str, directory: str) -> None:
+        self.model = load(kind, directory)
+        self.compiled = kind.endswith("-compiled")
+        self.run = torch.compile(self.model.forward, dynamic=False) if self.compiled else self.model.forward
+        self.caches = {}
 
-@torch.inference_mode()
-def prefill(model: torch.nn.Module) -> float:
-    ids = torch.randint(0, 1000, (1, PREFILL), generator=torch.Generator().manual_seed(0))
-    started = time.perf_counter()
-    model(ids, logits_to_keep=1)
-    return time.perf_counter() - started
+    def cache(self, length: int, batch: int):
+        if not self.compiled:
+            return DynamicCache()
+        config = self.model.config
+        cache = StaticCache(config=config, max_cache_len=length)
+        cache.early_initialization(
+            batch, config.num_key_value_heads, config.hidden_size // config.num_attention_heads, torch.bfloat16, "cpu"
+        )
+        return cache
+
+    @torch.no_grad()
+    def decode(self, batch: int) -> float:
+        steps = 8 if batch == 1 else 4
+        if batch not in self.caches:
+            ids = torch.randint(0, 1000, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+            cache = self.cache(ROOM, batch)
+            token = self.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            self.caches[batch] = (cache, token, PROMPT)
+        cache, token, length = self.caches[batch]
+        started = time.perf_counter()
+        for _ in range(steps):
+            at = torch.full((batch, 1), length)
+            token = self.run(input_ids=token, past_key_values=cache, position_ids=at).logits[:, -1:].argmax(-1)
+            length += 1
+        seconds = (time.perf_counter() - started) / steps
+        self.caches[batch] = (cache, token, length)
+        return seconds
+
+    @torch.no_grad()
+    def prefill(self) -> float:
+        ids = torch.randint(0, 1000, (1, PREFILL), generator=torch.Generator().manual_seed(0))
+        cache = self.cache(PREFILL, 1)
+        started = time.perf_counter()
+        self.run(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        return time.perf_counter() - started
 
 
 def main() -> None:
-    model = load(sys.argv[1], sys.argv[2])
+    decoder = Decoder(sys.argv[1], sys.argv[2])
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        seconds = prefill(model) if asked["what"] == "prefill" else decode(model, asked["batch"])
+        seconds = decoder.prefill() if asked["what"] == "prefill" else decoder.decode(asked["batch"])
         print(json.dumps(seconds), flush=True)
 
 

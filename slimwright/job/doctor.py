@@ -68,6 +68,7 @@ def examine() -> dict[str, Any]:
         "kernels": {
             "solvers": f"torch ({kernels.why_not()})" if kernels.why_not() else "compiled",
             "packed": compute.overview(),
+            "packed, GPU": compute.gpu_overview(),
             "cache": f"torch ({attend.why_not()})" if attend.library() is None else "compiled",
         },
         "grids": {spec: compute.kernel_name(parse_grid(spec), (256, 256), torch.float32) for spec in _specs()},

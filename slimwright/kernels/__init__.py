@@ -1,36 +1,27 @@
 """Compiled kernels: loops over small groups, steps of which each needs the one before, products with packed weights.
 
 Small C++ libraries with a plain C interface, called through ctypes, which lets other threads run meanwhile: one for
-every module beside this file, named after it. Each is compiled once, at first use, into the cache; where there is no
-compiler, the callers' own torch code does the work (as it does for tensors that are not on the CPU, and under
-``SLIMWRIGHT_KERNELS=off``). The sources say what is equal bit for bit.
+every module beside this file, named after it. A wheel has them compiled; else each is compiled once, at first use,
+into the cache (:mod:`slimwright.kernels.compiling`). Where there is no compiler, the callers' own torch code does the
+work (as it does for tensors that are not on the CPU, and under ``SLIMWRIGHT_KERNELS=off``). The sources say what is
+equal bit for bit.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import shutil
 import subprocess
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from slimwright.directories import cache_directory
+from slimwright.kernels.compiling import SHIPPED, Recipe, compile_into, single
 
 __all__ = ["available", "library", "pointer", "shared_library", "switched_off", "torch_threads", "why_not"]
-
-HEADERS = ("common.h",)
-"""Read for the key of every library of one source."""
-
-_FLAGS = (
-    "-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
-)  # fmt: skip
 
 
 def switched_off() -> str:
@@ -40,28 +31,24 @@ def switched_off() -> str:
 
 
 @functools.cache
-def _load(name: str, flags: tuple[str, ...]) -> tuple[ctypes.CDLL | None, str]:
+def _load(name: str) -> tuple[ctypes.CDLL | None, str]:
     """A library, and why there is none."""
     if off := switched_off():
         return None, off
     try:
-        return ctypes.CDLL(str(shared_library(name, (f"{name}.cpp", *HEADERS), flags))), ""
+        return ctypes.CDLL(str(shared_library(single(name)))), ""
     except (OSError, subprocess.SubprocessError) as error:
         return None, one_line(error)
 
 
-def library(name: str = "solve", flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
-    """The library of a source beside this file; None where there is none.
-
-    Args:
-        flags: of the compiler, beside those that all libraries share.
-    """
-    return _load(name, flags)[0]
+def library(name: str = "solve") -> ctypes.CDLL | None:
+    """The library of a source beside this file; None where there is none."""
+    return _load(name)[0]
 
 
-def why_not(name: str = "solve", flags: tuple[str, ...] = ()) -> str:
+def why_not(name: str = "solve") -> str:
     """Why there is no such library; empty where there is."""
-    return _load(name, flags)[1]
+    return _load(name)[1]
 
 
 def one_line(error: Exception) -> str:
@@ -109,36 +96,17 @@ def torch_threads() -> int | None:
     return None
 
 
-def library_path(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -> Path:
-    """Where the cache has a shared library, or will have it; arguments as of :func:`shared_library`."""
-    contents = [Path(__file__).with_name(source).read_bytes() for source in sources]
-    words = " ".join((*_FLAGS, *flags))
-    key = hashlib.sha256(b"\0".join([*contents, words.encode(), os.uname().machine.encode()]))
-    return cache_directory() / "kernels" / f"{name}-{key.hexdigest()[:16]}.so"
+def library_path(recipe: Recipe) -> Path:
+    """Where a library is: in the package, if the wheel had it; else where the cache has it, or will."""
+    shipped = SHIPPED / recipe.file
+    return shipped if shipped.exists() else cache_directory() / "kernels" / recipe.file
 
 
-def shared_library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -> Path:
-    """A shared library, compiled now if the cache does not have it.
-
-    Args:
-        name: of the library.
-        sources: files beside this one; headers are read for the cache's key and not compiled.
-        flags: of the compiler, beside those that all libraries share.
+def shared_library(recipe: Recipe) -> Path:
+    """A library, compiled now if neither the package nor the cache has it.
 
     Raises:
         OSError: no compiler; subprocess.SubprocessError: it failed.
     """
-    compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
-    target = library_path(name, sources, flags)
-    paths, flags = [Path(__file__).with_name(source) for source in sources], (*_FLAGS, *flags)
-    if target.exists():
-        return target
-    if compiler is None:
-        raise OSError("there is no C++ compiler")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / "made.so"
-        command = [*compiler.split(), *flags, "-o", str(made), *(str(path) for path in paths if path.suffix == ".cpp")]
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
-        os.replace(made, target)  # another process may have made the same meanwhile: either will do
-    return target
+    target = library_path(recipe)
+    return target if target.exists() else compile_into(recipe, target.parent)

@@ -16,6 +16,7 @@
 #include <new>
 #include <vector>
 
+#include "attend.h"
 #include "common.h"
 
 namespace {
@@ -72,26 +73,6 @@ INLINE int64_t element_size(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 }  // namespace
 
 extern "C" {
-
-// What Python fills; pointers stay the property of the tensors behind them.
-struct SlimwrightKv {
-    int64_t batch, kv_heads, heads, key_dim, value_dim;
-    int64_t bits, group, window;           // bits 16: nothing is packed and window is the capacity
-    int64_t key_capacity, value_capacity;  // tokens that the packed parts hold
-    int64_t length;                        // tokens in the cache
-    int64_t dtype, threads, sliding;       // sliding 0: all tokens are seen
-    float scaling, softcap;                // softcap 0: none
-    const int64_t* start;                  // (batch,) first token that counts; null: 0
-    const float* sinks;                    // (heads,) or null
-    void* key_window;                      // (batch, kv_heads, window, key_dim)
-    void* value_window;
-    uint8_t* key_codes;                    // (batch, kv_heads, key_capacity / 32, key_dim, 4 * bits)
-    uint16_t* key_scale;                   // (batch, kv_heads, key_capacity / group, key_dim)
-    uint16_t* key_low;
-    uint8_t* value_codes;                  // (batch, kv_heads, value_capacity, value_dim / 32 rounded up, 4 * bits)
-    uint16_t* value_scale;                 // (batch, kv_heads, value_capacity, value_dim / group rounded up)
-    uint16_t* value_low;
-};
 typedef void (*SlimwrightParallel)(void (*)(void*), void*, unsigned, unsigned);
 }
 
@@ -448,18 +429,21 @@ CLONES void attend_4(const Job& job, int64_t index, Scratch& scratch) { one_spli
 CLONES void attend_8(const Job& job, int64_t index, Scratch& scratch) { one_split<8>(job, index, scratch); }
 CLONES void attend_16(const Job& job, int64_t index, Scratch& scratch) { one_split<16>(job, index, scratch); }
 
+void attend_one(const Job& job, int64_t index) {
+    static thread_local Scratch scratch;
+    switch (job.kv->bits) {
+        case 2: return attend_2(job, index, scratch);
+        case 4: return attend_4(job, index, scratch);
+        case 8: return attend_8(job, index, scratch);
+        default: return attend_16(job, index, scratch);
+    }
+}
+
 void attend_worker(void* data) {
     Job& job = *static_cast<Job*>(data);
     try {
-        static thread_local Scratch scratch;
         const int64_t tasks = job.kv->batch * job.kv->kv_heads * job.splits;
-        for (int64_t i; (i = job.next.fetch_add(1)) < tasks;)
-            switch (job.kv->bits) {
-                case 2: attend_2(job, i, scratch); break;
-                case 4: attend_4(job, i, scratch); break;
-                case 8: attend_8(job, i, scratch); break;
-                default: attend_16(job, i, scratch);
-            }
+        for (int64_t i; (i = job.next.fetch_add(1)) < tasks;) attend_one(job, i);
     } catch (const std::bad_alloc&) { job.error = NO_MEMORY; }
 }
 
@@ -497,11 +481,69 @@ int check(const Kv& kv, int64_t length) {
     return OK;
 }
 
+// The splits of 256 tokens that attention sees; false where a row starts outside the tokens.
+bool seen_splits(const Kv& kv, int64_t& first, int64_t& splits) {
+    int64_t least = kv.length;
+    for (int64_t b = 0; b < kv.batch; ++b) {
+        const int64_t start = kv.start ? kv.start[b] : 0;
+        if (start < 0 || start >= kv.length) return false;
+        least = start < least ? start : least;
+    }
+    if (kv.sliding && kv.length - kv.sliding > least) least = kv.length - kv.sliding;
+    first = least / SPLIT;
+    splits = up(kv.length, SPLIT) - first;
+    return true;
+}
+
+// -- parts of a step ---------------------------------------------------------------------------------------------
+
+INLINE Kv with_new_token(const Kv& kv) {
+    Kv longer = kv;
+    longer.length++;
+    return longer;
+}
+
+CLONES void combine_row(const Kv& kv, const float* partials, int64_t row, int64_t splits, void* output) {
+    combine(kv, partials, row, splits, output);
+}
+
+int part_shape(const Kv* kv, int64_t* shape) {
+    const Kv longer = with_new_token(*kv);
+    if (const int wrong = check(*kv, longer.length)) return wrong;
+    if (!seen_splits(longer, shape[0], shape[1])) return BAD_SHAPE;
+    shape[2] = kv->batch * kv->heads * shape[1] * (up(kv->value_dim, TILE) * TILE + 2);
+    return OK;
+}
+
+int part_append(const Kv* kv, int64_t row, const void* keys, const void* values) {
+    Job job;
+    job.kv = kv; job.keys = keys; job.values = values; job.count = 1;
+    try { append_one(job, row); } catch (const std::bad_alloc&) { return NO_MEMORY; }
+    return OK;
+}
+
+int part_attend(const Kv* kv, const int64_t* shape, int64_t index, const void* query, float* partials) {
+    const Kv longer = with_new_token(*kv);
+    Job job;
+    job.kv = &longer; job.query = query; job.first = shape[0]; job.splits = shape[1]; job.partials = partials;
+    try { attend_one(job, index); } catch (const std::bad_alloc&) { return NO_MEMORY; }
+    return OK;
+}
+
+int part_combine(const Kv* kv, const int64_t* shape, int64_t row, const float* partials, void* output) {
+    const int64_t part = shape[1] * (kv->heads / kv->kv_heads) * (up(kv->value_dim, TILE) * TILE + 2);
+    try { combine_row(*kv, partials + row * part, row, shape[1], output); } catch (const std::bad_alloc&) { return NO_MEMORY; }
+    return OK;
+}
+
+const SlimwrightKvParts PARTS = {part_shape, part_append, part_attend, part_combine};
+
 }  // namespace
 
 extern "C" {
 
-int slimwright_attend_abi() { return 1; }
+int slimwright_attend_abi() { return 2; }
+const SlimwrightKvParts* slimwright_kv_parts() { return &PARTS; }
 int64_t slimwright_kv_size() { return int64_t(sizeof(Kv)); }
 void slimwright_set_parallel(SlimwrightParallel runtime) { parallel_runtime = runtime; }
 
@@ -525,23 +567,15 @@ int slimwright_kv_attend(const Kv* kv, const void* query, void* output) {
     try {
         Job job;
         job.kv = kv; job.query = query; job.output = output;
-        int64_t least = kv->length;
-        for (int64_t b = 0; b < kv->batch; ++b) {
-            const int64_t start = kv->start ? kv->start[b] : 0;
-            if (start < 0 || start >= kv->length) return BAD_SHAPE;
-            least = start < least ? start : least;
-        }
-        if (kv->sliding && kv->length - kv->sliding > least) least = kv->length - kv->sliding;
         const int64_t g = kv->heads / kv->kv_heads, rows = kv->batch * kv->kv_heads;
-        job.first = least / SPLIT;
-        job.splits = up(kv->length, SPLIT) - job.first;
+        if (!seen_splits(*kv, job.first, job.splits)) return BAD_SHAPE;
         std::vector<float> partials(rows * job.splits * g * (up(kv->value_dim, TILE) * TILE + 2));
         job.partials = partials.data();
         run(attend_worker, job, rows * g * (kv->length - job.first * SPLIT) * kv->key_dim);
         if (job.error) return job.error;
         const int64_t part = job.splits * g * (up(kv->value_dim, TILE) * TILE + 2);
         for (int64_t row = 0; row < rows; ++row)
-            combine(*kv, job.partials + row * part, row, job.splits, output);
+            combine_row(*kv, job.partials + row * part, row, job.splits, output);
     } catch (const std::bad_alloc&) { return NO_MEMORY; }
     return OK;
 }

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
-from slimwright.kernels import HEADERS, library_path, torch_threads
 from slimwright.kernels import library as shared
+from slimwright.kernels import library_path, torch_threads
 from slimwright.kernels import why_not as shared_reason
+from slimwright.kernels.compiling import single
 
-ABI = 1
+ABI = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of keys, values and queries that the kernels take."""
 
@@ -22,7 +23,6 @@ _SIZES = ("batch", "kv_heads", "heads", "key_dim", "value_dim", "bits", "group",
           "value_capacity", "length", "dtype", "threads", "sliding")  # fmt: skip
 PARTS = ("key_window", "value_window", "key_codes", "key_scale", "key_low", "value_codes", "value_scale", "value_low")
 """Tensors that a cache consists of, in the structure's order."""
-_FLAGS = ("-ffp-contract=fast",)
 
 
 class Kv(ctypes.Structure):
@@ -38,13 +38,13 @@ class Kv(ctypes.Structure):
 
 def compiled() -> bool:
     """Whether the library is there already; its first use compiles it otherwise."""
-    return library_path("attend", ("attend.cpp", *HEADERS), _FLAGS).exists()
+    return library_path(single("attend")).exists()
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels with torch's own threads in them; None where there are none."""
-    loaded = shared("attend", _FLAGS)
+    loaded = shared("attend")
     if loaded is None or loaded.slimwright_attend_abi() != ABI or loaded.slimwright_kv_size() != ctypes.sizeof(Kv):
         return None
     loaded.slimwright_kv_append.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
@@ -52,13 +52,14 @@ def library() -> ctypes.CDLL | None:
     loaded.slimwright_kv_step.argtypes = [ctypes.c_void_p] * 5
     loaded.slimwright_set_parallel.argtypes = [ctypes.c_void_p]
     loaded.slimwright_set_parallel.restype = None
+    loaded.slimwright_kv_parts.restype = ctypes.c_void_p
     loaded.slimwright_set_parallel(torch_threads())
     return loaded
 
 
 def why_not() -> str:
     """Why there are no compiled kernels; empty where there are."""
-    return "" if library() is not None else shared_reason("attend", _FLAGS) or "the library is of another version"
+    return "" if library() is not None else shared_reason("attend") or "the library is of another version"
 
 
 def describe(kv: Kv, sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> None:

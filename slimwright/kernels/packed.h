@@ -80,6 +80,23 @@ inline int64_t chunks_of(const Weight& w) { return divide_up(w.columns, CHUNK); 
 inline int64_t groups_of(const Weight& w) { return divide_up(w.columns, w.group); }
 inline int64_t padded_groups(const Weight& w) { return divide_up(groups_of(w), 16) * 16; }
 
+enum Error : int {
+    FINE = 0, BAD_SHAPE, BAD_GRID, SHORT_PAYLOAD, SHORT_SCALE, SHORT_ZERO, BAD_RANGE, BAD_ARGUMENT, NO_MEMORY,
+    CACHE_FULL, BAD_CACHE, ERRORS
+};
+
+// packed.cpp: FINE, or what is wrong with a matrix; whether it can be multiplied so with inputs of a type.
+int check(const Weight* weight);
+bool takes(const Weight& weight, int32_t digits, int32_t type);
+
+// The shape of the inputs of a product, their bytes, and where they lie in memory that is aligned to 64 bytes.
+Inputs inputs_of(const Weight& weight, int64_t batch, int32_t digits);
+int64_t inputs_bytes(const Inputs& inputs);
+void place_inputs(const Weight& weight, Inputs& inputs, uint8_t* memory);
+
+int64_t task_rows(int64_t count, int threads);
+uint8_t* row_memory(const Weight& weight);  // scratch of this thread; null where there is no memory
+
 constexpr int64_t ROWS = 4;  // most rows at a time
 
 // Scratch of one thread: codes and values of a few rows, their scales and zero points by group, scales by 16 columns.

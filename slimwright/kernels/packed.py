@@ -18,25 +18,15 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import SlimwrightError
-from slimwright.kernels import library_path, one_line, shared_library, switched_off, torch_threads
+from slimwright.kernels import compiling, library_path, one_line, shared_library, switched_off, torch_threads
+from slimwright.kernels.compiling import INSTRUCTION_SETS
 
-ABI = 1
+ABI = 2
 BFLOATS = 4
 """``digits`` of products in bfloat16."""
 KINDS = {"int": 0, "nf4": 1, "mxfp4": 2, "fp8": 3, "q4_0": 4, "q8_0": 5, "q4_k": 6, "q6_k": 7}
 ZEROS = {"middle": 0, "bytes": 1, "nibbles": 2, "halves": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-
-_SOURCES = ("packed.cpp", "packed_rows.cpp", "packed_codes.h", "packed_inputs.h", "packed_vectors.h", "packed.h")
-_AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"})
-_SETS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
-    "avx512bf16": (("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"), _AVX512 | {"avx512_bf16"}),
-    "avx512": (("-march=x86-64-v4", "-mavx512vnni"), _AVX512),
-    "avx2": (("-march=x86-64-v3",), frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})),
-    "neon": ((), frozenset({"asimd"})),
-    "portable": ((), frozenset()),
-}
-"""Flags of the compiler and names in /proc/cpuinfo by instruction set, the best first."""
 
 
 def instruction_sets() -> list[str]:
@@ -51,18 +41,13 @@ def instruction_sets() -> list[str]:
                 break
     except OSError:
         pass  # not Linux: the portable code runs anywhere
-    known = [name for name, (_, needs) in _SETS.items() if needs <= found]
+    known = [name for name, (_, needs) in INSTRUCTION_SETS.items() if needs <= found]
     return [name for name in known if name != "neon"]
-
-
-def _compiled_as(name: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """Name, sources and flags of an instruction set's library."""
-    return f"packed-{name}", _SOURCES, (f"-DISA={name}", "-pthread", *_SETS[name][0])
 
 
 def compiled() -> bool:
     """Whether the library is there already; its first use compiles it otherwise."""
-    return library_path(*_compiled_as(instruction_sets()[0])).exists()
+    return library_path(compiling.packed(instruction_sets()[0])).exists()
 
 
 class Structure(ctypes.Structure):
@@ -92,7 +77,7 @@ class Library:
     def __init__(self, name: str) -> None:
         self.name = name
         # GCC 12 takes the placeholders of its own AVX-512 headers for uninitialized values
-        self.loaded = ctypes.CDLL(str(shared_library(*_compiled_as(name))))
+        self.loaded = ctypes.CDLL(str(shared_library(compiling.packed(name))))
         if self.loaded.slimwright_packed_abi() != ABI:
             raise OSError("the library is of another version")
         pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -104,6 +89,10 @@ class Library:
         self.gather.argtypes = [pointer, pointer, long, pointer, integer, integer]
         self.check = self.loaded.slimwright_packed_check
         self.check.argtypes = [pointer]
+        self.step = self.loaded.slimwright_packed_step
+        self.step.argtypes = [pointer]
+        self.loaded.slimwright_packed_step_size.restype = long
+        self.step_bytes = self.loaded.slimwright_packed_step_size()
         self.bfloats = bool(self.loaded.slimwright_packed_bfloats())
         self._error = self.loaded.slimwright_packed_error
         self._error.argtypes, self._error.restype = [integer], ctypes.c_char_p

@@ -18,6 +18,9 @@ are what a compiled model calls; eager modules call the kernels directly, which 
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -28,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimwright.errors import InputError
-from slimwright.kernels import packed
+from slimwright.kernels import one_line, packed
 from slimwright.kernels.packed import Matrix
 from slimwright.weights import Grid, matrix_shape, parse_grid
 from slimwright.weights.matrix import kernel_layout, kernel_matrix
@@ -98,6 +101,52 @@ def kernel_name(grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> str:
         return f"{library.name} integers, {24 if dtype == torch.float32 else 16}-bit inputs"
     why = f"groups of {layout.group} columns" if layout.kind == "int" else "levels that are no integers"
     return f"{library.name} floats ({why})"
+
+
+@functools.cache
+def _gpu_kernels() -> Any:
+    """The module of the Triton kernels, or why there is none."""
+    if off := packed.switched_off():
+        return off
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        return importlib.import_module("slimwright.kernels.packed_gpu")
+    except Exception as error:  # triton's own imports fail in many ways: with a wrong driver, Python or torch
+        return f"triton cannot be imported: {one_line(error)}"
+
+
+def gpu_why_not(grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    """Why the Triton kernel does not multiply with a weight on a GPU, the reference does; empty where it does."""
+    kernels = _gpu_kernels()
+    if isinstance(kernels, str):
+        return kernels
+    layout = None if grid.plain else kernel_layout(grid, *matrix_shape(shape))
+    if layout is None or layout.kind != "int":
+        return f"the Triton kernel does not read {grid}"
+    return "" if dtype in kernels.DTYPES else f"inputs of {str(dtype).removeprefix('torch.')}"
+
+
+def gpu_linear(
+    x: Tensor, parts: Mapping[str, Tensor], grid: Grid, shape: tuple[int, ...], rows: slice, bias: Tensor | None
+) -> Tensor | None:
+    """``x @ W[rows].T + bias`` on a GPU by the Triton kernel; None where it does not, or for so many rows of input that
+    the library's product with decoded tiles is the better one."""
+    if gpu_why_not(grid, shape, x.dtype) or x.numel() // x.shape[-1] > _gpu_kernels().MOST_ROWS:
+        return None
+    layout = kernel_layout(grid, *matrix_shape(shape))
+    assert layout is not None
+    how = (matrix_shape(shape), layout.group, layout.bits, layout.zero)
+    return _gpu_kernels().linear(x, parts, *how, rows.start, rows.stop, bias)
+
+
+def gpu_overview() -> str:
+    """What products with packed weights would run on where there is a GPU, in a few words."""
+    kernels = _gpu_kernels()
+    found = "" if torch.cuda.is_available() else "no GPU here; "
+    if isinstance(kernels, str):
+        return f"{found}reference: tiles decoded by torch, then the library's product ({kernels})"
+    return f"{found}triton for int grids up to {kernels.MOST_ROWS} rows of input; the reference for more and others"
 
 
 def overview() -> str:

@@ -20,6 +20,8 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from slimwright.errors import SlimwrightError
+from slimwright.runtime import fused
+from slimwright.runtime.fused import Fused
 from slimwright.runtime.kv_cache import KvLayer, attention_layers, kv_cache
 
 ATTENTION = "slimwright_decode"
@@ -44,6 +46,10 @@ class Decoding:
         self.numbered = len(self.layers) == len(cache.layers)
         """Whether every layer is ours and was attended to by the module of its number."""
         self.start = start
+        self.how: dict[int, dict[str, Any]] = {}
+        """What each layer's attention was asked for."""
+        self.steps: dict[int, Fused | None] = {}
+        """By rows: the whole step as one call of the kernels, where that can be."""
         self.offered: dict[int, tuple[KvLayer, Tensor, Tensor]] = {}
         self.taken: set[int] = set()
 
@@ -58,7 +64,19 @@ class Decoding:
         self.taken.add(id(keys))
         index = getattr(module, "layer_idx", -1)
         self.numbered &= fresh and 0 <= index < len(self.cache.layers) and self.cache.layers[index] is layer
+        self.how[index] = how
         return layer.attend(query, (keys, values) if fresh else None, start=self.start, **how)
+
+    def fused(self, model: Any, batch: int) -> Fused | None:
+        """The whole step as one call of the kernels; None where the model runs its own forward."""
+        if batch not in self.steps:
+            found = None
+            if len(self.layers) == len(self.cache.layers) and all(_exact(layer, model) for layer in self.layers):
+                found = None if fused.why_not(model, batch) else Fused(
+                    model, self.layers, fused.asked(model), self.start, batch
+                )  # fmt: skip
+            self.steps[batch] = found
+        return self.steps[batch]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -76,6 +94,11 @@ class Decoding:
                 layer.taker = None
             self.offered.clear()
             self.taken.clear()
+
+
+def _exact(layer: KvLayer, model: Any) -> bool:
+    """Whether the kernels take a layer's cache as it is."""
+    return layer.is_initialized and layer.native is not None and layer.dtype == model.dtype
 
 
 class _Thread(threading.local):
@@ -241,10 +264,17 @@ def _same_as_transformers(model: Any) -> bool:
         input_ids=more, attention_mask=torch.cat([mask, mask[:, -1:]], 1), position_ids=last, use_cache=True,
         past_key_values=theirs,
     ).logits[:, -1].float()  # fmt: skip
-    decoding = Decoding(ours, torch.tensor([0, 2]))
+    start, before = torch.tensor([0, 2]), copy.deepcopy(ours)
+    decoding = Decoding(ours, start)
+    decoding.steps[2] = None  # module by module
     with attention_by_cache(model):
         got = decode(model, decoding, more, last).float()
-    model.__dict__["_slimwright_numbered"] = decoding.numbered
+        model.__dict__["_slimwright_numbered"] = decoding.numbered
+        if decoding.numbered:
+            again = Decoding(copy.deepcopy(before), start)
+            again.steps[2] = None
+            how = [decoding.how[index] for index in range(len(ours.layers))]
+            fused.compare(model, lambda: decode(model, again, more, last), before, how, more, last, start)
     bound = 1e-4 if model.dtype == torch.float32 else 0.05
     return bool((got - expected).abs().max() <= bound * expected.abs().max())
 
@@ -268,6 +298,9 @@ def decode(model: Any, decoding: Decoding, tokens: Tensor, positions: Tensor | N
         NotSupportedError: the model does not let the cache answer its attention.
     """
     more = {} if positions is None else {"position_ids": positions}
+    whole = None if step is not None or positions is None else decoding.fused(model, tokens.shape[0])
+    if whole is not None and positions is not None and positions.ndim == 2:
+        return whole(tokens, positions)
     with decoding.running():
         if step is not None:
             return step(tokens, positions)

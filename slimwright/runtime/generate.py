@@ -223,7 +223,7 @@ def _decode(
     last = None if positions is None else positions[..., -1:]
     with decode.attention_by_cache(model):
         while True:
-            scores = processor(sequences[:, :length], logits.to(copy=True, dtype=torch.float32))
+            scores = processor(sequences[:, :length], logits.float())
             if config.do_sample:
                 tokens = torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1)
             else:

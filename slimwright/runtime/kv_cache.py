@@ -303,20 +303,36 @@ class KvLayer(CacheLayerMixin):
                 self.append(*new)
             return self._attend_in_torch(query, scaling, sliding, softcap, start, sinks)
         sinks = None if sinks is None else sinks.float().contiguous()
-        if new is not None:
-            self._reserve(1)
-        native = self.native
-        if self.stale or native.heads != query.shape[1]:
-            self._describe(query.shape[1])
-        native.length, native.threads = self.length, torch.get_num_threads()
-        native.scaling, native.softcap, native.sliding = scaling, softcap, sliding
-        kernel.describe(native, {}, {"start": start, "sinks": sinks})
+        self._prepare(query.shape[1], start, scaling, sliding, softcap, sinks, int(new is not None))
+        native = self.native  # room for the token may have come with a new one
         if new is None:
             return kernel.attend(native, query)
         keys, values = new
         out = kernel.step(native, query, keys.contiguous(), values.contiguous())
         self.length += 1
         return out
+
+    def prepare_step(
+        self, heads: int, start: Tensor | None, scaling: float, sliding: int = 0, softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Describe the cache for a step in which the kernels append one token and attend; arguments as of
+        :meth:`attend`."""
+        self._prepare(heads, start, scaling, sliding or self.sliding, softcap, sinks, 1)
+
+    def _prepare(
+        self, heads: int, start: Tensor | None, scaling: float, sliding: int, softcap: float, sinks: Tensor | None,
+        count: int,
+    ) -> None:  # fmt: skip
+        if count:
+            self._reserve(count)
+        native = self.native
+        assert native is not None
+        if self.stale or native.heads != heads:
+            self._describe(heads)
+        native.length, native.threads = self.length, torch.get_num_threads()
+        native.scaling, native.softcap, native.sliding = scaling, softcap, sliding
+        kernel.describe(native, {}, {"start": start, "sinks": sinks})
 
     def _describe(self, heads: int | None = None) -> None:
         native, format = self.native, self.format

@@ -90,9 +90,13 @@ def decode_tile(grid: Grid, parts: Mapping[str, Tensor], shape: tuple[int, ...],
 def _multiply(
     x: Tensor, bias: Tensor | None, grid: Grid, shape: tuple[int, ...], rows: slice, parts: Any, digits: int
 ) -> Tensor:
-    """By the kernels where they can."""
+    """By the kernels where they can. A compiled model's GPU code is made of the reference, by torch."""
     if compute.usable(grid, x, parts) and (bias is None or bias.dtype == x.dtype):
         return compute.packed_linear(x, parts, grid, shape, rows, bias, digits)
+    if x.device.type == "cuda" and not torch.compiler.is_compiling():
+        found = compute.gpu_linear(x, parts, grid, shape, rows, bias)
+        if found is not None:
+            return found
     return _multiply_tiles(x, bias, grid, shape, rows, parts)
 
 

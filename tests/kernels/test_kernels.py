@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 import slimwright
 from slimwright import kernels
 from slimwright.errors import InputError
-from slimwright.kernels import gram, solve
+from slimwright.kernels import compiling, gram, packed, solve
 from slimwright.weights import Int
 from slimwright.weights.packing import pack_codes, unpack_codes
 from slimwright.weights.ranges import shrink_ranges
@@ -164,3 +166,23 @@ def test_grams_of_bfloat16_inputs(tokens: int, columns: int) -> None:
     assert float((found[0].double() - exact).abs().max()) <= 3e-6 * float(exact.abs().max())
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert (room[0] == 7).all() and (room[-1] == 7).all()
+
+
+def test_a_wheel_has_every_library_that_is_ever_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What setup.py compiles is what is asked for here, by the same names; what the package has needs no compiler."""
+    recipes = {recipe.name: recipe for recipe in compiling.all_recipes(os.uname().machine)}
+    asked = [compiling.single(name) for name in ("solve", "gram", "merge", "attend")]
+    asked += [compiling.packed(name) for name in packed.instruction_sets()]
+    assert all(recipes[recipe.name] == recipe for recipe in asked)
+    sources = {path.stem for path in Path(kernels.__file__).parent.glob("*.cpp")}
+    assert sources == {recipe.name for recipe in asked if "-" not in recipe.name} | {
+        Path(name).stem for name in compiling.PACKED_SOURCES if name.endswith(".cpp")
+    }
+    monkeypatch.setattr(kernels, "SHIPPED", tmp_path)
+    monkeypatch.setenv("SLIMWRIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(OSError, match="no C\\+\\+ compiler"):
+        kernels.shared_library(asked[0])
+    (tmp_path / asked[0].file).touch()
+    assert kernels.shared_library(asked[0]) == tmp_path / asked[0].file

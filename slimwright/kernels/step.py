@@ -1,0 +1,154 @@
+"""The functions of packed_step.cpp on tensors: one token a row through all layers of a decoder, in one call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimwright.errors import InputError, SlimwrightError
+from slimwright.kernels import attend
+from slimwright.kernels.packed import DTYPES, Library, Matrix
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+_GAINS = ("input_gain", "middle_gain", "q_gain", "k_gain")
+_CACHE_FULL = 9
+
+
+class _Product(ctypes.Structure):
+    """``SlimwrightProduct`` of packed_step.h."""
+
+    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("digits", ctypes.c_int64)]
+
+
+class _Layer(ctypes.Structure):
+    """``SlimwrightLayer``."""
+
+    _fields_ = [
+        *((name, _Product) for name in PROJECTIONS),
+        *((name, ctypes.c_void_p) for name in _GAINS),
+        ("kv", ctypes.c_void_p),
+    ]
+
+
+class _Step(ctypes.Structure):
+    """``SlimwrightStep``."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "width", "layers", "rotary", "positions", "type", "threads")),
+        ("epsilon", ctypes.c_double), ("head_epsilon", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("layer", "cosine", "sine", "hidden", "final_gain")),
+        ("head", _Product), ("logits", ctypes.c_void_p), ("parts", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Product:
+    """A packed matrix, its bias (float32) and how inputs are written (:meth:`Matrix.linear`)."""
+
+    matrix: Matrix
+    bias: Tensor | None
+    digits: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder layer.
+
+    Args:
+        products: by name of :data:`PROJECTIONS`.
+        gains: (width,) float32 of the norms before attention and before the MLP, then those of heads of queries and
+            keys, (key_dim,), or None.
+    """
+
+    products: dict[str, Product]
+    gains: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class Step:
+    """A decoder's layers, last norm and head for batches of one size.
+
+    Args:
+        library: the packed kernels.
+        blocks: its layers.
+        batch: rows.
+        dtype: of the model.
+        epsilons: of the layers' norms, and of those of heads.
+        final_gain: of the last norm; None: the step ends with the layers.
+        head: the product that gives logits; None: the step ends with the last norm.
+    """
+
+    def __init__(
+        self, library: Library, blocks: Sequence[Block], batch: int, dtype: torch.dtype,
+        epsilons: tuple[float, float], final_gain: Tensor | None, head: Product | None,
+    ) -> None:  # fmt: skip
+        parts = attend.library()
+        if parts is None:
+            raise SlimwrightError(f"There are no compiled kernels: {attend.why_not()}.")
+        if library.step_bytes != ctypes.sizeof(_Step) + ctypes.sizeof(_Layer):
+            raise SlimwrightError("The compiled kernels are of another version.")
+        self.library, self.batch, self.head = library, batch, head
+        self.kept = (blocks, final_gain, head)
+        self.layers = (_Layer * max(1, len(blocks)))()
+        for layer, block in zip(self.layers, blocks):
+            for name, product in block.products.items():
+                setattr(layer, name, _product(product))
+            for name, gain in zip(_GAINS, block.gains):
+                setattr(layer, name, None if gain is None else _floats(gain).data_ptr())
+        self.structure = _Step(
+            batch=batch, layers=len(blocks), type=DTYPES[dtype], epsilon=epsilons[0], head_epsilon=epsilons[1],
+            layer=ctypes.addressof(self.layers), parts=parts.slimwright_kv_parts(),
+            final_gain=None if final_gain is None else _floats(final_gain).data_ptr(),
+        )  # fmt: skip
+        if head is not None:
+            self.structure.head = _product(head)
+        self.run = library.step
+
+    def __call__(self, hidden: Tensor, cosine: Tensor, sine: Tensor, caches: Sequence[attend.Kv]) -> Tensor | None:
+        """Logits (batch, rows of the head) float32; None without a head, ``hidden`` is the result then.
+
+        Args:
+            hidden: (batch, width) float32; it is changed.
+            cosine, sine: (1 or batch, rotated channels) float32.
+            caches: of the layers, described for one more token; their ``length`` grows.
+
+        Raises:
+            InputError: a cache is full; MemoryError: there is no memory; SlimwrightError: something does not fit.
+        """
+        s = self.structure
+        if len(caches) != s.layers or hidden.shape[0] != self.batch or cosine.shape != sine.shape:
+            raise SlimwrightError("A decoding step was called with tensors of another shape.")
+        for layer, kv in zip(self.layers, caches):
+            layer.kv = ctypes.addressof(kv)
+        logits = None
+        if self.head is not None:
+            logits = torch.empty(self.batch, self.head.matrix.layout.rows)
+            s.logits = logits.data_ptr()
+        s.width, s.threads = hidden.shape[1], torch.get_num_threads()
+        s.positions, s.rotary = cosine.shape
+        s.hidden = _floats(hidden).data_ptr()
+        s.cosine, s.sine = _floats(cosine).data_ptr(), _floats(sine).data_ptr()
+        code = self.run(ctypes.addressof(s))
+        if code == _CACHE_FULL:
+            raise InputError("The cache of keys and values is full: ask for fewer tokens, or make it larger.")
+        self.library.raise_for(code)
+        return logits
+
+
+def _product(product: Product) -> _Product:
+    bias = None if product.bias is None else _floats(product.bias).data_ptr()
+    return _Product(product.matrix.address, bias, product.digits)
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    """The tensor, if its address may be given to the kernels.
+
+    Raises:
+        TypeError: it is not contiguous float32 on the CPU: a mistake of the caller's that would corrupt memory.
+    """
+    if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise TypeError(f"A decoding step takes contiguous float32 tensors on the CPU, not {tensor.dtype}.")
+    return tensor
