@@ -42,8 +42,8 @@ def response(
 
 
 def sentence(errors: Sequence[Any]) -> tuple[str, str | None]:
-    """What pydantic found wrong in a body, and in which field: its first error."""
-    first = errors[0]
+    """What pydantic found wrong in a body, and in which field: of the first field's errors the most particular one."""
+    first = max((error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]), key=lambda e: len(e["loc"]))
     place = [part for part in first["loc"] if part != "body"]
     kind = first["type"]
     if kind == "json_invalid":

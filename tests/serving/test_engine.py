@@ -21,6 +21,7 @@ from slimwright.serving.metrics import Metrics
 from slimwright.serving.requests import BusyError, Piece, Request, Sampling
 from slimwright.zoo import bundled_path
 from tests.families import make
+from tests.runtime.packing import pack
 
 TOGETHER = ["llama", "qwen2", "gemma2", "gemma3", "gpt_oss", "mixtral", "gpt2", "gpt_neox", "opt"]
 ALONE = ["bloom", "falcon", "jamba"]
@@ -149,11 +150,8 @@ def engine(bundled: tuple[Any, Any]) -> Iterator[Engine]:
 
 
 def test_a_packed_model_of_ours(tmp_path: Path) -> None:
-    slimwright.fit(bundled_path(), tmp_path / "out", grid="int4:g32", data="none")
-    model, tokenizer = (
-        slimwright.load(tmp_path / "out", dtype=torch.float32),
-        AutoTokenizer.from_pretrained(bundled_path()),
-    )
+    model = slimwright.load(pack(bundled_path(), tmp_path, ("int4:g32",)).directory, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(bundled_path())
     texts = ["def main():", "import os\nfor name in os.listdir", "class Queue:\n    def put", "The"]
     asked = [(tuple(tokenizer(text).input_ids), 12) for text in texts]
     how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
