@@ -117,6 +117,8 @@ def read_adapter(path: str | Path) -> Adapter:
             replaced[plain.replace(".modules_to_save.default", "").replace(".base_layer", "")] = tensors[name]
         elif not re.search(r"\.lora_(B|embedding_B|magnitude_vector)\b", plain):
             raise InputError(f"{shown(directory)}: the tensor {shown(name)!r} is not understood.")
+        elif (other := re.sub(r"\.lora_(embedding_)?B\b", r".lora_\1A", name)) not in tensors and other != name:
+            raise InputError(f"{shown(directory)}: {shown(other)!r} is missing: save the adapter again.")
     if not changes and not replaced:
         raise InputError(f"{shown(directory)} changes nothing: it holds no LoRA tensors.")
     base = config.get("base_model_name_or_path")

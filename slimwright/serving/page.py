@@ -38,7 +38,8 @@ def front(served: Served) -> tuple[str, str]:
         adapters=[(adapter.name, adapter.checked) for adapter in served.adapters.values()],
         stacks=facts["stacks"],
         legend=facts["legend"],
-        parts=facts["parts"],
+        bar=_filled(facts["parts"]["after"]) if facts["parts"] else [],
+        rows=facts["parts"]["rows"] if facts["parts"] else [],
         report=bool(page),
     )
     scripts = _SCRIPT.findall(text)
@@ -57,6 +58,12 @@ def report(served: Served) -> str:
 
 def _directory(served: Served) -> Path:
     return served.subject.root
+
+
+def _filled(segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The segments of a bar over its whole width: a report's has the scale of the bar before."""
+    whole = max(segment["x"] + segment["width"] for segment in segments) / 100 or 1
+    return [{**segment, "x": segment["x"] / whole, "width": segment["width"] / whole} for segment in segments]
 
 
 def _tiles(served: Served, bits: str) -> list[tuple[str, str, str]]:

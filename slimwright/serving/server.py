@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from slimwright.errors import InputError
@@ -120,13 +120,12 @@ def _listening(host: str, port: int) -> socket.socket:
     return made
 
 
-def _run(app: Any, listening: socket.socket, seconds: float, served: Any) -> None:
-    import uvicorn
+def bounded_protocol() -> type[asyncio.Protocol]:
+    """uvicorn's HTTP/1.1, which closes connections that do not bring the head of a request in time, and those beyond a
+    number."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Bounded(H11Protocol):
-        """Closes connections that do not bring a request in time, and those beyond a number."""
-
         _head: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
@@ -160,6 +159,19 @@ def _run(app: Any, listening: socket.socket, seconds: float, served: Any) -> Non
             if self.cycle is None or self.cycle.response_complete:
                 self.transport.close()
 
+    return Bounded
+
+
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """uvicorn raises the signal that stopped it again when all is done; here that is no interruption."""
+    with contextlib.suppress(KeyboardInterrupt):
+        yield
+
+
+def _run(app: Any, listening: socket.socket, seconds: float, served: Any) -> None:
+    import uvicorn
+
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
@@ -168,8 +180,9 @@ def _run(app: Any, listening: socket.socket, seconds: float, served: Any) -> Non
             print(f"Serving {served.name} at {where} (Ctrl-C finishes what runs, then stops)", flush=True)
 
     config = uvicorn.Config(
-        app, http=Bounded, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
-        timeout_keep_alive=30, timeout_graceful_shutdown=int(seconds) + 10, h11_max_incomplete_event_size=64 << 10,
+        app, http=bounded_protocol(), ws="none", lifespan="on", log_level="warning", access_log=False,
+        server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=int(seconds) + 10,
+        h11_max_incomplete_event_size=64 << 10,
     )  # fmt: skip
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again when all is done
+    with own_signals():
         Server(config).run(sockets=[listening])

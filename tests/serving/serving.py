@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -15,10 +16,28 @@ from slimwright.serving.limits import Limits
 from slimwright.serving.served import Served
 
 
+class _Same:
+    """A model as a key."""
+
+    def __init__(self, served: Served) -> None:
+        self.served = served
+
+    def __hash__(self) -> int:
+        return id(self.served)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.served is self.served
+
+
+@functools.cache
+def _app(served: _Same, limits: Limits, key: str | None, hosts: frozenset[str] | None) -> Any:
+    return create_app(served.served, limits, key, hosts)
+
+
 @asynccontextmanager
 async def client(served: Served, **how: Any) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of a server with these limits, key and hosts."""
-    app = create_app(served, how.pop("limits", Limits()), how.pop("key", None), how.pop("hosts", None))
+    app = _app(_Same(served), how.pop("limits", Limits()), how.pop("key", None), how.pop("hosts", None))
     transport = httpx2.ASGITransport(app=app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=60, **how) as made:
         yield made
