@@ -27,6 +27,7 @@ BENCHMARKS = {
     "products": "products with packed weights, one by one, beside dense ones",
     "decode": "decoding from packed weights beside dense models and peers",
     "generate": "generation with caches of 16, 8, 4 and 2 bits, beside transformers'",
+    "serving": "the server under load: answers, memory, hostile clients; beside llama-server where it is",
     "gptq": "GPTQ beside llm-compressor's, and as a multiple of its floor",
 }
 

@@ -13,7 +13,7 @@ import pytest
 from slimwright.serving import page
 from slimwright.serving.served import Served, load_served
 from slimwright.zoo import bundled_path, minilm_path
-from tests.report.sample import sample
+from tests.report.sample import sample_report
 from tests.serving.serving import get
 
 
@@ -50,7 +50,7 @@ def test_a_model_without_a_report(plain: Served) -> None:
 
 def test_a_result_shows_its_report(plain: Served, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(bundled_path(), tmp_path / "out"))
-    report = sample()
+    report = sample_report()
     (directory / "report.json").write_text(json.dumps(report))
     (directory / "report.html").write_text("<!doctype html>the report")
     served = load_served(str(directory), dtype="float32")
