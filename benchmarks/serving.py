@@ -4,8 +4,8 @@ Without ``--model`` the bundled language model on ``int4:g32`` is served in floa
 mixed lengths, half of them streamed: every answer must come, and be what ``generate`` makes of that request alone. Then
 connections are dropped, left idle and filled with what is no request; then memory after many requests is compared with
 that after a hundred; then schemathesis and the official ``openai`` client ask, where they are installed. Where
-``--llama-server`` names llama.cpp's server and ``--gguf`` the same model for it, the same load goes to both in turns, with as
-many slots and threads.
+``--llama-server`` names llama.cpp's server and ``--gguf`` the same model for it, the same load goes to both in turns,
+with as many slots and threads.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -172,7 +173,7 @@ def concurrent(server: Server, model: str, load: Sequence[Asked], count: int, ex
         "first_p50": percentile([times[0] for times in streamed], 0.5),
         "first_p99": percentile([times[0] for times in streamed], 0.99),
     }  # fmt: skip
-    gaps = [later - earlier for times in streamed for earlier, later in zip(times, times[1:])]
+    gaps = [later - earlier for times in streamed for earlier, later in itertools.pairwise(times)]
     row |= {"token_p50": percentile(gaps, 0.5), "token_p99": percentile(gaps, 0.99)}
     if expected is not None:
         row["equal"] = sum(one[0] == text for one, text in zip(found, expected) if isinstance(one, tuple))
@@ -200,7 +201,8 @@ def hostile(server: Server, model: str) -> list[Row]:
     }  # fmt: skip
     connections = {
         "half a head": "POST /v1/comp", "half a body": f"{head}5000\r\n\r\n{{", "no HTTP": "\x00\x16\x03\r\n\r\n",
-        "dropped in a stream": f"{head}{len(stream)}\r\n\r\n{stream}", "a head of 1 MB": "GET / HTTP/1.1\r\nA: " + "a" * (1 << 20),
+        "dropped in a stream": f"{head}{len(stream)}\r\n\r\n{stream}",
+        "a head of 1 MB": "GET / HTTP/1.1\r\nA: " + "a" * (1 << 20),
     }  # fmt: skip
     rows = []
     idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(200)]
@@ -316,8 +318,11 @@ def main() -> int:
             if asked.only in (None, "memory"):
                 rows.append(memory(server, model, asked.many))
             if asked.only in (None, "schema"):
-                for name, check in (("openai", lambda: official_client(server, model)),
-                                    ("schemathesis", lambda: schemathesis(server, folder / "schemathesis.log"))):  # fmt: skip
+                checks = {
+                    "openai": lambda: official_client(server, model),
+                    "schemathesis": lambda: schemathesis(server, folder / "schemathesis.log"),
+                }
+                for name, check in checks.items():
                     there = importlib.util.find_spec(name) is not None
                     rows.append(check() if there else {"what": f"{name}: not installed"})
         if asked.llama_server and asked.gguf:
