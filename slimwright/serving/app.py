@@ -68,6 +68,8 @@ def create_app(served: Served, limits: Limits, key: str | None = None, hosts: fr
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        if served.engine is not None and not served.engine.alive:
+            raise HttpError(503, "The engine does not run: the server is stopping, or has failed.")
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -181,7 +183,11 @@ def create_app(served: Served, limits: Limits, key: str | None = None, hosts: fr
                 400, f"A text of {max(lengths)} tokens is too long: this model takes {embedder.longest}.", "input",
                 "context_length_exceeded",
             )  # fmt: skip
-        vectors = await unless_gone(request, embedder.embed(texts))
+        try:
+            async with asyncio.timeout(limits.seconds):
+                vectors = await unless_gone(request, embedder.embed(texts))
+        except TimeoutError:
+            raise HttpError(408, "The request took longer than this server allows: send fewer texts.") from None
         if body.dimensions not in (None, vectors.shape[1]):
             raise HttpError(
                 400, f"This model's embeddings have {vectors.shape[1]} dimensions, no other number.", "dimensions"

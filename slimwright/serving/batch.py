@@ -121,20 +121,16 @@ class Batcher:
         """Logits (rows, vocabulary) float32 after one more token of each row.
 
         Args:
-            caches: of the rows.
+            caches: of the rows: one, where they do not go together.
             tokens: that follow.
             positions: of these tokens.
         """
         ids, places = torch.tensor(tokens)[:, None], torch.tensor(positions)[:, None]
         if self.why_single:
-            rows = []
-            for row, cache in enumerate(caches):
-                more = self._where(places[row : row + 1])
-                out = self.model(
-                    input_ids=ids[row : row + 1], past_key_values=cache, use_cache=True, return_dict=True, **more
-                )
-                rows.append(out.logits[:, -1].float())
-            return torch.cat(rows)
+            (cache,) = caches
+            more = self._where(places)
+            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **more)
+            return out.logits[:, -1].float()
         with decode.attention_by_cache(self.model):
             return decode.decode(self.model, _JointDecoding(caches), ids, places).float()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,6 +29,9 @@ class Embedder:
 
     def __init__(self, model: Any, tokenizer: Any, longest: int, queue: int, metrics: Metrics) -> None:
         self._model, self._tokenizer, self.longest, self._queue = model, tokenizer, longest, queue
+        # Its own, because the model changes how its tokenizer pads and cuts while other threads count.
+        self._counting = copy.deepcopy(tokenizer)
+        self.lengths(["a"])
         self._metrics = metrics
         self._waiting = 0
         self._thread = ThreadPoolExecutor(1, "slimwright-embedder")
@@ -35,7 +39,7 @@ class Embedder:
 
     def lengths(self, texts: list[str]) -> list[int]:
         """Tokens of each text, those that the model adds included."""
-        return [len(ids) for ids in self._tokenizer(texts, verbose=False)["input_ids"]]
+        return [len(ids) for ids in self._counting(texts, verbose=False)["input_ids"]]
 
     async def embed(self, texts: list[str]) -> Tensor:
         """(texts, features) float32.

@@ -143,6 +143,11 @@ class Engine:
         with self._lock:
             self._lock.notify()
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
     def stop(self, seconds: float | None = None) -> None:
         """Take no more, finish what was taken, and end the thread.
 
@@ -224,19 +229,23 @@ class Engine:
         ready = [text for text in self._running if not text.slices]
         if not ready:
             return
+        for texts in [[text] for text in ready] if self.batcher.why_single else [ready]:
+            self._forward(texts)
+
+    def _forward(self, texts: list[_Text]) -> None:
         try:
-            with self._applied.rows([text.request.adapter for text in ready]):
+            with self._applied.rows([text.request.adapter for text in texts]):
                 logits = self.batcher.step(
-                    [text.cache for text in ready if text.cache is not None],
-                    [text.token for text in ready],
-                    [len(text.request.prompt) + text.made - 1 for text in ready],
+                    [text.cache for text in texts if text.cache is not None],
+                    [text.token for text in texts],
+                    [len(text.request.prompt) + text.made - 1 for text in texts],
                 )
             best = logits.argmax(-1).tolist()
             self._metrics.steps.add()
         except Exception as error:
-            self._fail(ready, error)
+            self._fail(texts, error)
             return
-        for row, text in enumerate(ready):
+        for row, text in enumerate(texts):
             try:
                 self._take(text, logits[row], best[row])
             except Exception as error:

@@ -164,6 +164,7 @@ def load_served(
             name, subject, copy.deepcopy(tokenizer), longest, len(tokenizer), None, embedder, metrics
         )  # fmt: skip
     tokenizer = load_tokenizer(subject)
+    tokenizer("a")  # what its file says of padding and cutting is set aside now, before threads share it
     engine = Engine(
         model, copy.deepcopy(tokenizer), slots=slots, queue=queue, ends=_ends(model, tokenizer), metrics=metrics,
         memory=psutil.virtual_memory().available // 2,

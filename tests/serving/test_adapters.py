@@ -18,10 +18,12 @@ from slimwright.checkpoint import Checkpoint, Lineage, fingerprint
 from slimwright.errors import InputError, NotBuiltError
 from slimwright.formats.peft import BASE_FINGERPRINT, base_fingerprint
 from slimwright.serving.adapters import Applied, open_adapter
+from slimwright.serving.requests import Request
 from slimwright.serving.served import Served, load_served
 from slimwright.zoo import bundled_path
 from tests.families import make
 from tests.serving.serving import ask, get, post, refusal
+from tests.serving.test_engine import Gathered, Words, engine_of
 
 PROMPT = "import os\nfor name in os."
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -241,6 +243,30 @@ def test_transposed_layers(tmp_path: Path) -> None:
         expected = PeftModel.from_pretrained(make("gpt2"), str(directory))(input_ids=ids).logits
     assert torch.equal(got[0], plain[0]) and not torch.allclose(plain[1], expected[1], atol=1e-2)
     assert torch.allclose(got[1], expected[1], atol=1e-5)
+
+
+def test_rows_that_go_one_by_one_have_their_own_too(tmp_path: Path) -> None:
+    """Bloom cannot be batched: each row has its adapter nevertheless."""
+    directory = write(tmp_path / "bloom", model=make("bloom"), target_modules=["query_key_value"])
+    model = make("bloom")
+    engine = engine_of(model)
+    assert engine.batcher.why_single
+    adapter = open_adapter("a", directory, model, Lineage("x"))
+    engine.applied.add(adapter)
+    adapted = PeftModel.from_pretrained(make("bloom"), str(directory))
+    prompt = (5, 6, 7, 8)
+    got = [Gathered() for _ in range(3)]
+    requests = [Request(prompt, 6), Request(prompt, 6, adapter=adapter), Request(prompt, 6)]
+    engine.submit(list(zip(requests, got)))
+    engine.start()
+    texts = [one.text() for one in got]
+    engine.stop()
+    how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = [
+        Words().decode(one.generate(input_ids=torch.tensor([prompt]), **how)[0, 4:].tolist())
+        for one in (make("bloom"), adapted)
+    ]
+    assert texts == [expected[0], expected[1], expected[0]] and expected[0] != expected[1]
 
 
 def test_the_fingerprint_survives_peft(folder: Path) -> None:
