@@ -261,7 +261,7 @@ def test_rows_that_go_one_by_one_have_their_own_too(tmp_path: Path) -> None:
     engine.start()
     texts = [one.text() for one in got]
     engine.stop()
-    how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = [
         Words().decode(one.generate(input_ids=torch.tensor([prompt]), **how)[0, 4:].tolist())
         for one in (make("bloom"), adapted)
