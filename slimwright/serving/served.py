@@ -26,6 +26,7 @@ from slimwright.serving.failures import HttpError
 from slimwright.serving.metrics import Metrics
 
 _NO_LIMIT = 1 << 20
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -141,9 +142,11 @@ def load_served(
         dtype: of what is not packed, and of activations: float32, bfloat16, float16 or auto (as stored).
 
     Raises:
-        InputError: no model, damaged, or without tokenizer.
+        InputError: no model, damaged, or without tokenizer; a context or dtype that it cannot have.
         NotBuiltError: of a kind that is not served.
     """
+    if dtype not in _DTYPES:
+        raise InputError(f"--dtype '{dtype}' is none of {', '.join(_DTYPES)}.")
     subject = open_subject(directory, trust_remote_code)
     if subject.kind not in ("causal", "encoder"):
         raise NotBuiltError(
@@ -155,10 +158,8 @@ def load_served(
     model = load_model(subject, dtype)
     if subject.kind == "encoder":
         tokenizer = model.tokenizer if subject.sentence_transformer else load_tokenizer(subject)
-        longest = subject.positions
-        if subject.sentence_transformer:
-            longest = min(longest, model.max_seq_length or longest)
-        longest = min(longest, context or longest)
+        longest = (model.max_seq_length if subject.sentence_transformer else None) or subject.positions
+        longest = _within(context, longest)
         embedder = Embedder(model, tokenizer, longest, queue, metrics)
         return Served(
             name, subject, copy.deepcopy(tokenizer), longest, len(tokenizer), None, embedder, metrics
@@ -169,10 +170,21 @@ def load_served(
         model, copy.deepcopy(tokenizer), slots=slots, queue=queue, ends=_ends(model, tokenizer), metrics=metrics,
         memory=psutil.virtual_memory().available // 2,
     )  # fmt: skip
-    length = min(positions(model.config) or _NO_LIMIT, engine.most_tokens, context or _NO_LIMIT)
+    length = min(_within(context, positions(model.config) or _NO_LIMIT), engine.most_tokens)
     engine.start()
     vocabulary = model.get_input_embeddings().num_embeddings
     return Served(name, subject, tokenizer, length, vocabulary, engine, None, metrics)
+
+
+def _within(context: int | None, positions: int) -> int:
+    """The context asked for, or all that the model has.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    if context is not None and context > positions:
+        raise InputError(f"--context is {context}, but the model takes {positions} tokens: give that or fewer.")
+    return context or positions
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:

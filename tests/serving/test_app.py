@@ -363,6 +363,10 @@ def test_requests_have_sane_defaults(served: Served, monkeypatch: pytest.MonkeyP
     assert (taken[0].most, taken[0].sampling.temperature, taken[0].sampling.top_p) == (16, 1.0, 1.0)
 
 
-def test_names_of_directories(tmp_path: Path) -> None:
-    with pytest.raises(InputError):
+def test_settings_that_a_model_cannot_have(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none"):
         load_served(str(tmp_path / "none"))
+    with pytest.raises(InputError, match="--dtype 'int8'"):
+        load_served(str(bundled_path()), dtype="int8")
+    with pytest.raises(InputError, match="--context is 5000, but the model takes 1024"):
+        load_served(str(bundled_path()), context=5000)
