@@ -23,7 +23,7 @@ from slimwright.serving.served import Served, load_served
 from slimwright.zoo import bundled_path
 from tests.families import make
 from tests.serving.serving import ask, get, post, refusal
-from tests.serving.test_engine import Gathered, Words, engine_of
+from tests.serving.test_engine import Gathered, engine_of
 
 PROMPT = "import os\nfor name in os."
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -256,17 +256,19 @@ def test_rows_that_go_one_by_one_have_their_own_too(tmp_path: Path) -> None:
     adapted = PeftModel.from_pretrained(make("bloom"), str(directory))
     prompt = (5, 6, 7, 8)
     got = [Gathered() for _ in range(3)]
-    requests = [Request(prompt, 6), Request(prompt, 6, adapter=adapter), Request(prompt, 6)]
+    requests = [Request(prompt, 3, logprobs=0, adapter=one) for one in (None, adapter, None)]
     engine.submit(list(zip(requests, got)))
     engine.start()
-    texts = [one.text() for one in got]
+    assert all(one.finish == "length" for one in got)
     engine.stop()
-    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    expected = [
-        Words().decode(one.generate(input_ids=torch.tensor([prompt]), **how)[0, 4:].tolist())
-        for one in (make("bloom"), adapted)
-    ]
-    assert texts == [expected[0], expected[1], expected[0]] and expected[0] != expected[1]
+    made = [one.pieces[0].scores for one in got]
+    for scores, reference in zip(made, (make("bloom"), adapted, make("bloom"))):
+        ids = torch.tensor([[*prompt, *(score.token for score in scores)]])
+        with torch.no_grad():
+            logs = reference(input_ids=ids).logits[0].log_softmax(-1)
+        expected = [float(logs[3 + place, score.token]) for place, score in enumerate(scores)]
+        assert [score.logprob for score in scores] == pytest.approx(expected, abs=1e-4)
+    assert abs(made[0][1].logprob - made[1][1].logprob) > 1e-2
 
 
 def test_the_fingerprint_survives_peft(folder: Path) -> None:
