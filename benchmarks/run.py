@@ -28,6 +28,7 @@ BENCHMARKS = {
     "decode": "decoding from packed weights beside dense models and peers",
     "embeddings": "embeddings per second of MiniLM, packed beside dense",
     "generate": "generation with caches of 16, 8, 4 and 2 bits, beside transformers'",
+    "serving": "the server under load: answers, memory, hostile clients; beside llama-server where it is",
     "gptq": "GPTQ beside llm-compressor's, and as a multiple of its floor",
 }
 

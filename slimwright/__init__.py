@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from slimwright.methods import SiteStatistics, method
     from slimwright.recipe import run
     from slimwright.runtime.loading import load
+    from slimwright.serving.server import serve
     from slimwright.weights import Int
 
 _LAZY = {
@@ -34,6 +35,7 @@ _LAZY = {
     "merge": "slimwright.job.merge",
     "run": "slimwright.recipe",
     "load": "slimwright.runtime.loading",
+    "serve": "slimwright.serving.server",
     "method": "slimwright.methods",
     "SiteStatistics": "slimwright.methods",
     "Int": "slimwright.weights",
@@ -72,4 +74,5 @@ __all__ = [
     "method",
     "methods",
     "run",
+    "serve",
 ]

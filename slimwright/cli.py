@@ -312,6 +312,36 @@ def run(
 
 
 @app.command()
+def serve(
+    directory: Annotated[
+        str, typer.Argument(help="A result, or any language model or encoder that transformers loads.")
+    ],
+    adapter: Annotated[list[str] | None, typer.Option(help="NAME=DIR of a LoRA adapter; repeatable.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; other machines only with a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that requests must bring (default: SLIMWRIGHT_API_KEY, if set).")
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Texts that run at once.")] = 16,
+    queue: Annotated[int, typer.Option(help="Texts that may wait.")] = 256,
+    context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer (default: the model's).")] = None,
+    time_limit: Annotated[str, typer.Option(help="A request may take this long: 600, 10m.")] = "10m",
+    help_all: HelpAll = False,
+    max_body: Annotated[str, typer.Option(hidden=True, help="Size of a request's body.")] = "4MB",
+    dtype: Annotated[str, typer.Option(hidden=True, help="float32, bfloat16, float16 or auto (as stored).")] = "auto",
+    trust_remote_code: Remote = False,
+) -> None:
+    """Serve DIRECTORY over HTTP as OpenAI's interface, with a page to look at."""
+    import slimwright
+
+    slimwright.serve(
+        directory, adapters=adapter or (), host=host, port=port, api_key=api_key, slots=slots, queue=queue,
+        context=context, time_limit=_seconds(time_limit, "--time-limit"), max_body=max_body, dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, for its knobs.")] = None,
     as_json: Json = False,
@@ -371,7 +401,7 @@ def _not_built(verb: str) -> Callable[..., None]:
     return command
 
 
-for _verb in ("tune", "serve"):
+for _verb in ("tune",):
     app.command(
         _verb, hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
     )(_not_built(_verb))  # fmt: skip
@@ -386,14 +416,14 @@ def _version(
         raise typer.Exit
 
 
-def _seconds(text: str) -> float:
+def _seconds(text: str, option: str = "--job-time") -> float:
     """``600``, ``10m``, ``2h`` → seconds."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}
     unit = units.get(text[-1:].lower())
     try:
         return float(text[:-1]) * unit if unit else float(text)
     except ValueError:
-        raise InputError(f"--job-time '{text}' is not a time such as 600, 10m or 2h.") from None
+        raise InputError(f"{option} '{text}' is not a time such as 600, 10m or 2h.") from None
 
 
 def _print_forecast(console: Console, data: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ def test_options_that_are_not_built(run, option: str, value: str, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", ["tune", "serve"])
+@pytest.mark.parametrize("verb", ["tune"])
 def test_verbs_that_are_not_built(run, verb: str) -> None:  # type: ignore[no-untyped-def]
     for arguments in ((), ("x", "--method", "paca", "--out", "y")):
         ran = run(verb, *arguments)

@@ -24,6 +24,8 @@ from slimwright.errors import InputError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+BASE_FINGERPRINT = "slimwright.base_fingerprint"
+"""Key of the weight file's metadata."""
 _PREFIX = "base_model.model."
 _MAX_CONFIG_BYTES = 8 << 20
 _UNSUPPORTED = ("use_qalora", "alora_invocation_tokens", "layer_replication", "megatron_config", "velora_config")
@@ -115,10 +117,28 @@ def read_adapter(path: str | Path) -> Adapter:
             replaced[plain.replace(".modules_to_save.default", "").replace(".base_layer", "")] = tensors[name]
         elif not re.search(r"\.lora_(B|embedding_B|magnitude_vector)\b", plain):
             raise InputError(f"{shown(directory)}: the tensor {shown(name)!r} is not understood.")
+        elif (other := re.sub(r"\.lora_(embedding_)?B\b", r".lora_\1A", name)) not in tensors and other != name:
+            raise InputError(f"{shown(directory)}: {shown(other)!r} is missing: save the adapter again.")
     if not changes and not replaced:
         raise InputError(f"{shown(directory)} changes nothing: it holds no LoRA tensors.")
     base = config.get("base_model_name_or_path")
     return Adapter(directory, changes, replaced, base if isinstance(base, str) else None)
+
+
+def base_fingerprint(directory: str | Path) -> str | None:
+    """The fingerprint of the model that an adapter was trained on, where its weight file tells it
+    (:data:`BASE_FINGERPRINT` in the file's metadata, which PEFT does not read).
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    file = Path(directory) / WEIGHTS_FILE
+    real, _ = regular(Path(directory), file)
+    descriptor = os.open(real, os.O_RDONLY)
+    try:
+        return read_header(descriptor, file)[1].get(BASE_FINGERPRINT)
+    finally:
+        os.close(descriptor)
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:

@@ -1,0 +1,324 @@
+"""Continuous batching: one thread that makes a token of every running text, and lets texts join and leave between
+tokens.
+
+An iteration feeds some of the waiting prompts (at most about :data:`slimwright.serving.batch.CHUNK` tokens), then runs
+one forward for all texts that are past their prompts.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from slimwright.serving import adapters, sampling
+from slimwright.serving.batch import CHUNK, Batcher
+from slimwright.serving.metrics import Metrics
+from slimwright.serving.requests import BusyError, Deliver, Finish, Piece, Request, TokenScore
+from slimwright.serving.text import Detokenizer, Stops
+
+_log = logging.getLogger("slimwright.serving")
+
+
+@dataclass(eq=False)
+class _Text:
+    """A request that waits or runs."""
+
+    request: Request
+    deliver: Deliver
+    arrived: float
+    detokenizer: Detokenizer
+    stops: Stops
+    numbers: torch.Generator | None
+    slices: deque[slice]
+    cancelled: bool = False
+    done: bool = False
+    cache: Cache | None = None
+    token: int = -1
+    made: int = 0
+    last: float = 0.0
+    pending: str = ""
+    pending_tokens: int = 0
+    scores: list[TokenScore] = field(default_factory=list)
+
+
+class Ticket:
+    """Stands for a submitted request."""
+
+    def __init__(self, engine: Engine, text: _Text) -> None:
+        self._engine, self._text = engine, text
+
+    def cancel(self) -> None:
+        """Give it up; what it holds is freed before the next token. Nothing happens if it has ended."""
+        self._text.cancelled = True
+        self._engine.wake()
+
+
+class Engine:
+    """Texts of many requests from one model.
+
+    Args:
+        model: a causal language model of transformers on the CPU.
+        tokenizer: its own.
+        slots: texts that run at once.
+        queue: texts that may wait.
+        ends: tokens that end a text.
+        metrics: to count in.
+        memory: bytes that the caches of all running texts may take together.
+
+    Raises:
+        NotBuiltError: the model cannot be served.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, slots: int, queue: int, ends: frozenset[int], metrics: Metrics,
+        memory: int,
+    ) -> None:  # fmt: skip
+        self.batcher = Batcher(model)
+        self._tokenizer, self.slots, self._queue, self._ends = tokenizer, slots, queue, ends
+        self._metrics = metrics
+        self.most_tokens = memory // self.batcher.token_bytes
+        """Prompts and answers of all running texts together; also of one."""
+        self._applied = adapters.Applied(model)
+        self._lock = threading.Condition()
+        self._waiting: deque[_Text] = deque()
+        self._running: list[_Text] = []
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="slimwright-engine", daemon=True)
+        metrics.gauge("waiting", "Texts that wait", lambda: len(self._waiting))
+        metrics.gauge("running", "Texts that run", lambda: len(self._running))
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, requests: Sequence[tuple[Request, Deliver]]) -> list[Ticket]:
+        """Queue some requests, all or none.
+
+        Raises:
+            BusyError: there is no room, or the engine is stopping.
+        """
+        now = time.monotonic()
+        texts = [
+            _Text(
+                request, deliver, now, Detokenizer(self._tokenizer, request.prompt), Stops(request.stop),
+                sampling.generator(request.sampling), deque(self.batcher.chunks(len(request.prompt))),
+            )
+            for request, deliver in requests
+        ]  # fmt: skip
+        with self._lock:
+            if self._stopping:
+                raise BusyError("The server is stopping: try another one.")
+            if len(self._waiting) + len(texts) > self._queue + max(0, self.slots - len(self._running)):
+                raise BusyError(f"{len(self._waiting)} requests wait already: try again later.")
+            self._waiting.extend(texts)
+            self._lock.notify()
+        return [Ticket(self, text) for text in texts]
+
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
+        """Run a function that uses the model between two forwards."""
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._stopping:
+                raise BusyError("The server is stopping: try another one.")
+            self._calls.append((function, future))
+            self._lock.notify()
+        return future
+
+    @property
+    def applied(self) -> adapters.Applied:
+        """What applies adapters to the model; of use inside :meth:`call` only."""
+        return self._applied
+
+    def wake(self) -> None:
+        with self._lock:
+            self._lock.notify()
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
+    def stop(self, seconds: float | None = None) -> None:
+        """Take no more, finish what was taken, and end the thread.
+
+        Args:
+            seconds: after which what still runs is given up; None: never.
+        """
+        with self._lock:
+            self._stopping = True
+            self._lock.notify()
+        if self._thread.ident is None:
+            return
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            with self._lock:
+                for text in (*self._waiting, *self._running):
+                    text.cancelled = True
+            self._thread.join()
+
+    # -- the thread ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                while not (self._waiting or self._running or self._calls or self._stopping):
+                    self._lock.wait()
+                if self._stopping and not (self._waiting or self._running or self._calls):
+                    return
+                calls, self._calls = self._calls, deque()
+            for function, future in calls:
+                _answer(function, future)
+            self._leave()
+            self._join()
+            self._feed()
+            self._step()
+
+    def _leave(self) -> None:
+        """End what was cancelled or takes too long."""
+        now = time.monotonic()
+        with self._lock:
+            texts = [*self._running, *self._waiting]
+        for text in texts:
+            if text.cancelled:
+                self._end(text, "cancelled")
+            elif now - text.arrived > text.request.seconds:
+                self._end(text, "timeout")
+
+    def _join(self) -> None:
+        """Let waiting texts run, in the order of arrival, while there is a slot and memory for all that they may
+        become."""
+        with self._lock:
+            used = sum(text.request.tokens for text in self._running)
+            while self._waiting and len(self._running) < self.slots:
+                used += self._waiting[0].request.tokens
+                if used > self.most_tokens:
+                    return
+                self._running.append(self._waiting.popleft())
+
+    def _feed(self) -> None:
+        """Run parts of prompts, in the order of arrival."""
+        fed = 0
+        for text in list(self._running):
+            while text.slices and fed < CHUNK and not text.done:
+                part = text.slices.popleft()
+                tokens = text.request.prompt[part]
+                fed += len(tokens)
+                try:
+                    text.cache = text.cache or self.batcher.cache()
+                    with self._applied.rows([text.request.adapter]):
+                        logits = self.batcher.prefill(text.cache, tokens, part.start)
+                    self._metrics.prompt_tokens.add(len(tokens))
+                    if not text.slices:
+                        self._take(text, logits, None)
+                except Exception as error:
+                    self._fail([text], error)
+
+    def _step(self) -> None:
+        """One more token of every text that is past its prompt."""
+        ready = [text for text in self._running if not text.slices]
+        if not ready:
+            return
+        for texts in [[text] for text in ready] if self.batcher.why_single else [ready]:
+            self._forward(texts)
+
+    def _forward(self, texts: list[_Text]) -> None:
+        try:
+            with self._applied.rows([text.request.adapter for text in texts]):
+                logits = self.batcher.step(
+                    [text.cache for text in texts if text.cache is not None],
+                    [text.token for text in texts],
+                    [len(text.request.prompt) + text.made - 1 for text in texts],
+                )
+            best = logits.argmax(-1).tolist()
+            self._metrics.steps.add()
+        except Exception as error:
+            self._fail(texts, error)
+            return
+        for row, text in enumerate(texts):
+            try:
+                self._take(text, logits[row], best[row])
+            except Exception as error:
+                self._fail([text], error)
+
+    def _take(self, text: _Text, logits: Tensor, best: int | None) -> None:
+        """Choose the next token and deliver what it brings."""
+        request, now = text.request, time.monotonic()
+        if text.numbers is not None:
+            token = sampling.draw(logits, request.sampling, text.numbers)
+        else:
+            token = int(logits.argmax()) if best is None else best
+        (self._metrics.between_tokens if text.made else self._metrics.first_token).add(
+            now - (text.last if text.made else text.arrived)
+        )
+        self._metrics.generated_tokens.add()
+        text.token, text.last, text.made = token, now, text.made + 1
+        text.pending_tokens += 1
+        if token in self._ends:
+            self._end(text, "stop")
+            return
+        if request.logprobs is not None:
+            text.scores.append(sampling.score(logits, token, request.logprobs))
+        shown, stopped = text.stops.add(text.detokenizer.add(token))
+        text.pending += shown
+        if stopped:
+            self._end(text, "stop", whole=True)
+        elif text.made >= request.most:
+            self._end(text, "length")
+        elif request.stream and (text.pending or text.scores):
+            self._deliver(text, None)
+
+    def _end(self, text: _Text, finish: Finish, whole: bool = False, error: str = "") -> None:
+        """Free what a text holds and deliver the last of it.
+
+        Args:
+            whole: whether its text is complete: a stop string has come.
+        """
+        if text.done:
+            return
+        text.done, text.cache = True, None
+        with self._lock:
+            for places in (self._running, self._waiting):
+                if text in places:
+                    places.remove(text)
+        if not whole:
+            shown, stopped = text.stops.add(text.detokenizer.rest())
+            text.pending += shown if stopped else shown + text.stops.rest()
+            finish = "stop" if stopped and finish == "length" else finish
+        self._metrics.finished.add(label=finish)
+        self._deliver(text, finish, error)
+
+    def _deliver(self, text: _Text, finish: Finish | None, error: str = "") -> None:
+        piece = Piece(text.pending, text.pending_tokens, tuple(text.scores), finish, error)
+        text.pending, text.pending_tokens, text.scores = "", 0, []
+        try:
+            text.deliver(piece)
+        except RuntimeError:  # the loop that waited for it has ended
+            text.cancelled = True
+
+    def _fail(self, texts: Sequence[_Text], error: Exception) -> None:
+        """End texts whose forward failed; the others go on."""
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not memory:
+            _log.exception("a forward failed", exc_info=error)
+        what = "there is not enough memory" if memory else f"an unexpected {type(error).__name__} in the model"
+        for text in texts:
+            self._end(text, "error", whole=True, error=f"The answer failed: {what}.")
+
+
+def _answer(function: Callable[[], Any], future: Future[Any]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
