@@ -28,9 +28,8 @@ from slimwright.job.token_scores import token_weights
 from slimwright.job.weights import TILE_ELEMENTS, plain_rounding, site_rows, site_tiles, survey, without_data
 from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.model.structure import Site, Structure
-from slimwright.runtime.modules import decode_tile
 from slimwright.runtime.streamed import WeightSource, load_streamed
-from slimwright.weights import Grid, disk_shapes
+from slimwright.weights import Grid, decode_rows, disk_shapes
 
 SOLVED_ELEMENTS = 1 << 20
 """Weights of a tile that is solved with data: more than without, since every tile reads its Gram's whole factor."""
@@ -64,7 +63,7 @@ class WrittenSource(WeightSource):
             return site_rows(self._written, self.site, rows).float()
         shape = self.site.weight_shape
         parts = {suffix: self._written.read(self.site.name + suffix) for suffix in disk_shapes(self._grid, shape)}
-        return decode_tile(self._grid, parts, shape, rows)
+        return decode_rows(self._grid, parts, shape, rows)
 
 
 class WalkSource(WeightSource):
