@@ -18,7 +18,7 @@ from slimwright.methods import SiteStatistics
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import CAST, CAST_GRIDS, KEEP, Assignment, cast_dtype, method_on
 from slimwright.search.options import Option
-from slimwright.weights import Grid, Int, disk_shapes, parse_grid
+from slimwright.weights import Form, Grid, Int, disk_shapes, parse_form
 
 LADDER: tuple[Grid, ...] = tuple(
     Int(bits, group=group) for bits in range(2, 9) for group in (16, 32, 64, 128, None)
@@ -39,11 +39,11 @@ SAMPLED_WEIGHTS = 1 << 24
 """Weights over the whole model on which options are scored (smaller models are scored on every weight)."""
 
 
-def weight_entries(site: Site, grid: Grid, dtype: torch.dtype) -> list[TensorEntry]:
-    """The tensors on disk of a site on a grid (a float grid is one plain tensor in the disk's own orientation)."""
+def weight_entries(site: Site, grid: Form, dtype: torch.dtype) -> list[TensorEntry]:
+    """The tensors on disk of a site in a form (a float grid is one plain tensor in the disk's own orientation)."""
     entries = []
     for suffix, part in disk_shapes(grid, site.weight_shape).items():
-        plain = part.dtype.is_floating_point and suffix == ""
+        plain = grid.plain and suffix == ""
         entries.append(TensorEntry(site.name + suffix, part.dtype, site.shape if plain else part.shape))
     return entries
 
@@ -63,7 +63,7 @@ def group_cost(checkpoint: Checkpoint, sites: Sequence[Site], grid: str, budget:
     """Bytes of a choice group's tensors on disk, header entries included."""
     if grid == KEEP:
         return sum(entry_cost(kept_entry(checkpoint, site.name), budget) for site in sites)
-    parsed = parse_grid(grid)
+    parsed = parse_form(grid)
     entries = [e for site in sites for e in weight_entries(site, parsed, checkpoint.tensors[site.name].dtype)]
     return sum(entry_cost(entry, budget) for entry in entries)
 
@@ -144,7 +144,7 @@ def score_group(
         for index, solver in enumerate(solvers):
             if solver is not None:
                 total = ErrorSum()
-                stats = SiteStatistics(survey=survey(checkpoint, site, solver.grid))
+                stats = SiteStatistics(survey=survey(checkpoint, site, solver.form))
                 total.add(source, solver.solve(source, stats).dense().clone())
                 losses[index] += total.relative * site.numel * weight
     return [loss if math.isfinite(loss) else None for loss in losses]

@@ -236,7 +236,7 @@ class Probe:
     def _change(self, site: Site, weight: Tensor, choice: Assignment) -> Tensor:
         """What rounding on the choice's grid does to some rows."""
         solver = without_data(choice.solver())
-        stats = SiteStatistics(survey=survey(self.source, site, solver.grid))
+        stats = SiteStatistics(survey=survey(self.source, site, solver.form))
         return solver.solve(weight, stats).dense() - weight
 
     # -- groups ----------------------------------------------------------------------------------------------------

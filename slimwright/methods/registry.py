@@ -352,6 +352,22 @@ def method(name: str, **knobs: Any) -> Any:
     return cls(**{fields[given]: value for given, value in knobs.items()})
 
 
+def solver_for(spec: str, form: Form) -> WeightSolver:
+    """The solver that a spec writes, for a form.
+
+    Raises:
+        InputError: as :func:`parse_method`, it is no solver, or one that does not give this form.
+    """
+    cls = method_class(spec.partition(",")[0].strip())
+    if not issubclass(cls, WeightSolver):
+        raise InputError(f"'{spec}' is not a method that puts weights on a grid.")
+    knobs = cls.knobs_for(form)
+    if knobs is None:
+        raise InputError(f"{cls.name} does not give {form}: `slimwright methods {cls.name}` says what it does.")
+    solver: WeightSolver = parse_method(spec, **knobs)
+    return solver
+
+
 def parse_method(spec: str, **knobs: Any) -> Any:
     """Read ``quantize/rtn,clip=mse`` (what :attr:`Method.spec` writes) and make the method."""
     name, *words = spec.split(",")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from slimwright.errors import InputError
 from slimwright.methods.factorizing import LowRankSolver, damped, low_rank
-from slimwright.methods.registry import SiteStatistics, WeightSolver, knob, parse_method, register
+from slimwright.methods.registry import SiteStatistics, WeightSolver, knob, register, solver_for
 from slimwright.weights import Float, Form, Grid, Int, LowRankForm, Sum
+
+
+def inner_spec(spec: str) -> str:
+    """A solver's spec as the knob ``solver`` takes it."""
+    return spec.replace(",", ";")
 
 
 @register(
@@ -44,12 +48,9 @@ class Corrected(LowRankSolver):
         """What quantizes.
 
         Raises:
-            InputError: unknown, or not a solver that puts a weight on a grid.
+            InputError: unknown, or not a solver that puts a weight on one grid.
         """
-        found = parse_method(self.solver.replace(";", ","), grid=self.grid)
-        if not isinstance(found, WeightSolver) or isinstance(found, LowRankSolver):
-            raise InputError(f"{self.name}: the knob 'solver' takes what puts weights on a grid, unlike {found.name}.")
-        return found
+        return solver_for(self.solver.replace(";", ","), self.grid)
 
     @property
     def form(self) -> LowRankForm:
@@ -68,7 +69,12 @@ class Corrected(LowRankSolver):
         return self.base.expected_gain(stats)
 
     def for_role(self, role: str) -> WeightSolver:
-        return self
+        own = self.base.for_role(role)
+        return self if own is self.base else replace(self, solver=inner_spec(own.spec))
+
+    @property
+    def weighting(self) -> Any:
+        return self.base.weighting
 
     def solve(self, weight: Tensor, stats: SiteStatistics) -> Sum:
         weight = self.checked_weight(weight, stats)
