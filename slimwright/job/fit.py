@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slimwright.checkpoint import (
     Checkpoint,
     claim,
@@ -24,6 +26,7 @@ from slimwright.job.caching import EVERYWHERE, cache_formats
 from slimwright.job.calibration import with_data
 from slimwright.job.edits import rotated
 from slimwright.job.forecast import Forecast, forecast, measure_rates
+from slimwright.job.low_rank import scoring_work, solving_work
 from slimwright.job.memory import MemoryWatch, memory_cap
 from slimwright.job.open import open_source
 from slimwright.job.options import option_costs
@@ -137,6 +140,7 @@ class _Job:
             [fold for _, fold in group_folds(edits)],
             ranges,
             asked.eval_tokens,
+            scoring_work(structure, options) if fixed is None else solving_work(structure, fixed),
         )  # fmt: skip
         if cap < predicted.least_memory_bytes:
             raise InputError(
@@ -222,7 +226,8 @@ class _Job:
             others = [unit for unit in kept if unit.site is None and unit.name not in structure.castable]
             rest = sum(entry_cost(entry, limit) for unit in others for entry in unit.entries)
             rest += overhead_bound(limit, self.asked.max_shard_bytes)
-            return option_costs(source, structure, bound, self.asked.solver, limit), rest
+            solving = (self.watch.cap or 0) // (4 * torch.get_num_threads())  # each thread may be at a whole matrix
+            return option_costs(source, structure, bound, self.asked.solver, limit, solving), rest
 
         options, rest = costs(budget)
         smallest = smallest_cost(options) + rest

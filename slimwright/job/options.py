@@ -12,6 +12,7 @@ import torch
 from slimwright.checkpoint import Checkpoint
 from slimwright.checkpoint.layout import TensorEntry, entry_cost
 from slimwright.errors import InputError
+from slimwright.job.low_rank import form_of, low_rank_choices, low_rank_losses
 from slimwright.job.parallel import in_order
 from slimwright.job.weights import ErrorSum, site_rows, survey, without_data
 from slimwright.methods import SiteStatistics
@@ -133,7 +134,8 @@ def score_group(
     Raises:
         InputError: NaN or Inf in the source, named with the tensor.
     """
-    solvers = [None if choice.kept else without_data(choice.solver()) for choice in choices]
+    factored = [choice for choice in choices if form_of(choice) is not None]
+    solvers = [None if choice.kept or choice in factored else without_data(choice.solver()) for choice in choices]
     losses = [0.0] * len(choices)
     for site, weight in _some_experts(sites):
         source = chosen_rows(checkpoint, site, how.rows(site))
@@ -141,12 +143,20 @@ def score_group(
             raise InputError(
                 f"The tensor '{site.name}' of {checkpoint.path} holds NaN or Inf: repair or replace the checkpoint."
             )
+        own = [0.0] * len(choices)
         for index, solver in enumerate(solvers):
             if solver is not None:
                 total = ErrorSum()
                 stats = SiteStatistics(survey=survey(checkpoint, site, solver.form))
                 total.add(source, solver.solve(source, stats).dense().clone())
-                losses[index] += total.relative * site.numel * weight
+                own[index] = total.relative * site.numel
+        if factored:  # never of experts
+            whole = chosen_rows(checkpoint, site, torch.arange(site.rows))
+            each = torch.full((site.rows,), site.numel / max(float(whole.square().sum()), 1e-30))
+            solver = next(solver for solver in solvers if solver is not None)
+            for index, loss in low_rank_losses(choices, own, solver, whole, SiteStatistics.none(), each).items():
+                own[index] = loss
+        losses = [total + loss * weight for total, loss in zip(losses, own, strict=True)]
     return [loss if math.isfinite(loss) else None for loss in losses]
 
 
@@ -184,7 +194,12 @@ def _some_experts(sites: Sequence[Site], most: int = 4) -> list[tuple[Site, floa
 
 
 def option_costs(
-    checkpoint: Checkpoint, structure: Structure, bound: Mapping[str, str], solver: str, budget: int
+    checkpoint: Checkpoint,
+    structure: Structure,
+    bound: Mapping[str, str],
+    solver: str,
+    budget: int,
+    memory: int = 1 << 30,
 ) -> dict[str, list[Option]]:
     """Options of every choice group and castable tensor with their costs; losses are 0 until :func:`score_options`.
 
@@ -192,13 +207,14 @@ def option_costs(
         bound: choice by group that the user's rules fix.
         solver: spec of the solver.
         budget: bytes, for the width of offsets in the header.
+        memory: bytes that solving one matrix may take, for forms that need it whole.
     """
     groups = structure.choice_groups()
     ladder = FINE_LADDER if len(groups) <= FEW_GROUPS else LADDER
     choices = {
         group: [Assignment(grid=bound[group], method=method_on(bound[group], solver), reason="rule")]
         if group in bound
-        else ladder_for(checkpoint, sites, solver, ladder)
+        else [*ladder_for(checkpoint, sites, solver, ladder), *low_rank_choices(sites, solver, memory)]
         for group, sites in groups.items()
     }
     table = {

@@ -20,6 +20,7 @@ from slimwright.calibrate.walk import Batch, Unit
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.job.build import Calibration
+from slimwright.job.low_rank import form_of, low_rank_losses
 from slimwright.job.options import chosen_rows, evenly_spaced, score_casts
 from slimwright.job.parallel import in_order
 from slimwright.job.reuse import Reuse
@@ -216,7 +217,7 @@ class Probe:
                     f"The tensor '{site.name}' of {self.source.path} holds NaN or Inf: repair or replace it."
                 )
             for index, choice in enumerate(choices):
-                if choice.kept:
+                if choice.kept or form_of(choice) is not None:
                     continue
                 change = self._change(site, weight, choice)
                 if sensitivity.inputs is not None:
@@ -227,6 +228,11 @@ class Probe:
                     assert gram is not None
                     error = ((change @ gram) * change).sum(1).clamp_(min=0)
                     losses[index] += float((error * outputs[rows]).sum()) * share * gain * out / len(rows) / 2
+            if any(form_of(choice) is not None for choice in choices):  # never of embeddings or experts
+                whole = weight if len(rows) == out else chosen_rows(self.source, site, torch.arange(out))
+                solver = next(choice.solver() for choice in choices if not choice.kept)
+                for index, loss in low_rank_losses(choices, losses, solver, whole, stats, outputs * share / 2).items():
+                    losses[index] = loss
         return losses
 
     def _rows(self, out: int) -> Tensor:

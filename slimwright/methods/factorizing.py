@@ -28,10 +28,10 @@ class Spectrum:
     ``W ≈ left[:, :r] @ right[:r]`` is the best of rank r: it loses ``energy[r:].sum()``, and no other loses less.
 
     Attributes:
-        energy: (min(out, in),) float64, their squares, falling.
-        left: (out, min(out, in)) float64, with orthogonal columns.
-        right: (min(out, in), in) float64.
-        outputs: (out, min(out, in)) float64, by row of the weight: what of ``energy`` falls on its output.
+        energy: (min(out, in),) their squares, falling.
+        left: (out, min(out, in)), with orthogonal columns.
+        right: (min(out, in), in).
+        outputs: (out, min(out, in)), by row of the weight: what of ``energy`` falls on its output.
     """
 
     energy: Tensor
@@ -41,7 +41,7 @@ class Spectrum:
     @property
     def outputs(self) -> Tensor:
         squares = self.left.square()
-        return squares * (self.energy / squares.sum(0).clamp_min(1e-300))
+        return squares * (self.energy / squares.sum(0).clamp_min(1e-30))
 
     def loss(self, rank: int) -> float:
         """What the best factors of a rank lose: ``tr(Δ H Δᵀ)``."""
@@ -55,18 +55,21 @@ def under(metric: Tensor | None, weight: Tensor) -> Tensor:
     return weight * metric if metric.ndim == 1 else weight @ metric
 
 
-def spectrum(weight: Tensor, metric: Tensor | None) -> Spectrum:
+def spectrum(weight: Tensor, metric: Tensor | None, dtype: torch.dtype = torch.float64) -> Spectrum:
     """The spectrum of a weight (out, in) under a metric, from one symmetric eigenproblem of its smaller side.
 
     With no more outputs than inputs: the eigenvectors U of ``W H Wᵀ`` are the left singular vectors of ``W S``, and
     ``U_r Σ_r V_rᵀ S⁻¹ = U_r U_rᵀ W``, so that neither S nor its inverse is needed and H may be singular. Else: the
     eigenvectors V of ``Sᵀ Wᵀ W S``, the factors ``W S V_r`` and ``V_rᵀ S⁻¹``, S the Cholesky factor.
 
+    Args:
+        dtype: what it is computed in.
+
     Raises:
         InputError: the metric cannot be factorized.
     """
-    weight = weight.double()
-    metric = None if metric is None else metric.double()
+    weight = weight.to(dtype)
+    metric = None if metric is None else metric.to(dtype)
     if weight.shape[0] <= weight.shape[1]:
         product = under(metric, weight) @ weight.t()
         energy, left = torch.linalg.eigh((product + product.t()) / 2)
@@ -79,7 +82,7 @@ def spectrum(weight: Tensor, metric: Tensor | None) -> Spectrum:
     if root is None:
         right = vectors.t()
     elif root.ndim == 1:
-        right = vectors.t() / root.clamp_min(1e-300)
+        right = vectors.t() / root.clamp_min(1e-30)
     else:
         right = torch.linalg.solve_triangular(root, vectors.t(), upper=False, left=False)
     return Spectrum(energy.flip(0).clamp(min=0), whitened @ vectors, right)
@@ -93,7 +96,7 @@ def _root(metric: Tensor) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(metric + damping * torch.eye(len(metric), dtype=metric.dtype))
         if not failed and torch.isfinite(factor).all():
             return factor
-        damping = max(2 * damping, 1e-12 * mean)
+        damping = max(2 * damping, torch.finfo(metric.dtype).eps * mean)
     raise InputError("The Gram cannot be factorized: it holds NaN or Inf.")
 
 

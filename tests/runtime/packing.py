@@ -24,7 +24,7 @@ from tests.families import cached
 
 MIXED = ("int4:g32", "nf4", "int3:g64", "lowrank:r4:int8:row", "int8:row", "mxfp4", "int5:g32:real", "fp8",
          "int4:g32+lowrank:r3", "int2:g32:sym", "bf16", "q4_0", "int3:g32+lowrank:r4:int4:row",
-         "lowrank:r5")  # fmt: skip
+         "lowrank:r16")  # fmt: skip
 """Dealt out to the choice groups in turn; a form that cannot hold a weight gives way to the next."""
 
 
