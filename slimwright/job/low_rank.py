@@ -43,7 +43,7 @@ NOISE_SIDE = 384
 ROUNDS_GAIN = 1.5
 """How much more, in logarithms, the rounds of ``factorize/corrected`` gain than its first (docs/solvers.md)."""
 
-FACTOR_ERROR = 0.008
+FACTOR_ERROR = 0.002
 """Relative squared error that rounding both factors to :data:`FACTORS` leaves of what they hold."""
 
 MULTIPLE = 8
