@@ -88,7 +88,7 @@ FACTORS = [
     (name, {knob: spec})
     for name in LOW_RANK
     for knob in ("factors" if "factors" in method_class(name).__dataclass_fields__ else "grid",)
-    for spec in ("bf16", "fp16", "int8:row", "int4:g32", "nf4", "q8_0")
+    for spec in ("bf16", "int4:g32", "nf4", "q8_0")
 ]
 
 
