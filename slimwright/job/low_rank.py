@@ -8,7 +8,7 @@ noise the best factors of a rank hold is the spectrum of a random matrix with th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,25 +90,26 @@ def low_rank_losses(
     choices: Sequence[Assignment],
     losses: Sequence[float],
     solver: WeightSolver,
-    weight: Tensor,
+    shape: Sequence[int],
+    read: Callable[[], Tensor],
     stats: SiteStatistics,
-    outputs: Tensor | None,
+    outputs: Tensor,
 ) -> dict[int, float]:
     """Losses of the low-rank ones among the choices for a site, by their place; those not scored are left out.
 
     Args:
         losses: of the choices that are grids, as they are scored.
         solver: what puts the site on a grid.
-        weight: (out, in) float32, whole.
+        shape: (out, in) of its weight.
+        read: gives the weight, float32; called only where a spectrum is needed.
         stats: of its inputs; without data the squares of all inputs count alike.
-        outputs: (out,) what an output's squared error costs, in the unit of ``losses``; None: 1.
+        outputs: (out,) what an output's squared error costs, in the unit of ``losses``.
     """
     forms = {place: form for place, choice in enumerate(choices) if (form := form_of(choice)) is not None}
     found = {}
     alone = {place: form.rank for place, form in forms.items() if form.base is None}
     if alone:
-        spectral = spectrum(weight, stats.gram, torch.float32)
-        energy = spectral.energy if outputs is None else outputs.to(spectral.left) @ spectral.outputs
+        energy = outputs.float() @ spectrum(read(), stats.gram, torch.float32).outputs
         total, held = float(energy.sum()), energy.cumsum(0)
         for place, rank in alone.items():
             kept = float(held[min(rank, len(held)) - 1])
@@ -116,9 +117,9 @@ def low_rank_losses(
     by_grid = {choice.grid: loss for choice, loss in zip(choices, losses, strict=True)}
     corrected = {place: form for place, form in forms.items() if form.base is not None and form.base.spec in by_grid}
     if corrected:
-        held = noise_held(weight.shape, noise_profile(solver, stats, weight.shape[1]))
+        held = noise_held(shape, noise_profile(solver, stats, shape[1]))
         for place, form in corrected.items():
-            at = round(form.rank / min(weight.shape) * (len(held) - 1))
+            at = round(form.rank / min(shape) * (len(held) - 1))
             left = (1 - float(held[min(at, len(held) - 1)])) ** ROUNDS_GAIN
             found[place] = by_grid[str(form.base)] * (left + FACTOR_ERROR * (1 - left))
     return found

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -111,6 +112,11 @@ def chosen_rows(checkpoint: Checkpoint, site: Site, index: torch.Tensor) -> torc
     return torch.cat([site_rows(checkpoint, site, slice(first, last + 1)).float() for first, last in runs])
 
 
+def matrix_of(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
+    """A site's whole logical matrix, (rows, columns) float32."""
+    return site_rows(checkpoint, site, slice(0, site.rows)).float()
+
+
 def _runs(rows: torch.Tensor) -> list[tuple[int, int]]:
     """Consecutive indices as (first, last) pairs."""
     values = rows.tolist()
@@ -151,10 +157,19 @@ def score_group(
                 total.add(source, solver.solve(source, stats).dense().clone())
                 own[index] = total.relative * site.numel
         if factored:  # never of experts
-            whole = chosen_rows(checkpoint, site, torch.arange(site.rows))
-            each = torch.full((site.rows,), site.numel / max(float(whole.square().sum()), 1e-30))
+            norm = float(source.square().sum()) * site.rows / len(source)
+            each = torch.full((site.rows,), site.numel / max(norm, 1e-30))
             solver = next(solver for solver in solvers if solver is not None)
-            for index, loss in low_rank_losses(choices, own, solver, whole, SiteStatistics.none(), each).items():
+            found = low_rank_losses(
+                choices,
+                own,
+                solver,
+                site.weight_shape,
+                partial(matrix_of, checkpoint, site),
+                SiteStatistics.none(),
+                each,
+            )
+            for index, loss in found.items():
                 own[index] = loss
         losses = [total + loss * weight for total, loss in zip(losses, own, strict=True)]
     return [loss if math.isfinite(loss) else None for loss in losses]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.job.build import Calibration
 from slimwright.job.low_rank import form_of, low_rank_losses
-from slimwright.job.options import chosen_rows, evenly_spaced, score_casts
+from slimwright.job.options import chosen_rows, evenly_spaced, matrix_of, score_casts
 from slimwright.job.parallel import in_order
 from slimwright.job.reuse import Reuse
 from slimwright.job.walked import WalkedModel
@@ -229,9 +230,10 @@ class Probe:
                     error = ((change @ gram) * change).sum(1).clamp_(min=0)
                     losses[index] += float((error * outputs[rows]).sum()) * share * gain * out / len(rows) / 2
             if any(form_of(choice) is not None for choice in choices):  # never of embeddings or experts
-                whole = weight if len(rows) == out else chosen_rows(self.source, site, torch.arange(out))
-                solver = next(choice.solver() for choice in choices if not choice.kept)
-                for index, loss in low_rank_losses(choices, losses, solver, whole, stats, outputs * share / 2).items():
+                solver, each = next(choice.solver() for choice in choices if not choice.kept), outputs * share / 2
+                read = partial(matrix_of, self.source, site)
+                found = low_rank_losses(choices, losses, solver, site.weight_shape, read, stats, each)
+                for index, loss in found.items():
                     losses[index] = loss
         return losses
 

@@ -186,7 +186,7 @@ def test_losses_of_corrections_are_those_of_solving() -> None:
     choices += [Assignment(grid=form, method="factorize/corrected") for form in forms[:2]]
     choices += [Assignment(grid=forms[2], method="factorize/svd_llm")]
     base = lost(gptq.solve(weight, stats).dense())
-    found = low_rank_losses(choices, [base, 0.0, 0.0, 0.0], gptq, weight, stats, torch.ones(96))
+    found = low_rank_losses(choices, [base, 0.0, 0.0, 0.0], gptq, (96, 128), lambda: weight, stats, torch.ones(96))
     for place, choice in enumerate(choices[1:], 1):
         assert found[place] == pytest.approx(lost(choice.solver().solve(weight, stats).dense()), rel=0.15), choice.grid
 
