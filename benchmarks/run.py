@@ -23,6 +23,7 @@ BENCHMARKS = {
     "zoo": "trained models: figure, training time, what rounding costs",
     "solvers": "what every solver loses on the cards' synthetic setups",
     "calibrated": "what every solver loses in whole jobs, on the bundled LM, the zoo and MiniLM",
+    "low_rank": "low-rank forms against grids on the bundled LM",
     "memory": "13 GB models under 1.5 GB of memory",
     "products": "products with packed weights, one by one, beside dense ones",
     "decode": "decoding from packed weights beside dense models and peers",

@@ -83,7 +83,7 @@ def fit(
         list[str] | None,
         typer.Option(help="Floor: kl:0.02, top1:99%, ppl:1%, ndcg@10:1%, ./eval.sh:0.5; repeatable."),
     ] = None,
-    grid: Annotated[str | None, typer.Option(help="One grid everywhere, e.g. int4:g128.")] = None,
+    grid: Annotated[str | None, typer.Option(help="One grid everywhere, e.g. int4:g128, or lowrank:r64.")] = None,
     rule: Annotated[
         list[str] | None, typer.Option(hidden=True, help="'PATTERN: keep' or 'PATTERN: GRID'; repeatable.")
     ] = None,

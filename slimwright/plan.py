@@ -14,16 +14,18 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimwright.errors import InputError, NotBuiltError
-from slimwright.methods import GroupFold, ModelFold, WeightSolver, parse_method
+from slimwright.methods import GroupFold, ModelFold, WeightSolver, parse_method, solver_for
 from slimwright.model.structure import Site, Structure
 from slimwright.sizes import parse_bytes
-from slimwright.weights import Float, Grid, parse_grid
+from slimwright.weights import Float, Form, Grid, LowRankForm, parse_form
 from slimwright.weights.activations import Activations
 
 PLAN_VERSION = 1
 KEEP = "keep"
 DEFAULT_METHOD = "quantize/rtn"
 CALIBRATED_METHOD = "quantize/gptq"
+FACTORIZED_METHOD = "factorize/svd_llm"
+CORRECTED_METHOD = "factorize/corrected"
 """What solves where there is no data, and where there is, unless the user says."""
 CAST = "cast"
 CAST_GRIDS = ("fp16", "bf16")
@@ -34,7 +36,8 @@ class Assignment(BaseModel):
     """What is done to one choice group, or to one tensor that is no site but may be cast to 16 bits.
 
     Attributes:
-        grid: a grid's spec, or ``keep`` for the weights as they are.
+        grid: a grid's spec or another form's (``lowrank:r64``, ``int3:g64+lowrank:r16``), or ``keep`` for the weights
+            as they are.
         method: the solver's spec (``quantize/rtn,clip=none``); ``cast`` of a tensor that is no site; None where kept.
         reason: why, for the ledger.
     """
@@ -48,19 +51,16 @@ class Assignment(BaseModel):
     def kept(self) -> bool:
         return self.grid == KEEP
 
-    def parsed_grid(self) -> Grid:
-        return parse_grid(self.grid)
+    def parsed_grid(self) -> Form:
+        return parse_form(self.grid)
 
     def solver(self) -> WeightSolver:
-        """The solver with its grid.
+        """The solver with its form.
 
         Raises:
-            InputError: the method is unknown or does not put weights on grids.
+            InputError: the method is unknown or does not give this form.
         """
-        solver = parse_method(self.method or DEFAULT_METHOD, grid=self.parsed_grid())
-        if not isinstance(solver, WeightSolver):
-            raise InputError(f"'{self.method}' is not a method that puts weights on a grid.")
-        return solver
+        return solver_for(self.method or str(method_on(self.grid, DEFAULT_METHOD)), self.parsed_grid())
 
 
 class Edit(BaseModel):
@@ -167,7 +167,7 @@ class Plan(BaseModel):
                 except InputError as error:
                     raise InputError(f"The plan's assignment of '{name}' is wrong: {error}") from None
                 for site in groups[name]:
-                    reason = solver.grid.illegal(site.rows, site.columns)
+                    reason = cannot_hold(solver.form, site)
                     if reason:
                         raise InputError(
                             f"The plan puts '{site.name}' on {assignment.grid}, which cannot be: {reason}."
@@ -219,10 +219,34 @@ def group_folds(edits: Sequence[Edit]) -> list[tuple[Edit, GroupFold]]:
 
 def method_on(grid: str, method: str) -> str | None:
     """The method for a weight on ``grid`` where ``method`` was asked for: a plain float is only rounded to, and what is
-    kept has none."""
+    kept has none. A low-rank form for which that is no method gets one that uses data if that does, and so does a grid
+    for which it is none."""
     if grid == KEEP:
         return None
-    return DEFAULT_METHOD if parse_grid(grid).plain else method
+    form = parse_form(grid)
+    if form.plain:
+        return DEFAULT_METHOD
+    asked = parse_method(method)
+    if not isinstance(asked, WeightSolver) or asked.knobs_for(form) is not None:
+        return method
+    calibrated = bool(asked.needs)
+    if isinstance(form, LowRankForm) and form.base is None:
+        return FACTORIZED_METHOD if calibrated else "factorize/svd"
+    if isinstance(form, Grid) or asked.knobs_for(form.base) is None:  # type: ignore[attr-defined]
+        method = CALIBRATED_METHOD if calibrated else DEFAULT_METHOD
+    return method if isinstance(form, Grid) else corrected_method(method)
+
+
+def corrected_method(solver: str) -> str:
+    """The method that corrects what a solver, given by its spec, leaves behind."""
+    return parse_method(CORRECTED_METHOD, solver=solver.replace(",", ";")).spec
+
+
+def cannot_hold(form: Form, site: Site) -> str | None:
+    """Why a site cannot be held in a form; None: it can."""
+    if site.kind == "embedding" and not isinstance(form, Grid):
+        return "it is an embedding, whose rows are looked up: only a grid can hold it"
+    return form.misfit(site.weight_shape)
 
 
 def cast_dtype(grid: str) -> torch.dtype:
@@ -242,7 +266,7 @@ def _check_cast(name: str, assignment: Assignment) -> None:
 
 
 class Rule(BaseModel):
-    """``PATTERN: CHOICE``: binds the groups that the pattern names to ``keep`` or to a grid."""
+    """``PATTERN: CHOICE``: binds the groups that the pattern names to ``keep`` or to a form."""
 
     model_config = ConfigDict(frozen=True)
     pattern: str
@@ -250,7 +274,7 @@ class Rule(BaseModel):
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """Read ``'lm_head: keep'`` or ``'*.down_proj: int8:g64'``.
+        """Read ``'lm_head: keep'``, ``'*.down_proj: int8:g64'`` or ``'mlp: lowrank:r64'``.
 
         Raises:
             InputError: not of that form, or an unknown grid.
@@ -260,7 +284,7 @@ class Rule(BaseModel):
         if not colon or not pattern or not choice:
             raise InputError(f"The rule '{text}' is not of the form 'PATTERN: keep' or 'PATTERN: GRID'.")
         if choice != KEEP:
-            parse_grid(choice)
+            parse_form(choice)
         return cls(pattern=pattern, choice=choice)
 
     def matches(self, name: str, role: str) -> bool:
@@ -306,7 +330,7 @@ def bind(rules: list[Rule], structure: Structure) -> dict[str, str]:
             if candidates:
                 rule = rules[max(candidates)[1]]
                 chosen[site.name] = rule.choice
-                reason = None if rule.choice == KEEP else parse_grid(rule.choice).illegal(site.rows, site.columns)
+                reason = None if rule.choice == KEEP else cannot_hold(parse_form(rule.choice), site)
                 if reason:
                     raise InputError(
                         f"The rule '{rule.pattern}: {rule.choice}' cannot hold for '{site.name}': {reason}."

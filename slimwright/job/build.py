@@ -24,7 +24,7 @@ from slimwright.job.weights import ErrorSum, output_errors, plain_rounding, site
 from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import CAST, Assignment, Plan
-from slimwright.weights import Dense, disk_shapes
+from slimwright.weights import Compressed, Dense, Form, Grid, matrix_ranges
 from slimwright.weights.activations import Activations
 
 COMMIT_BYTES = 256_000_000
@@ -237,7 +237,7 @@ class Tile:
         if self.solver is None:
             _copy_rows(source, self.unit, self.rows, writer)
             return TileResult()
-        site, grid = self.unit.site, self.solver.grid
+        site, form = self.unit.site, self.solver.form
         assert site is not None
         tile, value = solve_rows(source, site, self.solver, self.rows, self.stats)
         if not site.transposed and len(site.shape) == 2 and site.name in source.tensors:
@@ -245,28 +245,41 @@ class Tile:
         if isinstance(value, Dense):
             _write_rows(writer, site, self.rows, value.weight)
         else:
-            parts = disk_shapes(grid, site.weight_shape)
-            for suffix, tensor in value.save().items():
-                cut = grid.part_slice(suffix, self.rows, site.columns)
-                part = parts[suffix]
-                per_row = part.nbytes // (site.rows if suffix == "" else max(1, part.shape[0]))
-                writer.write(site.name + suffix, tensor, cut.start * per_row)
+            _write_parts(writer, site, form, self.rows, value.save())
         dense = value.dense()
-        result = TileResult(digests=[digest_of(dense)] if self.digest else [])
+        result = TileResult(digests=digests_of(value, dense) if self.digest else [])
         without = SiteStatistics.none().with_survey(self.stats.survey)
         if self.stats.gram is None:
             if self.plain is not None:
                 result.before.add(tile, self.plain.solve(tile, without).dense())
             result.after.add(tile, dense)
         else:
-            some = slice(0, min(tile.shape[0], max(MEASURED_ROWS, grid.row_multiple(site.columns))))
+            measured = max(MEASURED_ROWS, form.row_multiple(site.columns)) if isinstance(form, Grid) else tile.shape[0]
+            some = slice(0, min(tile.shape[0], measured))
             plain = self.plain.solve(tile[some], without).dense() if self.plain is not None else dense[some]
             before, after = output_errors(self.stats.gram, tile[some], plain, dense[some])
             result.before.merge(before)
             result.after.merge(after)
         if not math.isfinite(result.after.error):
-            raise InputError(f"'{site.name}' on {grid} gives values that are not finite: use another grid for it.")
+            raise InputError(f"'{site.name}' on {form} gives values that are not finite: use another grid for it.")
         return result
+
+
+def _write_parts(writer: CheckpointWriter, site: Site, form: Form, rows: slice, tensors: Mapping[str, Tensor]) -> None:
+    """Write what rows of the logical matrix became, by suffix, where it belongs in the site's tensors."""
+    for component in form.components(site.weight_shape):
+        own, (count, columns) = component.rows_for(rows, site.weight_shape[-2]), component.matrix_shape
+        for suffix, part in component.parts().items():
+            cut = component.grid.part_slice(suffix, own, columns)
+            per_row = part.nbytes // (count if suffix == "" else max(1, part.shape[0]))
+            writer.write(site.name + part.suffix, tensors[part.suffix], cut.start * per_row)
+
+
+def digests_of(value: Compressed, dense: Tensor) -> list[bytes]:
+    """Digests of a solved value: of its ``dense`` values on a grid, of each of its matrices in another form, since a
+    product's last digits depend on how it is computed."""
+    matrices = value.matrices()
+    return [digest_of(dense)] if matrices == (value,) else [digest_of(matrix.dense()) for matrix in matrices]
 
 
 def digest_of(values: Tensor) -> bytes:
@@ -284,8 +297,12 @@ def tiles_of(source: Checkpoint, unit: Unit) -> Iterator[Tile]:
         yield from (Tile(unit, rows, rows is ranges[-1]) for rows in ranges)
         return
     solver = unit.solver()
-    stats = SiteStatistics(survey=survey(source, site, solver.grid))
-    ranges = list(site_tiles(site, solver.grid)) if solver.row_independent else [slice(0, site.rows)]
+    stats = SiteStatistics(survey=survey(source, site, solver.form))
+    ranges = list(site_tiles(site, solver.form))
+    if not isinstance(solver.form, Grid):
+        ranges = list(matrix_ranges(slice(0, site.rows), site.weight_shape[-2]))
+    elif not solver.row_independent:
+        ranges = [slice(0, site.rows)]
     plain = plain_rounding(solver)
     for rows in ranges:
         yield Tile(unit, rows, rows is ranges[-1], solver, plain, stats)
@@ -312,7 +329,7 @@ def solved_line(
         state="calibrated" if tokens else "data-free",
         reason=assignment.reason or reason,
         method=solver.spec,
-        grid=solver.grid.spec,
+        grid=solver.form.spec,
         bits=8 * nbytes / site.numel,
         bytes=nbytes,
         error_before=(result.after if tile.plain is None else result.before).relative,
@@ -422,11 +439,11 @@ def _kept_line(source: Checkpoint, structure: Structure, unit: Unit) -> Entry:
 
 
 def grids_written(units: list[Unit]) -> Mapping[str, Any]:
-    """Grids by disk name of the weights that are packed (16-bit float casts are plain tensors)."""
+    """Forms by disk name of the weights that are packed (16-bit float casts are plain tensors)."""
     grids = {}
     for unit in units:
         if unit.solved and unit.assignment is not None:
             grid = unit.assignment.parsed_grid()
-            if not unit.entries[0].dtype.is_floating_point:
+            if not grid.plain:
                 grids[unit.name] = grid
     return grids

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slimwright.checkpoint import (
     Checkpoint,
     claim,
@@ -24,6 +26,7 @@ from slimwright.job.caching import EVERYWHERE, cache_formats
 from slimwright.job.calibration import with_data
 from slimwright.job.edits import rotated
 from slimwright.job.forecast import Forecast, forecast, measure_rates
+from slimwright.job.low_rank import scoring_work, solving_work
 from slimwright.job.memory import MemoryWatch, memory_cap
 from slimwright.job.open import open_source
 from slimwright.job.options import option_costs
@@ -36,9 +39,20 @@ from slimwright.job.work import Target, Work
 from slimwright.methods import WeightSolver, parse_method
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
-from slimwright.plan import KEEP, Assignment, Plan, Rule, bind, group_folds, method_on, parse_size, rounded_groups
+from slimwright.plan import (
+    KEEP,
+    Assignment,
+    Plan,
+    Rule,
+    bind,
+    cannot_hold,
+    group_folds,
+    method_on,
+    parse_size,
+    rounded_groups,
+)
 from slimwright.search import Option, smallest_cost
-from slimwright.weights import parse_grid
+from slimwright.weights import Grid, parse_form
 
 __all__ = ["MAX_SHARD_BYTES", "FitOptions", "FitReport", "fit"]
 
@@ -126,6 +140,7 @@ class _Job:
             [fold for _, fold in group_folds(edits)],
             ranges,
             asked.eval_tokens,
+            scoring_work(structure, options) if fixed is None else solving_work(structure, fixed),
         )  # fmt: skip
         if cap < predicted.least_memory_bytes:
             raise InputError(
@@ -165,11 +180,11 @@ class _Job:
             return asked.given_plan.model_copy(deep=True)
         if asked.grid is None:
             return None
-        grid = parse_grid(asked.grid)
+        grid = parse_form(asked.grid)
         bound = bind(rules, structure) if rules else {}
         assignments = {}
         for group, sites in structure.choice_groups().items():
-            illegal = next((r for s in sites if (r := grid.illegal(s.rows, s.columns))), None)
+            illegal = next((r for s in sites if (r := cannot_hold(grid, s))), None)
             if group in bound:
                 assignments[group] = Assignment(
                     grid=bound[group], method=method_on(bound[group], asked.solver), reason="rule"
@@ -211,7 +226,8 @@ class _Job:
             others = [unit for unit in kept if unit.site is None and unit.name not in structure.castable]
             rest = sum(entry_cost(entry, limit) for unit in others for entry in unit.entries)
             rest += overhead_bound(limit, self.asked.max_shard_bytes)
-            return option_costs(source, structure, bound, self.asked.solver, limit), rest
+            solving = (self.watch.cap or 0) // (4 * torch.get_num_threads())  # each thread may be at a whole matrix
+            return option_costs(source, structure, bound, self.asked.solver, limit, solving), rest
 
         options, rest = costs(budget)
         smallest = smallest_cost(options) + rest
@@ -264,17 +280,22 @@ class _Job:
 
 
 def _representative(solver: WeightSolver, fixed: Plan | None, structure: Structure) -> WeightSolver:
-    """The solver whose speed stands for the job's: on the most frequent grid of a fixed plan."""
+    """The solver whose speed stands for the job's: on the most frequent grid of a fixed plan. What low-rank forms take
+    is forecast apart."""
     counts: dict[tuple[str, str | None], int] = {}
     for name, assignment in fixed.assignments.items() if fixed else ():
-        if not assignment.kept and name not in structure.castable:
+        if not assignment.kept and name not in structure.castable and isinstance(assignment.parsed_grid(), Grid):
             key = (assignment.grid, assignment.method)
             counts[key] = counts.get(key, 0) + 1
     if not counts:
-        return solver
+        return solver if isinstance(solver.form, Grid) else parse_method(str(method_on(_USUAL_GRID, solver.spec)))
     grid, method = max(counts, key=lambda key: counts[key])
     chosen = Assignment(grid=grid, method=method).solver()
-    return solver if chosen.grid.illegal(512, 1024) else chosen
+    return solver if chosen.form.misfit((512, 1024)) else chosen
+
+
+_USUAL_GRID = "int4:g128"
+"""Of the solver whose speed stands for a job's that has no weight on a grid."""
 
 
 def _keep_all(structure: Structure, reason: str) -> Plan:

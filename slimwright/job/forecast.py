@@ -16,6 +16,7 @@ from slimwright.calibrate.walk import walk_units
 from slimwright.checkpoint import Checkpoint
 from slimwright.job.fold_walk import SCORED_PRODUCTS as FOLD_PRODUCTS
 from slimwright.job.held_out import RETRIEVED_TOKENS, retrieves
+from slimwright.job.low_rank import Work as LowRankWork
 from slimwright.job.options import FEW_GROUPS, FINE_LADDER, LADDER, sampling
 from slimwright.job.parallel import in_order
 from slimwright.job.probe import REVERSE_LOGITS, REVERSE_TOKENS, SCORED_PRODUCTS
@@ -154,6 +155,7 @@ def forecast(
     folds: Sequence[GroupFold] = (),
     ranges: bool = False,
     eval_tokens: int | None = None,
+    low_rank: LowRankWork | None = None,
 ) -> Forecast:
     """Forecast a fit.
 
@@ -165,6 +167,7 @@ def forecast(
         folds: whose scales are found first, each in a walk of its own.
         ranges: whether scales of activations are found in another.
         eval_tokens: that the quality is measured on; None: :func:`tokens_for` says.
+        low_rank: what scoring (where options are searched) or solving low-rank forms takes.
     """
     sites = list(structure.sites.values())
     weights = sum(site.numel for site in sites)
@@ -191,6 +194,8 @@ def forecast(
     phases["build"] = weights / rates.solve + source.total_bytes / READ_RATE + budget / WRITE_RATE + 4 * overhead + 0.1
     if walks is not None and solver.needs:
         phases["build"] += walks.build
+    low_rank = low_rank or LowRankWork()
+    phases["score" if searched else "build"] += low_rank.products / rates.multiply
     generated = 2 * SAMPLE_TOKENS if parameters < SAMPLED_BELOW else 0
     phases["verify"] = (
         1.5 * rates.start  # imports, and three models built
@@ -209,7 +214,10 @@ def forecast(
             generated > 0 and not attend.compiled()
         )
     phases["publish"] = budget / 1.2e9 + 0.3
+    if not searched and not tokens_seen:  # the verification solves data-free factors again
+        phases["verify"] += low_rank.products / rates.multiply
     memory, least = _memory(source, structure, batch, vocabulary)
+    memory, least = memory + torch.get_num_threads() * low_rank.memory, max(least, low_rank.memory)
     if walks is not None:
         memory, least = max(memory, walks.memory), max(least, walks.least_memory)
     return Forecast(

@@ -14,8 +14,7 @@ from slimwright.checkpoint import Checkpoint, TensorInfo, refuse_foreign_quantiz
 from slimwright.errors import InputError
 from slimwright.model.skeleton import skeleton
 from slimwright.runtime.format import DenseForm, read_config, read_dense
-from slimwright.runtime.modules import decode_tile
-from slimwright.weights import Grid, disk_shapes, matrix_shape
+from slimwright.weights import Form, decode_rows, disk_shapes
 
 ZOO = "zoo:"
 
@@ -48,7 +47,7 @@ class DequantizedCheckpoint(DerivedCheckpoint):
         self.__dict__.update(packed.__dict__)
         settings = packed.quantization or {}
         self._packed = packed
-        self._grids: dict[str, Grid] = read_config(settings)
+        self._grids: dict[str, Form] = read_config(settings)
         self._forms: dict[str, DenseForm] = read_dense(settings)
         self.config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
         tensors = dict(packed.tensors)
@@ -57,7 +56,7 @@ class DequantizedCheckpoint(DerivedCheckpoint):
             dtype = getattr(torch, form.dtype, None)
             if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
                 raise InputError(f"quantization_config.dense names the dtype '{form.dtype}', which no weight has.")
-            if grid.illegal(*matrix_shape(form.weight_shape)):
+            if grid.misfit(form.weight_shape):
                 raise InputError(f"quantization_config puts '{name}' on {grid}, which cannot hold {form.shape}.")
             info = packed.tensors.get(name)
             for suffix, part in disk_shapes(grid, form.weight_shape).items():
@@ -79,7 +78,7 @@ class DequantizedCheckpoint(DerivedCheckpoint):
     def weight_rows(self, name: str, rows: slice) -> Tensor:
         grid, shape = self._grids[name], self._forms[name].weight_shape
         parts = {suffix: self._packed.read(name + suffix) for suffix in disk_shapes(grid, shape)}
-        return decode_tile(grid, parts, shape, rows)
+        return decode_rows(grid, parts, shape, rows)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """As :meth:`Checkpoint.read`; a packed weight is decoded whole if it is stored transposed, else only the rows

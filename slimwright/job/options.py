@@ -6,19 +6,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from slimwright.checkpoint import Checkpoint
 from slimwright.checkpoint.layout import TensorEntry, entry_cost
 from slimwright.errors import InputError
+from slimwright.job.low_rank import form_of, low_rank_choices, low_rank_losses
 from slimwright.job.parallel import in_order
 from slimwright.job.weights import ErrorSum, site_rows, survey, without_data
 from slimwright.methods import SiteStatistics
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import CAST, CAST_GRIDS, KEEP, Assignment, cast_dtype, method_on
 from slimwright.search.options import Option
-from slimwright.weights import Grid, Int, disk_shapes, parse_grid
+from slimwright.weights import Form, Grid, Int, disk_shapes, parse_form
 
 LADDER: tuple[Grid, ...] = tuple(
     Int(bits, group=group) for bits in range(2, 9) for group in (16, 32, 64, 128, None)
@@ -39,11 +41,11 @@ SAMPLED_WEIGHTS = 1 << 24
 """Weights over the whole model on which options are scored (smaller models are scored on every weight)."""
 
 
-def weight_entries(site: Site, grid: Grid, dtype: torch.dtype) -> list[TensorEntry]:
-    """The tensors on disk of a site on a grid (a float grid is one plain tensor in the disk's own orientation)."""
+def weight_entries(site: Site, grid: Form, dtype: torch.dtype) -> list[TensorEntry]:
+    """The tensors on disk of a site in a form (a float grid is one plain tensor in the disk's own orientation)."""
     entries = []
     for suffix, part in disk_shapes(grid, site.weight_shape).items():
-        plain = part.dtype.is_floating_point and suffix == ""
+        plain = grid.plain and suffix == ""
         entries.append(TensorEntry(site.name + suffix, part.dtype, site.shape if plain else part.shape))
     return entries
 
@@ -63,7 +65,7 @@ def group_cost(checkpoint: Checkpoint, sites: Sequence[Site], grid: str, budget:
     """Bytes of a choice group's tensors on disk, header entries included."""
     if grid == KEEP:
         return sum(entry_cost(kept_entry(checkpoint, site.name), budget) for site in sites)
-    parsed = parse_grid(grid)
+    parsed = parse_form(grid)
     entries = [e for site in sites for e in weight_entries(site, parsed, checkpoint.tensors[site.name].dtype)]
     return sum(entry_cost(entry, budget) for entry in entries)
 
@@ -110,6 +112,11 @@ def chosen_rows(checkpoint: Checkpoint, site: Site, index: torch.Tensor) -> torc
     return torch.cat([site_rows(checkpoint, site, slice(first, last + 1)).float() for first, last in runs])
 
 
+def matrix_of(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
+    """A site's whole logical matrix, (rows, columns) float32."""
+    return site_rows(checkpoint, site, slice(0, site.rows)).float()
+
+
 def _runs(rows: torch.Tensor) -> list[tuple[int, int]]:
     """Consecutive indices as (first, last) pairs."""
     values = rows.tolist()
@@ -133,7 +140,8 @@ def score_group(
     Raises:
         InputError: NaN or Inf in the source, named with the tensor.
     """
-    solvers = [None if choice.kept else without_data(choice.solver()) for choice in choices]
+    factored = [choice for choice in choices if form_of(choice) is not None]
+    solvers = [None if choice.kept or choice in factored else without_data(choice.solver()) for choice in choices]
     losses = [0.0] * len(choices)
     for site, weight in _some_experts(sites):
         source = chosen_rows(checkpoint, site, how.rows(site))
@@ -141,12 +149,29 @@ def score_group(
             raise InputError(
                 f"The tensor '{site.name}' of {checkpoint.path} holds NaN or Inf: repair or replace the checkpoint."
             )
+        own = [0.0] * len(choices)
         for index, solver in enumerate(solvers):
             if solver is not None:
                 total = ErrorSum()
-                stats = SiteStatistics(survey=survey(checkpoint, site, solver.grid))
+                stats = SiteStatistics(survey=survey(checkpoint, site, solver.form))
                 total.add(source, solver.solve(source, stats).dense().clone())
-                losses[index] += total.relative * site.numel * weight
+                own[index] = total.relative * site.numel
+        if factored:  # never of experts
+            norm = float(source.square().sum()) * site.rows / len(source)
+            each = torch.full((site.rows,), site.numel / max(norm, 1e-30))
+            solver = next(solver for solver in solvers if solver is not None)
+            found = low_rank_losses(
+                choices,
+                own,
+                solver,
+                site.weight_shape,
+                partial(matrix_of, checkpoint, site),
+                SiteStatistics.none(),
+                each,
+            )
+            for index, loss in found.items():
+                own[index] = loss
+        losses = [total + loss * weight for total, loss in zip(losses, own, strict=True)]
     return [loss if math.isfinite(loss) else None for loss in losses]
 
 
@@ -184,7 +209,12 @@ def _some_experts(sites: Sequence[Site], most: int = 4) -> list[tuple[Site, floa
 
 
 def option_costs(
-    checkpoint: Checkpoint, structure: Structure, bound: Mapping[str, str], solver: str, budget: int
+    checkpoint: Checkpoint,
+    structure: Structure,
+    bound: Mapping[str, str],
+    solver: str,
+    budget: int,
+    memory: int = 1 << 30,
 ) -> dict[str, list[Option]]:
     """Options of every choice group and castable tensor with their costs; losses are 0 until :func:`score_options`.
 
@@ -192,13 +222,14 @@ def option_costs(
         bound: choice by group that the user's rules fix.
         solver: spec of the solver.
         budget: bytes, for the width of offsets in the header.
+        memory: bytes that solving one matrix may take, for forms that need it whole.
     """
     groups = structure.choice_groups()
     ladder = FINE_LADDER if len(groups) <= FEW_GROUPS else LADDER
     choices = {
         group: [Assignment(grid=bound[group], method=method_on(bound[group], solver), reason="rule")]
         if group in bound
-        else ladder_for(checkpoint, sites, solver, ladder)
+        else [*ladder_for(checkpoint, sites, solver, ladder), *low_rank_choices(sites, solver, memory)]
         for group, sites in groups.items()
     }
     table = {

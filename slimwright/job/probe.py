@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from slimwright.calibrate.walk import Batch, Unit
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.job.build import Calibration
-from slimwright.job.options import chosen_rows, evenly_spaced, score_casts
+from slimwright.job.low_rank import form_of, low_rank_losses
+from slimwright.job.options import chosen_rows, evenly_spaced, matrix_of, score_casts
 from slimwright.job.parallel import in_order
 from slimwright.job.reuse import Reuse
 from slimwright.job.walked import WalkedModel
@@ -216,7 +218,7 @@ class Probe:
                     f"The tensor '{site.name}' of {self.source.path} holds NaN or Inf: repair or replace it."
                 )
             for index, choice in enumerate(choices):
-                if choice.kept:
+                if choice.kept or form_of(choice) is not None:
                     continue
                 change = self._change(site, weight, choice)
                 if sensitivity.inputs is not None:
@@ -227,6 +229,12 @@ class Probe:
                     assert gram is not None
                     error = ((change @ gram) * change).sum(1).clamp_(min=0)
                     losses[index] += float((error * outputs[rows]).sum()) * share * gain * out / len(rows) / 2
+            if any(form_of(choice) is not None for choice in choices):  # never of embeddings or experts
+                solver, each = next(choice.solver() for choice in choices if not choice.kept), outputs * share / 2
+                read = partial(matrix_of, self.source, site)
+                found = low_rank_losses(choices, losses, solver, site.weight_shape, read, stats, each)
+                for index, loss in found.items():
+                    losses[index] = loss
         return losses
 
     def _rows(self, out: int) -> Tensor:
@@ -236,7 +244,7 @@ class Probe:
     def _change(self, site: Site, weight: Tensor, choice: Assignment) -> Tensor:
         """What rounding on the choice's grid does to some rows."""
         solver = without_data(choice.solver())
-        stats = SiteStatistics(survey=survey(self.source, site, solver.grid))
+        stats = SiteStatistics(survey=survey(self.source, site, solver.form))
         return solver.solve(weight, stats).dense() - weight
 
     # -- groups ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from slimwright.methods.rotation import RotationFold
 from slimwright.plan import DEFAULT_METHOD, Edit, Plan, Rule, group_folds
 from slimwright.search import check_solver
 from slimwright.sizes import parse_bytes
-from slimwright.weights import parse_grid
+from slimwright.weights import Grid, parse_form
 from slimwright.weights.activations import Activations
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -212,6 +212,11 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
     solver = parse_method(asked.solver)
     if not isinstance(solver, WeightSolver):
         raise InputError(f"'{asked.solver}' does not put weights on a grid.")
+    if asked.size is not None and not isinstance(solver.form, Grid):
+        raise InputError(
+            f"{solver.name} puts no weight on a grid, so --size has nothing to choose for it: give --grid "
+            f"{solver.form}, or a rule such as 'mlp: {solver.form}'."
+        )
     if solver.needs and asked.data == "none":
         raise InputError(f"{solver.name} needs data: give --data, or leave it out for generic text.")
     if asked.calibration_tokens is not None and asked.calibration_tokens < 64:
@@ -238,6 +243,6 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
             raise InputError("--plan fixes everything: write the cache into the plan instead of giving --cache.")
         parse_policy(asked.cache)
     if asked.grid is not None:
-        parse_grid(asked.grid)
+        parse_form(asked.grid)
     _ = asked.given_plan
     return solver, [Rule.parse(text) for text in asked.rules]

@@ -24,7 +24,7 @@ from slimwright.job.verify import Outcome
 from slimwright.model.structure import Structure
 from slimwright.report import render_report
 from slimwright.runtime.compute import kernel_name
-from slimwright.weights import parse_grid
+from slimwright.weights import parse_form
 
 REPORT_VERSION = 1
 
@@ -65,7 +65,7 @@ def kernel_parts(structure: Structure, entries: list[Entry]) -> dict[str, Any]:
     for entry in entries:
         if entry.grid is None or entry.site not in structure.sites:
             continue
-        grid, shape = parse_grid(entry.grid), structure.sites[entry.site].weight_shape
+        grid, shape = parse_form(entry.grid), structure.sites[entry.site].weight_shape
         kernels = {str(dtype)[6:]: kernel_name(grid, shape, dtype) for dtype in (torch.float32, torch.bfloat16)}
         line = found.setdefault(
             (entry.grid, *kernels.values()), {"grid": entry.grid, **kernels, "weights": 0, "bytes": 0}

@@ -47,11 +47,11 @@ class PlannedSource(WeightSource):
 
     def rows(self, rows: slice) -> Tensor:
         if self._stats is None:
-            self._stats = SiteStatistics(survey=survey(self._checkpoint, self.site, self._solver.grid))
+            self._stats = SiteStatistics(survey=survey(self._checkpoint, self.site, self._solver.form))
         if not self._solver.row_independent:
             whole = site_rows(self._checkpoint, self.site, slice(0, self.site.rows))
             return self._solver.solve(whole, self._stats).dense()[rows]
-        multiple = self._solver.grid.row_multiple(self.site.columns)
+        multiple = self._solver.form.row_multiple(self.site.columns)
         first = rows.start // multiple * multiple
         last = min(self.site.rows, -(-rows.stop // multiple) * multiple)
         tile = site_rows(self._checkpoint, self.site, slice(first, last)).to(torch.float32).contiguous()

@@ -40,13 +40,14 @@ from slimwright.job.source import (
     planned_tensors,
 )
 from slimwright.job.walked import WrittenSource, written_checksum
-from slimwright.job.weights import site_rows, site_tiles
+from slimwright.job.weights import site_rows, site_tiles, solve_rows
+from slimwright.methods import SiteStatistics
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
 from slimwright.plan import Plan
 from slimwright.runtime.kv_format import KvFormat
 from slimwright.runtime.streamed import WeightSource, load_streamed
-from slimwright.weights import disk_shapes, unpack_rows
+from slimwright.weights import Grid, disk_shapes, matrix_ranges, unpack_rows
 
 TOLERANCE = 1e-4
 """Largest difference of an output, relative to the largest output, in float32."""
@@ -174,6 +175,8 @@ def _compare_files(
             assert unit.site is not None and unit.assignment is not None
             if unit.name in spec.checksums:
                 return _compare_checksum(written, unit, spec.checksums[unit.name])
+            if not isinstance(unit.assignment.parsed_grid(), Grid):
+                return _compare_factors(source, written, unit)
             return _compare_site(written, unit, planned_source(source, unit.site, unit.assignment))
         return _compare_cast(source, written, unit) if unit.cast else _compare_kept(source, written, unit)
 
@@ -196,7 +199,8 @@ def _compare_site(written: Checkpoint, unit: Unit, expected: WeightSource) -> st
     site, assignment = unit.site, unit.assignment
     assert site is not None and assignment is not None
     grid = assignment.parsed_grid()
-    plain = unit.entries[0].dtype.is_floating_point
+    assert isinstance(grid, Grid)
+    plain = grid.plain
     parts = {} if plain else {s: written.read(site.name + s) for s in disk_shapes(grid, site.weight_shape)}
     for suffix, part in parts.items():
         if part.is_floating_point() and not torch.isfinite(part.float()).all():
@@ -208,6 +212,19 @@ def _compare_site(written: Checkpoint, unit: Unit, expected: WeightSource) -> st
             values = grid.decode(*unpack_rows(grid, parts, site.weight_shape, rows))
         if not torch.equal(values, expected.rows(rows).to(values.dtype)):
             return f"'{site.name}' in the files differs from the plan applied to the source (rows {rows.start}...)"
+    return None
+
+
+def _compare_factors(source: Checkpoint, written: Checkpoint, unit: Unit) -> str | None:
+    """Every value of every matrix of a low-rank form, against a solution of the source made again."""
+    site, solver = unit.site, unit.solver()
+    assert site is not None
+    found = WrittenSource(written, site, solver.form)
+    for rows in matrix_ranges(slice(0, site.rows), site.weight_shape[-2]):
+        _, value = solve_rows(source, site, solver, rows, SiteStatistics.none())
+        for expected, values in zip(value.matrices(), found.matrices(rows), strict=True):
+            if not torch.equal(expected.dense(), values):
+                return f"'{site.name}' in the files differs from the plan applied to the source (rows {rows.start}...)"
     return None
 
 
@@ -261,9 +278,11 @@ def _compare_outputs(
     tensors = planned_tensors(source, structure, plan) if plan.casts(structure) or plan.edits else None
     planned = planned_sources(source, structure, plan)
     files = Checkpoint.open(spec.written)
-    for name in spec.checksums:  # compared value by value before; there is no other way to make them again
-        site = structure.sites[name]
-        planned[name] = ParallelSource(WrittenSource(files, site, plan.by_site(structure)[name].parsed_grid()))
+    forms = {name: a.parsed_grid() for name, a in plan.by_site(structure).items() if not a.kept}
+    for name, form in forms.items():
+        # What was solved with data, and factors: they were compared value by value, and cannot be made again in tiles.
+        if name in spec.checksums or not isinstance(form, Grid):
+            planned[name] = ParallelSource(WrittenSource(files, structure.sites[name], form))
     for name, rounding in plan.roundings(structure).items():
         planned[name].activations = rounding
     reference = load_streamed(cls, source.model_path, config, planned, tensors, exact)

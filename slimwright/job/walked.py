@@ -28,9 +28,8 @@ from slimwright.job.token_scores import token_weights
 from slimwright.job.weights import TILE_ELEMENTS, plain_rounding, site_rows, site_tiles, survey, without_data
 from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.model.structure import Site, Structure
-from slimwright.runtime.modules import decode_tile
 from slimwright.runtime.streamed import WeightSource, load_streamed
-from slimwright.weights import Grid, disk_shapes
+from slimwright.weights import Form, decode_component, decode_rows, disk_shapes
 
 SOLVED_ELEMENTS = 1 << 20
 """Weights of a tile that is solved with data: more than without, since every tile reads its Gram's whole factor."""
@@ -52,9 +51,9 @@ def walk_dtype(source: Checkpoint, structure: Structure) -> torch.dtype:
 
 
 class WrittenSource(WeightSource):
-    """A site as it lies in the files written so far, decoded by the grid's reference code."""
+    """A site as it lies in the files written so far, decoded by reference code."""
 
-    def __init__(self, written: Checkpoint, site: Site, grid: Grid) -> None:
+    def __init__(self, written: Checkpoint, site: Site, grid: Form) -> None:
         super().__init__(site)
         self._written = written
         self._grid = grid
@@ -62,9 +61,18 @@ class WrittenSource(WeightSource):
     def rows(self, rows: slice) -> Tensor:
         if self._grid.plain:
             return site_rows(self._written, self.site, rows).float()
-        shape = self.site.weight_shape
-        parts = {suffix: self._written.read(self.site.name + suffix) for suffix in disk_shapes(self._grid, shape)}
-        return decode_tile(self._grid, parts, shape, rows)
+        return decode_rows(self._grid, self.parts(), self.site.weight_shape, rows)
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that stand for it, by suffix."""
+        return {s: self._written.read(self.site.name + s) for s in disk_shapes(self._grid, self.site.weight_shape)}
+
+    def matrices(self, rows: slice) -> list[Tensor]:
+        """(rows, columns) float32 of each matrix that stands for these rows: one on a grid; factors apart."""
+        if self._grid.plain:
+            return [self.rows(rows)]
+        shape, parts = self.site.weight_shape, self.parts()
+        return [decode_component(c, parts, c.rows_for(rows, shape[-2])) for c in self._grid.components(shape)]
 
 
 class WalkSource(WeightSource):
@@ -365,7 +373,7 @@ class WalkedBuild:
         """The tiles of one site; ``found`` has statistics for each of its matrices, or one for all."""
         site, solver = unit.site, unit.solver()
         assert site is not None
-        state = survey(self.source, site, solver.grid)
+        state = survey(self.source, site, solver.form)
         places = list(solved_ranges(site, solver))
         if places[-1][0] + 1 != len(found):  # one expert's rows cannot be rounded without the next's
             found = [SiteStatistics.none()] * (places[-1][0] + 1)
@@ -412,7 +420,7 @@ def solved_ranges(site: Site, solver: WeightSolver) -> Iterator[tuple[int, slice
     """(matrix, rows of the site) of the tiles that a site is solved in with data, in order: each lies within one of the
     matrices of fused experts, unless the grid's parameters cross them."""
     count = site.shape[0] if site.kind == "experts" and len(site.shape) == 3 else 1
-    out, multiple = site.rows // count, solver.grid.row_multiple(site.columns)
+    out, multiple = site.rows // count, solver.form.row_multiple(site.columns)
     if count > 1 and out % multiple:
         count, out = 1, site.rows
     step = max(1, SOLVED_ELEMENTS // site.columns // multiple) * multiple if solver.row_independent else out
@@ -423,5 +431,6 @@ def solved_ranges(site: Site, solver: WeightSolver) -> Iterator[tuple[int, slice
 
 def written_checksum(written: Checkpoint, site: Site, solver: WeightSolver) -> str:
     """The checksum of a site as it lies in the files: its ledger line's, if it is what the solver returned."""
-    source = WrittenSource(written, site, solver.grid)
-    return TileResult(digests=[digest_of(source.rows(rows)) for _, rows in solved_ranges(site, solver)]).checksum
+    parts = WrittenSource(written, site, solver.form).matrices
+    ranges = (rows for _, rows in solved_ranges(site, solver))
+    return TileResult(digests=[digest_of(values) for rows in ranges for values in parts(rows)]).checksum

@@ -14,9 +14,10 @@ from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.job.open import DerivedCheckpoint
 from slimwright.kernels import solve
-from slimwright.methods import SiteStatistics, WeightSolver, method
+from slimwright.methods import SiteStatistics, WeightSolver, method, solver_for
 from slimwright.model.structure import Site
-from slimwright.weights import Compressed, Grid
+from slimwright.plan import DEFAULT_METHOD, method_on
+from slimwright.weights import Compressed, Form, Grid, LowRankForm
 
 TILE_ELEMENTS = 1 << 19
 """Elements of a tile: 2 MB in float32, so that a solver's temporaries stay in a core's cache. What a job writes does
@@ -46,7 +47,7 @@ def site_rows(checkpoint: Checkpoint, site: Site, rows: slice) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def site_tiles(site: Site, grid: Grid | None, elements: int = TILE_ELEMENTS) -> Iterator[slice]:
+def site_tiles(site: Site, grid: Form | None, elements: int = TILE_ELEMENTS) -> Iterator[slice]:
     """Row ranges that cover a site, each of about ``elements`` weights and starting where the grid allows."""
     multiple = grid.row_multiple(site.columns) if grid is not None else 1
     step = max(1, elements // max(1, site.columns) // multiple) * multiple
@@ -54,9 +55,9 @@ def site_tiles(site: Site, grid: Grid | None, elements: int = TILE_ELEMENTS) -> 
         yield slice(start, min(start + step, site.rows))
 
 
-def survey(checkpoint: Checkpoint, site: Site, grid: Grid) -> Any:
-    """What the grid must know of the whole matrix, gathered tile by tile (None for most grids)."""
-    if type(grid).survey is Grid.survey:
+def survey(checkpoint: Checkpoint, site: Site, grid: Form) -> Any:
+    """What the grid must know of the whole matrix, gathered tile by tile (None for most grids, and for other forms)."""
+    if not isinstance(grid, Grid) or type(grid).survey is Grid.survey:
         return None
     state = None
     for rows in site_tiles(site, grid):
@@ -120,14 +121,19 @@ def solve_rows(
 
 
 def without_data(solver: WeightSolver) -> WeightSolver:
-    """What stands for a solver that needs data where there is none: rounding on its grid."""
+    """What stands for a solver that needs data where there is none: rounding on its grid, plain SVD for factors."""
     if not solver.needs:
         return solver
-    rounding: WeightSolver = method("quantize/rtn", grid=solver.grid)
-    return rounding
+    return solver_for(str(method_on(solver.form.spec, DEFAULT_METHOD)), solver.form)
 
 
 def plain_rounding(solver: WeightSolver) -> WeightSolver | None:
-    """Plain rounding on the solver's grid, or None where the solver is that already."""
-    plain: WeightSolver = method("quantize/rtn", grid=solver.grid, clip="none")
+    """Plain rounding on the solver's grid, or None where the solver is that already. Of factors it is plain SVD, of a
+    corrected weight rounding without the correction."""
+    form = solver.form
+    plain: WeightSolver = (
+        solver_for("factorize/svd", form)
+        if isinstance(form, LowRankForm) and form.base is None
+        else method("quantize/rtn", grid=solver.grid, clip="none")
+    )
     return None if plain == solver else plain

@@ -61,9 +61,9 @@ from slimwright.job.result import (
 )
 from slimwright.job.reuse import Reuse, edits_key
 from slimwright.job.walked import WalkedModel
-from slimwright.methods import WeightSolver, parse_method
+from slimwright.methods import WeightSolver, solver_for
 from slimwright.model.structure import Structure
-from slimwright.plan import Edit, Plan, group_folds, rounded_groups
+from slimwright.plan import Edit, Plan, group_folds, method_on, rounded_groups
 from slimwright.runtime.format import DenseForm, write_config
 from slimwright.runtime.kv_format import KvFormat
 from slimwright.search import Option, search
@@ -271,8 +271,9 @@ class Work:
             return {name: a.solver() for name, a in by_site.items() if not a.kept}
         bits = 8 * state.target.budget / max(1, state.structure.parameters)
         return {
-            name: parse_method(self.asked.solver, grid=parse_grid(usual_grid(site.columns, bits)))
+            name: solver_for(str(method_on(grid, self.asked.solver)), parse_grid(grid))
             for name, site in sites.items()
+            for grid in [usual_grid(site.columns, bits)]
         }
 
     def _search(self, state: _State) -> None:

@@ -18,6 +18,7 @@ from slimwright.methods.registry import (
     methods,
     parse_method,
     register,
+    solver_for,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "methods",
     "parse_method",
     "register",
+    "solver_for",
 ]
 
 

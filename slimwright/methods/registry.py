@@ -22,7 +22,7 @@ from torch import Tensor
 
 from slimwright.calibrate.site_statistics import SiteStatistics
 from slimwright.errors import InputError
-from slimwright.weights import Compressed, Grid, parse_grid
+from slimwright.weights import Compressed, Form, Grid, parse_grid
 
 M = TypeVar("M", bound="type[Method]")
 _METHODS: dict[str, type[Method]] = {}
@@ -108,6 +108,8 @@ class Method(ABC):
     family: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
     """Statistics that must be there, by name (``gram``); empty: works without data."""
+    of_form: ClassVar[tuple[str, ...]] = ()
+    """Knobs beside grids that belong to the form of the result, and so are not in the method's spec."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -125,11 +127,11 @@ class Method(ABC):
 
     @property
     def spec(self) -> str:
-        """The method in writing: its name and the knobs that differ from their defaults, the grid left out."""
+        """The method in writing: its name and the knobs that differ from their defaults, those of the form left out."""
         words = [self.name]
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if not isinstance(value, Grid) and value != field.default:
+            if not isinstance(value, Grid) and value != field.default and field.name not in self.of_form:
                 text = ":".join(map(str, value)) if isinstance(value, tuple) else value
                 words.append(f"{knob_name(field)}={text}")
         return ",".join(words)
@@ -141,7 +143,7 @@ class Method(ABC):
 
 
 class WeightSolver(Method):
-    """Puts one weight on a grid. Subclasses are frozen dataclasses with a ``grid`` knob."""
+    """Puts one weight on a grid, or into another form. Subclasses are frozen dataclasses with a ``grid`` knob."""
 
     family = "quantize"
     grid: Grid
@@ -149,6 +151,16 @@ class WeightSolver(Method):
     """Whether solving a tile of rows gives the rows of solving the whole matrix (given ``stats.survey``)."""
     before: ClassVar[tuple[str, ...]] = ()
     """Specs of the folds that belong to the method: what is done to a model first unless the user says otherwise."""
+
+    @property
+    def form(self) -> Form:
+        """The form of what :meth:`solve` returns."""
+        return self.grid
+
+    @classmethod
+    def knobs_for(cls, form: Form) -> dict[str, Any] | None:
+        """The knobs with which it gives a form, or None if it cannot."""
+        return {"grid": form} if isinstance(form, Grid) else None
 
     @abstractmethod
     def solve(self, weight: Tensor, stats: SiteStatistics) -> Compressed:
@@ -177,20 +189,26 @@ class WeightSolver(Method):
 
     def checked(self, weight: Tensor, stats: SiteStatistics) -> tuple[Tensor, Any]:
         """The weight in float32 and the grid's survey, after the checks that every solver makes."""
+        weight = self.checked_weight(weight, stats)
+        return weight, self.grid.survey(weight) if stats.survey is None else stats.survey
+
+    def checked_weight(self, weight: Tensor, stats: SiteStatistics) -> Tensor:
+        """The weight in float32, after these checks."""
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
             raise InputError(f"{self.name} takes a tensor of floats, not {kind}.")
         if weight.ndim != 2 or not weight.numel():
             raise InputError(f"{self.name} takes a weight (out, in), not one of shape {tuple(weight.shape)}.")
-        reason = self.grid.illegal(*weight.shape)
+        reason = self.form.misfit(tuple(weight.shape))
         if reason:
-            raise InputError(f"The grid {self.grid} cannot hold a weight of {tuple(weight.shape)}: {reason}.")
+            what = "The grid" if isinstance(self.form, Grid) else "The form"
+            raise InputError(f"{what} {self.form} cannot hold a weight of {tuple(weight.shape)}: {reason}.")
         self.check_statistics(stats, weight.shape[1])
         weight = weight.detach().float()
         low, high = weight.aminmax()  # NaN and Inf come through: one pass instead of isfinite's three
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise InputError("The weight holds NaN or Inf.")
-        return weight, self.grid.survey(weight) if stats.survey is None else stats.survey
+        return weight
 
 
 SITES = {"all": ("norm", "v_o", "up_down"), "norms": ("norm",)}
@@ -332,6 +350,22 @@ def method(name: str, **knobs: Any) -> Any:
             hint = f"; did you mean '{near[0]}'?" if near else "."
             raise InputError(f"{name} has no knob '{given}'{hint} It has: {', '.join(known)}.")
     return cls(**{fields[given]: value for given, value in knobs.items()})
+
+
+def solver_for(spec: str, form: Form) -> WeightSolver:
+    """The solver that a spec writes, for a form.
+
+    Raises:
+        InputError: as :func:`parse_method`, it is no solver, or one that does not give this form.
+    """
+    cls = method_class(spec.partition(",")[0].strip())
+    if not issubclass(cls, WeightSolver):
+        raise InputError(f"'{spec}' is not a method that puts weights on a grid.")
+    knobs = cls.knobs_for(form)
+    if knobs is None:
+        raise InputError(f"{cls.name} does not give {form}: `slimwright methods {cls.name}` says what it does.")
+    solver: WeightSolver = parse_method(spec, **knobs)
+    return solver
 
 
 def parse_method(spec: str, **knobs: Any) -> Any:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from slimwright.errors import InputError
 from slimwright.kernels import one_line, packed
 from slimwright.kernels.packed import Matrix
-from slimwright.weights import Grid, matrix_shape, parse_grid
+from slimwright.weights import Form, Grid, matrix_shape, parse_grid
 from slimwright.weights.matrix import kernel_layout, kernel_matrix
 
 TILE_ELEMENTS = 8 << 20
@@ -84,8 +84,12 @@ def arithmetic(matrix: Matrix, dtype: torch.dtype, batch: int) -> int | None:
     return packed.BFLOATS if bfloats else 0
 
 
-def kernel_name(grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    """What multiplies with a weight and one row of input, and why, in a few words (``doctor`` and the report)."""
+def kernel_name(grid: Form, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    """What multiplies with a weight and one row of input, and why, in a few words (``doctor`` and the report); of
+    factors, what multiplies with each."""
+    if not isinstance(grid, Grid):
+        names = [kernel_name(own.grid, own.shape, dtype) for own in grid.components(shape)]
+        return "; ".join(dict.fromkeys(names))
     if grid.plain:
         return "the library's product (not packed)"
     if not ready():

@@ -3,14 +3,15 @@
 ::
 
     {"quant_method": "slimwright", "format_version": 1, "written_by": "0.1.0",
-     "grids": {"int4:g128": ["model.layers.0.self_attn.q_proj.weight", ...], ...},
+     "grids": {"int4:g128": ["model.layers.0.self_attn.q_proj.weight", ...], "int3:g64+lowrank:r16": [...], ...},
      "dense": {"bfloat16:896x4864": [...], "float32:768x3072:t": [...]}, "fingerprint": "<of the source>",
      "activations": {"int8:token": [...]}, "cache": {"kv4:g32:w128": [0, 1, ...]}}
 
 Names are disk names of weights; a layer's experts may be collapsed to ``...experts.[0-127].w1.weight``. Everything that
 is not named is a plain tensor. ``activations``, which may be missing, says how the inputs of weights are rounded
 (:mod:`slimwright.weights.activations`); ``cache``, which may be missing, how layers keep their keys and values
-(:mod:`slimwright.runtime.kv_format`). Every older version is read (``read_config``), a newer one refused.
+(:mod:`slimwright.runtime.kv_format`). Every older version is read (``read_config``), a newer one refused. Version 2
+brought low-rank forms; what has none is written as version 1, which older programs read.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from typing import Any
 from slimwright import __version__
 from slimwright.errors import InputError
 from slimwright.runtime.kv_format import KvFormat
-from slimwright.weights import Grid, parse_grid
+from slimwright.weights import Form, Grid, parse_form
 from slimwright.weights.activations import Activations
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MOST_WEIGHTS = 1 << 18
 """Packed weights that a config may name: a few bytes of it can claim very many."""
 _RANGE = re.compile(r"^(.*)\[0-(\d{1,9})\](.*)$")
@@ -100,16 +101,16 @@ class DenseForm:
 
 
 def write_config(
-    grids: Mapping[str, Grid],
+    grids: Mapping[str, Form],
     fingerprint: str,
     dense: Mapping[str, DenseForm] | None = None,
     activations: Mapping[str, Activations] | None = None,
     cache: Mapping[int, KvFormat] | None = None,
 ) -> dict[str, Any]:
-    """The ``quantization_config`` for weights by disk name on their grids.
+    """The ``quantization_config`` for weights by disk name in their forms.
 
     Args:
-        grids: grid by disk name.
+        grids: form by disk name.
         fingerprint: of the source.
         dense: how each weight was stored in the source, which a dense export gives back.
         activations: how what enters a weight is rounded, by disk name; left out of the config where there is none.
@@ -130,7 +131,7 @@ def write_config(
     rounded = {spec: _collapse(names) for spec, names in by_rounding.items()}
     return {
         "quant_method": "slimwright",
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if all(isinstance(grid, Grid) for grid in grids.values()) else FORMAT_VERSION,
         "written_by": __version__,
         "grids": {spec: _collapse(names) for spec, names in by_grid.items()},
         "dense": {spec: _collapse(names) for spec, names in by_form.items()},
@@ -157,8 +158,8 @@ def _names(config: Mapping[str, Any], key: str) -> dict[str, list[str]]:
     return found
 
 
-def read_config(config: Mapping[str, Any]) -> dict[str, Grid]:
-    """Grids by disk name.
+def read_config(config: Mapping[str, Any]) -> dict[str, Form]:
+    """Forms by disk name.
 
     Raises:
         InputError: a newer format version, or a config that is not of the form above.
@@ -170,9 +171,9 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Grid]:
         raise InputError(
             f"This model is in format version {version}; this slimwright reads up to {FORMAT_VERSION}: upgrade it."
         )
-    found: dict[str, Grid] = {}
+    found: dict[str, Form] = {}
     for spec, names in _names(config, "grids").items():
-        grid = parse_grid(spec)
+        grid = parse_form(spec)
         for name in names:
             if name in found:
                 raise InputError(f"quantization_config names the weight '{name}' twice: the file is damaged.")

@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from slimwright.errors import InputError
 from slimwright.kernels.packed import DTYPES, Matrix
 from slimwright.runtime import compute
-from slimwright.weights import Grid, disk_shapes, matrix_shape, unpack_rows
+from slimwright.weights import (
+    Component,
+    Form,
+    Grid,
+    component_parts,
+    decode_rows,
+    disk_shapes,
+    matrix_ranges,
+    matrix_shape,
+)
 from slimwright.weights.activations import Activations
 from slimwright.weights.matrix import kernel_matrix
 
@@ -41,12 +50,12 @@ class PackedSpec:
     """How one parameter is packed.
 
     Attributes:
-        grid: the number format.
+        grid: the number format, or another form.
         shape: (out, in), or (experts, out, in) for stacked experts.
         transposed: whether the module and the source file hold the dense weight as (..., in, out).
     """
 
-    grid: Grid
+    grid: Form
     shape: tuple[int, ...]
     transposed: bool = False
 
@@ -56,7 +65,7 @@ class PackedSpec:
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
 
-def tile_slices(grid: Grid, shape: tuple[int, ...], rows: slice | None = None) -> Iterator[slice]:
+def tile_slices(grid: Form, shape: tuple[int, ...], rows: slice | None = None) -> Iterator[slice]:
     """Ranges of matrix rows of at most :data:`TILE_BYTES` as float32, starting where the grid's tiles may start."""
     count, columns = matrix_shape(shape)
     start, stop = (0, count) if rows is None else (rows.start, rows.stop)
@@ -66,22 +75,6 @@ def tile_slices(grid: Grid, shape: tuple[int, ...], rows: slice | None = None) -
         end = min(stop, (start // step + 1) * step)
         yield slice(start, end)
         start = end
-
-
-def decode_tile(grid: Grid, parts: Mapping[str, Tensor], shape: tuple[int, ...], rows: slice) -> Tensor:
-    """Values of a range of matrix rows: (rows, columns) float32.
-
-    Args:
-        parts: tensors by suffix as they lie on disk (:func:`slimwright.weights.disk_shapes`).
-        shape: (out, in) or (experts, out, in); experts are stacked along the rows.
-        rows: any range; it is widened to where the grid's tiles begin, and cut again.
-    """
-    count, columns = matrix_shape(shape)
-    multiple = grid.row_multiple(columns)
-    first = rows.start - rows.start % multiple
-    last = min(count, rows.stop + -rows.stop % multiple)
-    values = grid.decode(*unpack_rows(grid, parts, shape, slice(first, last)))
-    return values if (first, last) == (rows.start, rows.stop) else values[rows.start - first : rows.stop - first]
 
 
 # -- multiplication ------------------------------------------------------------------------------------------------
@@ -105,8 +98,9 @@ def _multiply_tiles(
 ) -> Tensor:
     """The reference."""
     outputs = []
+    plain = parts[""].reshape(matrix_shape(shape)) if grid.plain and parts[""].is_contiguous() else None
     for tile in tile_slices(grid, shape, rows):
-        weight = decode_tile(grid, parts, shape, tile).to(x.dtype)
+        weight = (decode_rows(grid, parts, shape, tile) if plain is None else plain[tile]).to(x.dtype)
         part_bias = None if bias is None else bias[tile.start - rows.start : tile.stop - rows.start]
         outputs.append(F.linear(x, weight, part_bias))
         del weight
@@ -138,7 +132,7 @@ class _PackedMultiply(torch.autograd.Function):
         grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
             for tile in tile_slices(ctx.grid, ctx.shape, ctx.rows):
-                weight = decode_tile(ctx.grid, parts, ctx.shape, tile).to(gradient.dtype)
+                weight = decode_rows(ctx.grid, parts, ctx.shape, tile).to(gradient.dtype)
                 piece = gradient[..., tile.start - ctx.rows.start : tile.stop - ctx.rows.start] @ weight
                 del weight
                 grad_x = piece if grad_x is None else grad_x.float().add_(piece)
@@ -169,12 +163,35 @@ def packed_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     rows = slice(0, matrix_shape(spec.shape)[0]) if rows is None else rows
+    grid = spec.grid
+    if not isinstance(grid, Grid):
+        return _factored_linear(x, parts, spec, bias, rows, digits)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if needs_grad and torch.compiler.is_compiling():  # the partitioner recomputes the decoding
-        return _multiply_tiles(x, bias, spec.grid, spec.shape, rows, parts)
+        return _multiply_tiles(x, bias, grid, spec.shape, rows, parts)
     if needs_grad:
-        return _PackedMultiply.apply(x, bias, spec.grid, spec.shape, rows, tuple(parts), digits, *parts.values())
-    return _multiply(x, bias, spec.grid, spec.shape, rows, parts, digits)
+        return _PackedMultiply.apply(x, bias, grid, spec.shape, rows, tuple(parts), digits, *parts.values())
+    return _multiply(x, bias, grid, spec.shape, rows, parts, digits)
+
+
+def _factored_linear(
+    x: Tensor, parts: Mapping[str, Tensor], spec: PackedSpec, bias: Tensor | None, rows: slice, digits: int
+) -> Tensor:
+    """:func:`packed_linear` through the factors, one after the other, beside the weight that they correct."""
+
+    def product(x: Tensor, component: Component, rows: slice, bias: Tensor | None = None) -> Tensor:
+        own = PackedSpec(component.grid, component.shape)
+        return packed_linear(x, component_parts(component, parts), own, bias, rows, digits)
+
+    *base, left, right = spec.grid.components(spec.shape)
+    products = [
+        product(product(x, right, right.rows_for(own, spec.shape[-2])), left, own)
+        for own in matrix_ranges(rows, spec.shape[-2])
+    ]
+    out = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+    if base:
+        return product(x, base[0], rows, bias) + out
+    return out if bias is None else out + bias
 
 
 def _plain_call(x: Tensor, bias: Tensor | None) -> bool:
@@ -276,7 +293,7 @@ class PackedWeight(nn.Parameter):
                     else self.owner.multiply_rows(self.parameter, rows, x)
                 )
             ],
-            lambda: [decode_tile(one.grid, parts, one.shape, rows)],
+            lambda: [decode_rows(one.grid, parts, one.shape, rows)],
             spec.transposed,
             self.owner.compute_dtype,
         )
@@ -395,8 +412,9 @@ class PackedModule(nn.Module):
             else:
                 return found[0]
         spec, parts = self.packed[name], self.parts(name)
-        usable = not spec.grid.plain and compute.ready() and all(p.device.type == "cpu" for p in parts.values())
-        made = kernel_matrix(spec.grid, parts, matrix_shape(spec.shape)) if usable else None
+        usable = compute.ready() and all(part.device.type == "cpu" for part in parts.values())
+        grid = spec.grid if usable and isinstance(spec.grid, Grid) and not spec.grid.plain else None
+        made = None if grid is None else kernel_matrix(grid, parts, matrix_shape(spec.shape))
         if made is not None:
             kernels[name] = (made, [(name + suffix, part, part.data_ptr()) for suffix, part in parts.items()])
         return made
@@ -415,7 +433,7 @@ class PackedModule(nn.Module):
         spec, parts = self.packed[name], self.parts(name)
         dense = torch.empty(matrix_shape(spec.shape), dtype=dtype, device=parts[""].device)
         for rows in tile_slices(spec.grid, spec.shape):
-            dense[rows] = decode_tile(spec.grid, parts, spec.shape, rows).to(dtype)
+            dense[rows] = decode_rows(spec.grid, parts, spec.shape, rows).to(dtype)
         dense = dense.reshape(spec.shape)
         return dense.transpose(-1, -2).contiguous() if spec.transposed else dense
 
@@ -535,18 +553,19 @@ class _OneWeight(PackedModule):
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows of ``W`` in :attr:`compute_dtype`: (*ids.shape, columns). Only these rows are unpacked."""
         spec, parts, flat = self.packed["weight"], self.parts("weight"), ids.reshape(-1)
-        columns = spec.shape[-1]
+        grid, columns = spec.grid, spec.shape[-1]
+        assert isinstance(grid, Grid)  # the quantizer refuses others where rows are looked up
 
         if (
             ids.device.type == "cpu"
             and self.compute_dtype in DTYPES
-            and compute.usable(spec.grid, torch.empty(0, dtype=self.compute_dtype), parts)
+            and compute.usable(grid, torch.empty(0, dtype=self.compute_dtype), parts)
         ):
-            rows = compute.packed_gather(flat, parts, spec.grid, spec.shape, self.compute_dtype)
+            rows = compute.packed_gather(flat, parts, grid, spec.shape, self.compute_dtype)
             return rows.reshape(*ids.shape, columns)
 
         def gather(index: Tensor) -> Tensor:
-            return spec.grid.gather(parts, index, spec.shape).to(self.compute_dtype)
+            return grid.gather(parts, index, spec.shape).to(self.compute_dtype)
 
         step = max(1, _tile_elements() // columns)
         if not torch.compiler.is_compiling() and flat.shape[0] == 0:

@@ -37,7 +37,7 @@ from slimwright.runtime.modules import (
     experts_class,
     packed_class,
 )
-from slimwright.weights import Grid
+from slimwright.weights import Form, Grid
 
 _ABSENT_BUFFERS = r"rotary_emb\.inv_freq$|(^|\.)position_ids$"  # persistent in old checkpoints, computed since
 
@@ -153,7 +153,7 @@ class SlimwrightQuantizer(HfQuantizer):
                 "slimwright does not compress while loading: run `slimwright fit MODEL --out DIR` and load DIR."
             )
         super().__init__(quantization_config, **kwargs)
-        self.grids: dict[str, Grid] = read_config(quantization_config.to_dict())
+        self.grids: dict[str, Form] = read_config(quantization_config.to_dict())
         self.forms: dict[str, DenseForm] = read_dense(quantization_config.to_dict())
         self.activations = read_activations(quantization_config.to_dict())
         self.cache: dict[int, KvFormat] = read_cache(quantization_config.to_dict())
@@ -286,6 +286,8 @@ class SlimwrightQuantizer(HfQuantizer):
             base: type[PackedModule] = (
                 PackedConv1D if transposed else PackedLinear if isinstance(module, nn.Linear) else PackedEmbedding
             )
+            if base is PackedEmbedding:
+                _check_lookup(disk, grid)
             if transposed:
                 module.in_features, module.out_features = shape  # type: ignore[assignment]
             module.__class__ = packed_class(base, own)  # type: ignore[arg-type, assignment]
@@ -381,6 +383,8 @@ class SlimwrightQuantizer(HfQuantizer):
                 f"'{name}' is tied to the packed '{source}', but is not the weight of a linear or embedding."
             )
         base: type[PackedModule] = TiedHead if isinstance(module, nn.Linear) else TiedEmbedding
+        if base is TiedEmbedding:
+            _check_lookup(name, owner.packed["weight"].grid)
         module.__class__ = packed_class(base, type(module))  # type: ignore[arg-type, assignment]
         module.__dict__.update(
             packed={},
@@ -466,11 +470,7 @@ class SlimwrightQuantizer(HfQuantizer):
             names = _Names(whole)
             prefixes = {model.base_model_prefix, whole.base_model_prefix}
             missing = [name for name in missing if any(n in names.state for n in _spellings(name, prefixes))]
-            owners = {
-                disk + suffix: disk
-                for disk, grid in self.grids.items()
-                for suffix in (part.suffix for part in grid.parts(1, 256))
-            }
+            owners = {disk + suffix: disk for disk, grid in self.grids.items() for suffix in grid.parts_of((256, 256))}
             unknown = [disk for disk in unknown if names.resolve(owners.get(disk, disk))[0] not in names.state]
         if missing:
             raise InputError(
@@ -518,6 +518,16 @@ class SlimwrightQuantizer(HfQuantizer):
 
             model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
         return model
+
+
+def _check_lookup(name: str, form: Form) -> None:
+    """Only a weight on a grid has rows to look up.
+
+    Raises:
+        InputError: it is a low-rank form.
+    """
+    if not isinstance(form, Grid):
+        raise InputError(f"config.json holds '{name}' as {form}, whose rows cannot be looked up: it is damaged.")
 
 
 class _Dtypes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
+from slimwright.weights.form import Component, Form, Part
+
+__all__ = ["Grid", "Levels", "Params", "Part", "grid_kinds", "parse_grid", "register_grid", "row_blocks"]
 
 Params = dict[str, Tensor]
 """What ``fit`` finds for a tile: named tensors such as ``scale`` and ``zero``, every one with the rows first.
@@ -56,20 +59,7 @@ _BLOCK_ELEMENTS = 1 << 19
 """Elements worked on at a time, so that temporaries stay in the processor's cache."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """One tensor on disk: its suffix after the weight's name, dtype and shape."""
-
-    suffix: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class Grid(ABC):
+class Grid(Form):
     """A number format. Subclasses are frozen dataclasses registered by :func:`register_grid`."""
 
     key: ClassVar[str]
@@ -78,8 +68,6 @@ class Grid(ABC):
     """Specs that show what the kind offers (error messages, tests over the registry); empty: just the key."""
     weighted: ClassVar[bool] = False
     """Whether :meth:`fit` uses ``importance``."""
-    plain: ClassVar[bool] = False
-    """Whether the payload is the dense tensor itself in another dtype, which every program reads."""
 
     @property
     @abstractmethod
@@ -194,15 +182,18 @@ class Grid(ABC):
         """The nearest grid values: (rows, columns) float32."""
         return self.decode(self.encode(w, params), params)
 
+    def components(self, shape: tuple[int, ...]) -> tuple[Component, ...]:
+        return (Component("", self, shape),)
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        return self.illegal(math.prod(shape[:-1]), shape[-1])
+
     def nbytes(self, rows: int, columns: int) -> int:
         return sum(part.nbytes for part in self.parts(rows, columns))
 
     def bits_per_weight(self, rows: int, columns: int) -> float:
         """Honest bits: scales, zeros and padding included."""
         return 8 * self.nbytes(rows, columns) / (rows * columns)
-
-    def __str__(self) -> str:
-        return self.spec
 
 
 _GRIDS: dict[str, type[Grid]] = {}

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from slimwright.errors import InputError
-from slimwright.weights.grid import Grid, Params, Part, parse_grid
+from slimwright.weights.form import Component, Form, Part
+from slimwright.weights.grid import Grid, Params, parse_grid
 
 
 class Compressed(ABC):
@@ -44,8 +46,13 @@ class Compressed(ABC):
         """Honest bits per weight, scales and padding included."""
         return 8 * self.nbytes / max(1, math.prod(self.shape))
 
+    def matrices(self) -> tuple[Compressed, ...]:
+        """What it is made of: itself, or factors and terms. Their values are what a checksum is taken of."""
+        return (self,)
+
     def matmul(self, x: Tensor) -> Tensor:
-        """``x @ W.T`` for ``x`` (..., in), in x's dtype: the reference, through the dense weight.
+        """``x @ W.T`` for ``x`` (..., in), in x's dtype: the reference, through the dense weight. Factors are
+        multiplied with one after the other, and terms added.
 
         Stacked experts take ``x`` of shape (experts, tokens, in).
         """
@@ -145,6 +152,95 @@ class Shared(Compressed):
         return {"form": "shared", "key": self.key}
 
 
+RIGHT = "_right"
+LEFT = "_left"
+"""What the suffixes of a right factor's tensors begin with; of a left factor's in a sum."""
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Compressed):
+    """``L R``.
+
+    Args:
+        left: (out, rank), or (experts, out, rank).
+        right: (rank, in), or (experts, rank, in).
+    """
+
+    left: Compressed
+    right: Compressed
+
+    def __post_init__(self) -> None:
+        left, right = self.left.shape, self.right.shape
+        if len(left) != len(right) or left[:-2] != right[:-2] or left[-1] != right[-2]:
+            raise InputError(f"Factors of shapes {left} and {right} cannot be multiplied.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (*self.left.shape[:-1], self.right.shape[-1])
+
+    def dense(self) -> Tensor:
+        return self.left.dense() @ self.right.dense()
+
+    def matrices(self) -> tuple[Compressed, ...]:
+        return (*self.left.matrices(), *self.right.matrices())
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.left.matmul(self.right.matmul(x))
+
+    def save(self) -> dict[str, Tensor]:
+        """The left factor under the weight's own name; if it is not packed, with a dimension of 1 behind its own, so
+        that a program which does not know the form stops with a size mismatch even where the rank is the width."""
+        left = self.left.save()
+        if isinstance(self.left, Dense):
+            left = {"": left[""].unsqueeze(-1)}
+        return left | {RIGHT + suffix: tensor for suffix, tensor in self.right.save().items()}
+
+    @property
+    def nbytes(self) -> int:
+        return self.left.nbytes + self.right.nbytes
+
+    def spec(self) -> dict[str, Any]:
+        return {"form": "low_rank", "left": self.left.spec(), "right": self.right.spec()}
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Compressed):
+    """A weight and its low-rank correction: their values add up."""
+
+    base: Compressed
+    correction: LowRank
+
+    def __post_init__(self) -> None:
+        if self.base.shape != self.correction.shape:
+            raise InputError(f"A correction of shape {self.correction.shape} does not fit a weight {self.base.shape}.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.base.shape
+
+    def dense(self) -> Tensor:
+        return self.base.dense() + self.correction.dense()
+
+    def matrices(self) -> tuple[Compressed, ...]:
+        return (*self.base.matrices(), *self.correction.matrices())
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.base.matmul(x) + self.correction.matmul(x)
+
+    def save(self) -> dict[str, Tensor]:
+        correction = self.correction.save()
+        return self.base.save() | {
+            suffix if suffix.startswith(RIGHT) else LEFT + suffix: tensor for suffix, tensor in correction.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes + self.correction.nbytes
+
+    def spec(self) -> dict[str, Any]:
+        return {"form": "sum", "base": self.base.spec(), "correction": self.correction.spec()}
+
+
 def quantize(grid: Grid, w: Tensor, params: Params, shape: tuple[int, ...] = ()) -> Compressed:
     """The value that rounding a matrix ``w`` (rows, columns) with ``params`` gives.
 
@@ -163,16 +259,13 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1]
 
 
-def disk_shapes(grid: Grid, shape: tuple[int, ...]) -> dict[str, Part]:
-    """The tensors on disk of a weight of ``shape`` on ``grid``, by suffix.
+def disk_shapes(form: Form, shape: tuple[int, ...]) -> dict[str, Part]:
+    """The tensors on disk of a weight of ``shape`` in a form, by suffix.
 
-    The payload has one dimension more than the weight: (experts, out, bytes, 1) for stacked experts; a plain grid's
-    payload is the weight's own shape in the grid's dtype.
+    A packed payload has one dimension more than the weight: (experts, out, bytes, 1) for stacked experts; that of a
+    plain grid is the weight's own shape in the grid's dtype. Of factors see :class:`slimwright.weights.LowRankForm`.
     """
-    payload, *rest = grid.parts(*matrix_shape(shape))
-    found = {"": Part("", payload.dtype, (*shape[:-1], *payload.shape[1:]))}
-    found.update({part.suffix: part for part in rest})
-    return found
+    return form.parts_of(shape)
 
 
 def unpack_rows(
@@ -194,6 +287,63 @@ def unpack_rows(
     return grid.unpack(cut, columns)
 
 
+def component_parts(component: Component, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one component by its grid's own suffixes, as they would lie on disk if it were a weight.
+
+    Args:
+        parts: all tensors of the weight by suffix.
+    """
+    found = {suffix: parts[part.suffix] for suffix, part in component.parts().items()}
+    if component.widened and component.grid.plain:
+        found[""] = found[""].squeeze(-1)
+    return found
+
+
+def decode_component(component: Component, parts: Mapping[str, Tensor], rows: slice) -> Tensor:
+    """Values of a range of a component's matrix rows: (rows, columns) float32.
+
+    Args:
+        parts: all tensors of the weight by suffix, as they lie on disk.
+        rows: any range; it is widened to where the grid's tiles begin, and cut again.
+    """
+    grid, (count, columns) = component.grid, component.matrix_shape
+    multiple = grid.row_multiple(columns)
+    first = rows.start - rows.start % multiple
+    last = min(count, rows.stop + -rows.stop % multiple)
+    own = component_parts(component, parts)
+    values = grid.decode(*unpack_rows(grid, own, component.shape, slice(first, last)))
+    return values if (first, last) == (rows.start, rows.stop) else values[rows.start - first : rows.stop - first]
+
+
+def decode_rows(form: Form, parts: Mapping[str, Tensor], shape: tuple[int, ...], rows: slice) -> Tensor:
+    """Values of a range of matrix rows: (rows, columns) float32.
+
+    Args:
+        parts: tensors by suffix as they lie on disk (:func:`disk_shapes`).
+        shape: (out, in) or (experts, out, in); experts are stacked along the rows.
+        rows: start and stop of any range.
+    """
+    components = form.components(shape)
+    if len(components) == 1:
+        return decode_component(components[0], parts, rows)
+    *base, left, right = components
+    products = [
+        decode_component(left, parts, own) @ decode_component(right, parts, right.rows_for(own, shape[-2]))
+        for own in matrix_ranges(rows, shape[-2])
+    ]
+    product = products[0] if len(products) == 1 else torch.cat(products)
+    return product if not base else decode_component(base[0], parts, rows) + product
+
+
+def matrix_ranges(rows: slice, out: int) -> Iterator[slice]:
+    """Cut a range of stacked rows where one matrix of ``out`` rows ends and the next begins."""
+    start = rows.start
+    while start < rows.stop:
+        stop = min(rows.stop, (start // out + 1) * out)
+        yield slice(start, stop)
+        start = stop
+
+
 def load_value(tensors: Mapping[str, Tensor], spec: Mapping[str, Any], shared: Compressed | None = None) -> Compressed:
     """Inverse of ``save`` and ``spec``.
 
@@ -207,6 +357,18 @@ def load_value(tensors: Mapping[str, Tensor], spec: Mapping[str, Any], shared: C
         if shared is None:
             raise InputError(f"The weight shared under '{spec.get('key')}' was not given.")
         return Shared(str(spec["key"]), shared)
+    if form == "low_rank":
+        left = {key: tensor for key, tensor in tensors.items() if not key.startswith(RIGHT)}
+        if spec["left"].get("form") == "dense":
+            left = {"": left[""].squeeze(-1)}
+        right = {key.removeprefix(RIGHT): tensor for key, tensor in tensors.items() if key.startswith(RIGHT)}
+        return LowRank(load_value(left, spec["left"]), load_value(right, spec["right"]))
+    if form == "sum":
+        factors = {key.removeprefix(LEFT): t for key, t in tensors.items() if key.startswith((LEFT, RIGHT))}
+        correction = load_value(factors, spec["correction"])
+        if not isinstance(correction, LowRank):
+            raise InputError("A sum's correction must be of low rank.")
+        return Sum(load_value(tensors, spec["base"]), correction)
     if form != "quantized":
         raise InputError(f"Unknown form of a compressed weight: {form!r}; a newer version of slimwright may read it.")
     grid, shape = parse_grid(str(spec["grid"])), tuple(int(size) for size in spec["shape"])

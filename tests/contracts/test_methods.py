@@ -11,9 +11,12 @@ from safetensors.torch import load, save
 
 from slimwright.errors import InputError
 from slimwright.methods import SiteStatistics, WeightSolver, method, method_class, methods, parse_method
-from slimwright.weights import Grid, load_value, parse_grid
+from slimwright.methods.factorizing import LowRankSolver
+from slimwright.weights import Compressed, Grid, LowRankForm, load_value, parse_form, parse_grid
 
-SOLVERS = [name for name, cls in methods().items() if issubclass(cls, WeightSolver)]
+ALL_SOLVERS = [name for name, cls in methods().items() if issubclass(cls, WeightSolver)]
+LOW_RANK = [name for name in ALL_SOLVERS if issubclass(method_class(name), LowRankSolver)]
+SOLVERS = [name for name in ALL_SOLVERS if name not in LOW_RANK]
 SPECS = ["int4:g128", "int3:g64:real", "int8:row:sym", "int2:g24", "nf4", "nf4:single", "fp8:tensor", "mxfp4", "q4_0",
          "q4_k", "q6_k", "bf16"]  # fmt: skip
 
@@ -40,6 +43,7 @@ def statistics() -> SiteStatistics:
 
 def test_there_are_solvers_and_each_takes_a_grid() -> None:
     assert {"quantize/rtn", "quantize/hqq"} <= set(SOLVERS)
+    assert {"factorize/svd", "factorize/asvd", "factorize/svd_llm", "factorize/corrected"} <= set(LOW_RANK)
     assert {name for name, _ in CASES} == set(SOLVERS)
 
 
@@ -60,15 +64,68 @@ def test_solve(name: str, spec: str, dtype: torch.dtype) -> None:
     again = solver.solve(before, stats).save()
     assert tensors.keys() == again.keys()
     assert all(torch.equal(tensors[key], again[key]) for key in tensors)
-    # Save, load, same value; honest bytes.
-    stored = load(save({key or "weight": tensor for key, tensor in tensors.items()}))
+    assert_saved(value)
+    # A 16-bit weight is solved as its float32 copy is.
+    assert torch.equal(solver.solve(w.float(), stats).dense(), dense)
+
+
+def assert_saved(value: Compressed) -> None:
+    """Save, load, same value; honest bytes."""
+    stored = load(save({key or "weight": tensor.contiguous() for key, tensor in value.save().items()}))
     read = {"" if key == "weight" else key: tensor for key, tensor in stored.items()}
     assert value.nbytes == sum(tensor.nbytes for tensor in read.values())
     loaded = load_value(read, value.spec())
-    assert torch.equal(loaded.dense(), dense)
+    assert torch.equal(loaded.dense(), value.dense())
     assert loaded.nbytes == value.nbytes
-    # A 16-bit weight is solved as its float32 copy is.
-    assert torch.equal(solver.solve(w.float(), stats).dense(), dense)
+
+
+def of_rank(name: str, rank: int = 12, **knobs: object) -> LowRankSolver:
+    solver: LowRankSolver = method(name, rank=rank, **knobs)
+    return solver
+
+
+FACTORS = [
+    (name, {knob: spec})
+    for name in LOW_RANK
+    for knob in ("factors" if "factors" in method_class(name).__dataclass_fields__ else "grid",)
+    for spec in ("bf16", "int4:g32", "nf4", "q8_0")
+]
+
+
+@pytest.mark.parametrize(("name", "factors"), FACTORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_solve_by_factors(name: str, factors: dict[str, str], dtype: torch.dtype) -> None:
+    solver, stats = of_rank(name, 32 if "q8_0" in factors.values() else 12, **factors), statistics()
+    w = torch.cat([weight(dtype), weight(dtype).flip(1)])
+    before = w.clone()
+    value = solver.solve(w, stats)
+    assert torch.equal(w, before), "the weight was changed"
+    assert isinstance(solver.form, LowRankForm) and parse_form(solver.form.spec) == solver.form
+    assert method_class(name).knobs_for(solver.form) is not None
+    parts = solver.form.parts_of(tuple(w.shape))
+    tensors, again = value.save(), solver.solve(before, stats).save()
+    assert tensors.keys() == again.keys() == parts.keys()
+    assert all(torch.equal(tensors[key], again[key]) for key in tensors)
+    assert all((t.dtype, tuple(t.shape)) == (parts[key].dtype, parts[key].shape) for key, t in tensors.items())
+    assert torch.isfinite(value.dense()).all()
+    assert_saved(value)
+    assert torch.equal(solver.solve(w.float(), stats).dense(), value.dense())
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_factors_of_odd_weights(name: str) -> None:
+    """Memory order, any magnitude, zeros, NaN, inputs that were never seen, and few tokens."""
+    solver, w, stats = of_rank(name), weight(), statistics()
+    torch.testing.assert_close(solver.solve(w.t().contiguous().t(), stats).dense(), solver.solve(w, stats).dense())
+    for size in (1e-30, 1e-6, 1e4, 1e30):
+        assert torch.isfinite(solver.solve(w * size, stats).dense()).all()
+    assert (solver.solve(torch.zeros(30, 256), stats).dense() == 0).all()
+    x = torch.randn(40, 256, generator=torch.Generator().manual_seed(3))
+    x[:, ::3] = 0
+    assert torch.isfinite(solver.solve(w, SiteStatistics.from_inputs(x)).dense()).all()
+    w[23, 200] = float("nan")
+    with pytest.raises(InputError, match="NaN or Inf"):
+        solver.solve(w, stats)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -102,14 +159,14 @@ def test_nan_and_inf_are_refused(name: str, bad: float) -> None:
         method(name).solve(w, statistics())
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ALL_SOLVERS)
 @pytest.mark.parametrize("shape", [(), (5,), (0, 256), (4, 0), (2, 3, 256)])
 def test_bad_shapes_are_refused(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="shape"):
         method(name).solve(torch.zeros(shape), statistics())
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ALL_SOLVERS)
 def test_other_things_than_floats_are_refused(name: str) -> None:
     for thing in (torch.zeros(4, 256, dtype=torch.int8), [[1.0]], None):
         with pytest.raises(InputError, match="floats"):

@@ -1,4 +1,4 @@
-"""Writes a golden directory of the current format version: ``python -m tests.golden.make tests/golden/v1``.
+"""Writes a golden directory of the current format version: ``python -m tests.golden.make tests/golden/v2``.
 
 Run once per released format version and never again for an old one: what is here must be read by every later version.
 """
@@ -14,15 +14,18 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slimwright.job.fit import fit
-from slimwright.methods import SiteStatistics, method
-from slimwright.plan import Assignment, Plan
-from slimwright.weights import matrix_shape, parse_grid
+from slimwright.methods import SiteStatistics, solver_for
+from slimwright.plan import Assignment, Plan, method_on
+from slimwright.weights import matrix_shape, parse_form
 
 GRIDS = (
     "int2:g16", "int3:g32", "int4:g32", "int4:g100", "int5:row", "int6:g64:sym", "int7:g32:real", "int8:g64", "nf4",
     "nf4:single", "fp8", "fp8:tensor", "mxfp4", "q4_0", "q8_0", "q4_k", "q6_k",
+    "lowrank:r3", "lowrank:r4:int8:g64", "int3:g32+lowrank:r2", "nf4+lowrank:r5:int4:row",
 )  # fmt: skip
-MODEL_GRIDS = ("int4:g32", "int2:g16", "int3:g32", "int5:row", "int8:g64:sym", "nf4", "mxfp4")
+MODEL_GRIDS = (
+    "int4:g32", "lowrank:r24", "int2:g16+lowrank:r6", "int3:g32", "int5:row+lowrank:r4:int8:row", "nf4", "mxfp4",
+)  # fmt: skip
 IDS = torch.arange(3, 19).reshape(2, 8)
 
 
@@ -33,8 +36,9 @@ def make(directory: Path) -> None:
     weight = torch.randn(6, 256, generator=generator)
     tensors = {}
     for spec in GRIDS:
-        value = method("quantize/rtn", grid=spec, clip="none").solve(weight, SiteStatistics.none())
-        assert matrix_shape(value.shape) == (6, 256) and parse_grid(spec).spec
+        form = parse_form(spec)
+        value = solver_for(str(method_on(spec, "quantize/rtn,clip=none")), form).solve(weight, SiteStatistics.none())
+        assert matrix_shape(value.shape) == (6, 256) and form.spec == spec
         tensors[f"{spec}/dense"] = value.dense().contiguous()
         tensors |= {f"{spec}/part{suffix}": part.contiguous() for suffix, part in value.save().items()}
     directory.mkdir(parents=True)  # an old version is never overwritten
@@ -52,8 +56,9 @@ def make(directory: Path) -> None:
     groups = slimwright.inspect(str(source)).choice_groups()
     plan = Plan(
         assignments={
-            group: Assignment(grid=MODEL_GRIDS[index % len(MODEL_GRIDS)], method="quantize/rtn")
+            group: Assignment(grid=spec, method=method_on(spec, "quantize/rtn"))
             for index, group in enumerate(groups)
+            for spec in [MODEL_GRIDS[index % len(MODEL_GRIDS)]]
         }
     )
     (directory / "plan.yaml").write_text(plan.to_yaml())

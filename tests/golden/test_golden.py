@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import slimwright
 from slimwright.runtime.format import FORMAT_VERSION
-from slimwright.weights import load_value
+from slimwright.weights import Grid, decode_rows, parse_form
 from tests.golden.make import IDS
 
 VERSIONS = sorted(path for path in Path(__file__).parent.iterdir() if path.name.startswith("v"))
@@ -31,8 +31,11 @@ def test_grids_decode_to_the_same_values(directory: Path) -> None:
             for name, tensor in tensors.items()
             if name.startswith(f"{spec}/part")
         }
-        value = load_value(parts, {"form": "quantized", "grid": spec, "shape": [6, 256]})
-        assert torch.equal(value.dense(), tensors[f"{spec}/dense"]), spec
+        dense, wanted = decode_rows(parse_form(spec), parts, (6, 256), slice(0, 6)), tensors[f"{spec}/dense"]
+        if isinstance(parse_form(spec), Grid):
+            assert torch.equal(dense, wanted), spec
+        else:  # the last digits of a product are the machine's
+            torch.testing.assert_close(dense, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("directory", VERSIONS, ids=lambda path: path.name)

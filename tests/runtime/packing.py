@@ -14,15 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slimwright.checkpoint import Checkpoint
-from slimwright.methods import SiteStatistics, method
+from slimwright.methods import SiteStatistics, method, solver_for
 from slimwright.model.discover import discover
 from slimwright.model.structure import Site
+from slimwright.plan import cannot_hold, method_on
 from slimwright.runtime.format import DenseForm, write_config
-from slimwright.weights import Dense, Grid, Quantized, parse_grid
+from slimwright.weights import Dense, Form, Grid, Quantized, parse_form
 from tests.families import cached
 
-MIXED = ("int4:g32", "nf4", "int3:g64", "int8:row", "mxfp4", "int5:g32:real", "fp8", "int2:g32:sym", "bf16", "q4_0")
-"""Dealt out to the choice groups in turn; a grid that cannot hold a weight gives way to the next."""
+MIXED = ("int4:g32", "nf4", "int3:g64", "lowrank:r4:int8:row", "int8:row", "mxfp4", "int5:g32:real", "fp8",
+         "int4:g32+lowrank:r3", "int2:g32:sym", "bf16", "q4_0", "int3:g32+lowrank:r4:int4:row",
+         "lowrank:r16")  # fmt: skip
+"""Dealt out to the choice groups in turn; a form that cannot hold a weight gives way to the next."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Packed:
 
     directory: Path
     dense: Path
-    grids: dict[str, Grid]
+    grids: dict[str, Form]
     sites: dict[str, Site]
 
 
@@ -47,22 +50,26 @@ def pack(source: Path, out: Path, specs: tuple[str, ...] = MIXED, only: Any = No
     tensors = load_file(source / "model.safetensors")
     packed, dense, grids, forms = dict(tensors), dict(tensors), {}, {}
     for number, sites in enumerate(structure.choice_groups().values()):
-        turned = [parse_grid(spec) for spec in (*specs[number % len(specs) :], *specs)]
-        grid = next(g for g in turned if not any(g.illegal(site.rows, site.columns) for site in sites))
+        turned = [parse_form(spec) for spec in (*specs[number % len(specs) :], *specs)]
+        grid = next(g for g in turned if not any(cannot_hold(g, site) for site in sites))
         for site in sites:
             if only is not None and not only(site):
                 continue
             matrix = tensors[site.name].float()
             matrix = (matrix.transpose(-1, -2) if site.transposed else matrix).reshape(site.rows, site.columns)
-            value = method("quantize/rtn", grid=grid).solve(matrix, SiteStatistics.none())
-            value = (
-                Dense(value.dense().to(value.save()[""].dtype).reshape(site.weight_shape))
-                if grid.plain
-                else Quantized(grid, value.codes, value.params, site.weight_shape)
-            )
-            dense[site.name] = oriented(site, value.dense())
+            if isinstance(grid, Grid):
+                value = method("quantize/rtn", grid=grid).solve(matrix, SiteStatistics.none())
+                value = (
+                    Dense(value.dense().to(value.save()[""].dtype).reshape(site.weight_shape))
+                    if grid.plain
+                    else Quantized(grid, value.codes, value.params, site.weight_shape)
+                )
+                whole, parts = value.dense(), value.save()
+            else:
+                whole, parts = factored(site, matrix, grid)
+            dense[site.name] = oriented(site, whole)
             del packed[site.name]
-            for suffix, part in value.save().items():
+            for suffix, part in parts.items():
                 packed[site.name + suffix] = oriented(site, part) if grid.plain else part
             grids[site.name] = grid
             forms[site.name] = DenseForm(str(tensors[site.name].dtype)[6:], site.shape, site.transposed)
@@ -72,6 +79,17 @@ def pack(source: Path, out: Path, specs: tuple[str, ...] = MIXED, only: Any = No
         save_file(content, directory / "model.safetensors", metadata={"format": "pt"})
     edit_config(out / "packed", lambda config: config.update(quantization_config=write_config(grids, "test", forms)))
     return Packed(out / "packed", out / "dense", grids, structure.sites)
+
+
+def factored(site: Site, matrix: Tensor, form: Form) -> tuple[Tensor, dict[str, Tensor]]:
+    """A site's weight as it stands in a low-rank form, and its tensors by suffix; experts one by one."""
+    solver = solver_for(str(method_on(form.spec, "quantize/rtn")), form)
+    values = [solver.solve(one, SiteStatistics.none()) for one in matrix.split(site.weight_shape[-2])]
+    saved = [value.save() for value in values]
+    parts = {
+        s: torch.cat([own[s] for own in saved]).reshape(p.shape) for s, p in form.parts_of(site.weight_shape).items()
+    }
+    return torch.cat([value.dense() for value in values]).reshape(site.weight_shape), parts
 
 
 def edit_config(directory: Path, edit: Any) -> None:

@@ -23,7 +23,7 @@ from slimwright.runtime.modules import (
     PackedEmbedding,
     PackedLinear,
     PackedSpec,
-    decode_tile,
+    decode_rows,
     experts_class,
     packed_class,
     packed_linear,
@@ -104,7 +104,7 @@ def test_nf4_superblocks_cross_rows(small_tiles: None) -> None:
         covered = [index for tile in tile_slices(grid, (rows, columns)) for index in range(tile.start, tile.stop)]
         assert covered == list(range(rows))
         parts = module.parts("weight")
-        assert torch.equal(decode_tile(grid, parts, (rows, columns), slice(5, 9)), weight[5:9])
+        assert torch.equal(decode_rows(grid, parts, (rows, columns), slice(5, 9)), weight[5:9])
         assert torch.equal(module.project(torch.eye(columns)), weight.T)
 
 

@@ -1,0 +1,1 @@
+"""Low-rank solvers: one file each."""
