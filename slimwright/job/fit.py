@@ -22,7 +22,7 @@ from slimwright.errors import InputError
 from slimwright.job.build import layout_of, plan_units
 from slimwright.job.caching import EVERYWHERE, cache_formats
 from slimwright.job.calibration import with_data
-from slimwright.job.edits import rotated
+from slimwright.job.edits import dropped, rotated
 from slimwright.job.forecast import Forecast, forecast, measure_rates
 from slimwright.job.memory import MemoryWatch, memory_cap
 from slimwright.job.open import open_source
@@ -100,6 +100,8 @@ class _Job:
         self.asked = asked
         edits, ranges, plain = tuple(asked.edits()), asked.needs_scales(), (source, structure)
         source, structure = rotated(source, structure, edits)
+        named = asked.given_plan.drops if asked.given_plan is not None else {}
+        source, structure = dropped(source, structure, named, trust_remote_code=asked.trust_remote_code)
         solver: WeightSolver = parse_method(asked.solver)
         fixed = self._fixed_plan(source, structure, rules)
         cached = fixed.cache if fixed is not None and fixed.cache else {EVERYWHERE: asked.cache} if asked.cache else {}
@@ -161,8 +163,9 @@ class _Job:
         """The plan where nothing is left to search."""
         asked = self.asked
         if asked.given_plan is not None:
-            asked.given_plan.check(structure)
-            return asked.given_plan.model_copy(deep=True)
+            plan = asked.given_plan.without_dropped(structure)
+            plan.check(structure)
+            return plan
         if asked.grid is None:
             return None
         grid = parse_grid(asked.grid)

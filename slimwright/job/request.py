@@ -88,7 +88,7 @@ class FitOptions:
         else:
             specs = self.folds if self.folds is not None else parse_method(self.solver).before
             edits = [Edit(method=spec, seed=self.seed) for spec in specs if spec != "none"]
-        folds = [edit.fold() for edit in edits]
+        folds = [edit.fold() for edit in edits if not edit.drop]
         if any(isinstance(fold, GroupFold) and isinstance(after, RotationFold) for fold, after in pairwise(folds)):
             raise InputError("A rotation comes before other folds: it would mix the channels that they scaled.")
         return edits

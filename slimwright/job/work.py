@@ -36,7 +36,7 @@ from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import verify as verification
 from slimwright.job.build import Calibration, Unit, build, grids_written, layout_of, plan_units
 from slimwright.job.calibration import calibrate, notes_on
-from slimwright.job.edits import folded, original, save_scales
+from slimwright.job.edits import dropped_view, dropped_written, folded, original, save_scales
 from slimwright.job.fold_walk import FoldWalk, usual_grid
 from slimwright.job.forecast import Forecast
 from slimwright.job.ledger import Entry, check_complete, dead_inputs
@@ -142,7 +142,7 @@ def _ties_hold(state: _State) -> str | None:
 
 def _files_whole(state: _State) -> str | None:
     """The weight files hold the planned tensors under the source's names."""
-    planned = {entry.name for unit in state.units for entry in unit.entries}
+    planned = {state.structure.written_name(entry.name) for unit in state.units for entry in unit.entries}
     found = set(Checkpoint.open(state.held.partial).tensors)
     return None if planned == found else f"the files' tensors differ from the plan: {sorted(planned ^ found)[:3]}"
 
@@ -355,7 +355,10 @@ class Work:
                 f"The plan takes {layout.total_bytes} bytes, more than the {state.target.budget} asked: this is a "
                 "defect of slimwright; nothing was published."
             )
-        with CheckpointWriter(state.directory, layout) as writer:
+        names = {
+            entry.name: state.structure.written_name(entry.name) for unit in state.units for entry in unit.entries
+        }  # fmt: skip
+        with CheckpointWriter(state.directory, layout, names) as writer:
             if writer.fresh:  # shards made anew hold nothing yet
                 for unit in [unit for unit in state.journal.done if unit.startswith("build:")]:
                     del state.journal.done[unit]
@@ -393,18 +396,22 @@ class Work:
         return state.calibration
 
     def _write_config(self, state: _State, source: Checkpoint, units: list[Unit], plan: Plan) -> None:
-        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-        grids = grids_written(units)
-        if grids or state.target.formats:
+        view = dropped_view(source)
+        base = source.config if view is None else view.written
+        config = {key: value for key, value in base.items() if key != "quantization_config"}
+        grids, left = grids_written(units), dropped_written(source)
+        if grids or state.target.formats or left.forms:
+            name = state.structure.written_name
             dense = {}
             for unit in units:
                 if unit.site is not None and unit.name in grids:
                     dtype = str(source.tensors[unit.name].dtype).removeprefix("torch.")
-                    dense[unit.name] = DenseForm(dtype, unit.site.shape, unit.site.transposed)
-            roundings = {unit.name: unit.activations for unit in units if unit.activations is not None}
+                    dense[name(unit.name)] = DenseForm(dtype, unit.site.shape, unit.site.transposed)
+            roundings = {name(unit.name): unit.activations for unit in units if unit.activations is not None}
             config["quantization_config"] = write_config(
-                grids, plan.fingerprint, dense, roundings, state.target.formats
-            )
+                {name(own): grid for own, grid in grids.items()}, plan.fingerprint, dense, roundings,
+                state.target.formats, left,
+            )  # fmt: skip
         if all(config.get(key) is None for key in ("dtype", "torch_dtype")) and any(u.solved or u.cast for u in units):
             # where the config has none, transformers takes that of the first tensor, which may be 16 bits only here
             first = next(i.dtype for _, i in sorted(source.tensors.items()) if i.dtype.is_floating_point)
@@ -485,7 +492,8 @@ class Work:
         assert outcome is not None
         written = Checkpoint.open(held.partial)
         final = Path(self.asked.published_as or held.out)
-        lineage = Lineage(fingerprint(written), (Lineage(plan.fingerprint),), ({"edit": "quantize"},))
+        done = [{"edit": "drop", "name": name} for name in plan.drops] + [{"edit": "quantize"}]
+        lineage = Lineage(fingerprint(written), (Lineage(plan.fingerprint),), tuple(done))
         state.data = {
             "format_version": REPORT_VERSION,
             "model": model_facts(self.asked.model, state.structure) | {"fingerprint": plan.fingerprint},
@@ -502,7 +510,7 @@ class Work:
             "reproduce": self.asked.command(),
             "how_to_load": how_to_load(
                 final, state.directory.relative_to(held.partial), source,
-                bool(grids_written(state.units) or state.target.formats),
+                bool(grids_written(state.units) or state.target.formats or dropped_written(source).forms),
             ),
             "notes": self.notes,
             "job": {

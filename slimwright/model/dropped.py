@@ -65,7 +65,7 @@ def is_dropped(module: nn.Module) -> bool:
 
 def drop_module(module: nn.Module, form: Form) -> None:
     """Let a module give what ``form`` says and hold nothing. It stays of its own class, whose settings others read."""
-    module.__class__ = _dropped_class(type(module))
+    module.__class__ = _dropped_class(type(module))  # type: ignore[arg-type]
     module.__dict__["dropped_form"] = form
     for held in (module._modules, module._parameters, module._buffers):
         held.clear()

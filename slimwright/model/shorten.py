@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -37,11 +37,6 @@ class Shortened:
 
     config: dict[str, Any]
     prefixes: dict[str, str]
-
-    def renamed(self, name: str) -> str:
-        """A tensor's name in the shorter model."""
-        new = next(((old, to) for old, to in self.prefixes.items() if name.startswith(old)), None)
-        return name if new is None else new[1] + name.removeprefix(new[0])
 
 
 def shortened(
@@ -80,9 +75,8 @@ def shortened(
         places = {f"{stack.module}.{new}": f"{stack.module}.{index}" for new, index in enumerate(kept)}
         config = _without(checkpoint, config, stack, removed, places, trust_remote_code)
     result = Shortened(config, prefixes)
-    tensors = {
-        result.renamed(name): info for name, info in checkpoint.tensors.items() if name not in gone
-    }  # fmt: skip
+    renamed = replace(structure, prefixes=prefixes).written_name
+    tensors = {renamed(name): info for name, info in checkpoint.tensors.items() if name not in gone}
     _check_names(result, checkpoint, tensors, trust_remote_code, first)
     return result
 
@@ -148,7 +142,7 @@ def _edit(config: dict[str, Any], full: Mapping[str, Any], key: str, count: int,
                 config[name] = [kept.index(item) for item in value if item in kept]
             elif len(value) == count:
                 config[name] = [value[index] for index in kept]
-        elif name in _FIRST_LAYERS and type(value) is int:
+        elif name in _FIRST_LAYERS and type(value) is int and value <= count:
             config[name] = value - sum(index < value for index in removed)
 
 

@@ -50,7 +50,7 @@ class Drop:
     attention: bool
     outputs: tuple[str, ...]
     tensors: tuple[str, ...]
-    forms: dict[str, Form] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict, hash=False)
     sublayers: tuple[str, ...] = ()
     mark: str = ""
 
@@ -210,12 +210,12 @@ class _Surgery:
         return Droppable(drops, self.refused)
 
     def _kind(self, block: str) -> tuple[Any, ...]:
-        """Equal for blocks of the same classes and parameters."""
+        """Equal for blocks of the same classes and shapes."""
         module = self.model.get_submodule(block)
         return (
             type(module).__name__,
             tuple((path, type(inner).__name__) for path, inner in module.named_modules()),
-            tuple(name for name, _ in module.named_parameters()),
+            tuple((name, parameter.shape) for name, parameter in module.named_parameters()),
         )
 
     # -- sublayers -------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ class _Surgery:
         if role == "other" and keeps_state(self.model.get_submodule(top)):
             return "it keeps a state of its own from token to token"
         attends = "attn" in top.rpartition(".")[2].lower() or "attention" in type(self.parents[top]).__name__.lower()
-        if attends and getattr(text, "num_kv_shared_layers", 0):
+        if attends and getattr(text, "num_kv_shared_layers", None):
             return "layers of this model share its keys and values"
         if form.outputs > 1:
             used = self._others_used(top, form)

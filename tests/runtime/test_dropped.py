@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from slimwright.errors import InputError
 from slimwright.model.dropped import is_dropped
 from slimwright.model.inputs import dummy_inputs
 from tests.families import FAMILIES, cached
