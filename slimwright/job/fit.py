@@ -22,6 +22,7 @@ from slimwright.errors import InputError
 from slimwright.job.build import layout_of, plan_units
 from slimwright.job.caching import EVERYWHERE, cache_formats
 from slimwright.job.calibration import with_data
+from slimwright.job.drops import drop_nodes, voided_tensors
 from slimwright.job.edits import dropped, rotated
 from slimwright.job.forecast import Forecast, forecast, measure_rates
 from slimwright.job.memory import MemoryWatch, memory_cap
@@ -36,8 +37,10 @@ from slimwright.job.work import Target, Work
 from slimwright.methods import WeightSolver, parse_method
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
+from slimwright.model.surgery import Droppable, droppable
 from slimwright.plan import KEEP, Assignment, Plan, Rule, bind, group_folds, method_on, parse_size, rounded_groups
-from slimwright.search import Option, smallest_cost
+from slimwright.search import Option
+from slimwright.search.tree import Node, smallest_tree_cost
 from slimwright.weights import parse_grid
 
 __all__ = ["MAX_SHARD_BYTES", "FitOptions", "FitReport", "fit"]
@@ -53,7 +56,7 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
             with ``context`` and ``batch``), ``keep`` (floors on quality: ``kl:0.02``), ``grid`` (``int4:g128``
             everywhere), ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``data`` (what to calibrate on, or
             ``none``), ``eval_data``, ``calibration_tokens``, ``calibration_length``, ``method`` (solver), ``folds``
-            (what is done before: ``fold/awq``, ``none``), ``cache``
+            (what is done before: ``fold/awq``, ``none``), ``allow`` (``drop``: sublayers and blocks too), ``cache``
             (``cache/kivi,bits=4``), ``search`` (``dp | milp``), ``job_memory`` (``2GB``), ``job_time`` (seconds),
             ``statistics_cache`` (bytes of the cache for what walks find, or ``off``), ``seed``, ``dry_run``,
             ``trust_remote_code``, ``quiet``.
@@ -67,7 +70,9 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
     unknown = sorted(set(options) - known)
     if unknown:
         raise InputError(f"fit has no option '{unknown[0]}'; it has: {', '.join(sorted(known))}.")
-    for name in ("rules", "folds", "keep"):
+    if isinstance(options.get("allow"), str):
+        options["allow"] = options["allow"].split(",")
+    for name in ("rules", "folds", "keep", "allow"):
         if options.get(name) is not None:
             options[name] = tuple(options[name])
     asked = FitOptions(model=str(model), out=None if out is None else str(out), **options)
@@ -112,7 +117,12 @@ class _Job:
             edits, ranges, (source, structure) = (), False, plain
             fixed = _keep_all(structure, "the budget is above the source")
             self.notes.append("The budget is above the size of the source: it was copied as it is.")
-        options, rest = self._options(source, structure, bound, budget) if fixed is None else ({}, 0)
+        found_drops = None
+        if fixed is None and "drop" in asked.families:
+            found_drops = droppable(*plain, asked.trust_remote_code)
+        options, rest, nodes = (
+            self._options(source, structure, bound, budget, found_drops) if fixed is None else ({}, 0, [])
+        )
         cap = self.watch.cap or 0
         usual = _representative(solver, fixed, structure)
         seen = (asked.calibration_tokens or 0) if asked.data != "none" else 0
@@ -149,7 +159,21 @@ class _Job:
                 data.setdefault("notes", []).append(f"{held.out} is the finished result of this same job.")
                 return FitReport(data, held.out)
             work = Work(asked, self.watch, self.started, self.notes)
-            target = Target(budget, fixed, options, rest, predicted, state, found, edits, ranges, cached, formats)
+            target = Target(
+                budget,
+                fixed,
+                options,
+                rest,
+                predicted,
+                state,
+                found,
+                edits,
+                ranges,
+                cached,
+                formats,
+                nodes,
+                found_drops,
+            )
             try:
                 return work.run(held, source, structure, target)
             except InputError:  # what was given cannot work, so nothing of it is worth keeping for another try
@@ -201,28 +225,38 @@ class _Job:
         return (whole, True) if budget >= whole and not self.asked.rules else (budget, False)
 
     def _options(
-        self, source: Checkpoint, structure: Structure, bound: Mapping[str, str], budget: int
-    ) -> tuple[dict[str, list[Option]], int]:
-        """Options with their costs, and the bytes of everything that leaves no choice, headers included.
+        self,
+        source: Checkpoint,
+        structure: Structure,
+        bound: Mapping[str, str],
+        budget: int,
+        found: Droppable | None,
+    ) -> tuple[dict[str, list[Option]], int, list[Node]]:
+        """Options with their costs; the bytes of everything that leaves no choice, headers included; and what may be
+        dropped, as ``found`` says.
 
         Raises:
             InputError: the budget is below the smallest possible, which is named.
         """
         kept = plan_units(source, structure, _keep_all(structure, ""))
 
-        def costs(limit: int) -> tuple[dict[str, list[Option]], int]:
+        def costs(limit: int) -> tuple[dict[str, list[Option]], int, list[Node]]:
+            trusted = self.asked.trust_remote_code
+            nodes = [] if found is None else drop_nodes(source, structure, found, bound, limit, trusted)
             others = [unit for unit in kept if unit.site is None and unit.name not in structure.castable]
+            others = [unit for unit in others if unit.name not in voided_tensors(nodes)]
             rest = sum(entry_cost(entry, limit) for unit in others for entry in unit.entries)
             rest += overhead_bound(limit, self.asked.max_shard_bytes)
-            return option_costs(source, structure, bound, self.asked.solver, limit), rest
+            options = option_costs(source, structure, bound, self.asked.solver, limit)
+            return options, rest, nodes
 
-        options, rest = costs(budget)
-        smallest = smallest_cost(options) + rest
+        options, rest, nodes = costs(budget)
+        smallest = smallest_tree_cost(options, nodes) + rest
         if smallest <= budget:
-            return options, rest
+            return options, rest, nodes
         while True:  # offsets in the header have more digits in larger files
-            options, rest = costs(smallest)
-            needed = smallest_cost(options) + rest
+            options, rest, nodes = costs(smallest)
+            needed = smallest_tree_cost(options, nodes) + rest
             if needed <= smallest:
                 break
             smallest = needed

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import verify as verification
 from slimwright.job.build import Calibration, Unit, build, grids_written, layout_of, plan_units
 from slimwright.job.calibration import calibrate, notes_on
+from slimwright.job.drops import kept_bytes, with_drop_choices, with_drop_losses, with_drops, zeroed_sites
 from slimwright.job.edits import dropped_view, dropped_written, folded, original, save_scales
 from slimwright.job.fold_walk import FoldWalk, usual_grid
 from slimwright.job.forecast import Forecast
@@ -63,11 +64,13 @@ from slimwright.job.reuse import Reuse, edits_key
 from slimwright.job.walked import WalkedModel
 from slimwright.methods import WeightSolver, parse_method
 from slimwright.model.structure import Structure
+from slimwright.model.surgery import Droppable
 from slimwright.plan import Edit, Plan, group_folds, rounded_groups
 from slimwright.runtime.format import DenseForm, write_config
 from slimwright.runtime.kv_format import KvFormat
-from slimwright.search import Option, search
+from slimwright.search import Allocation, Option, Table, search
 from slimwright.search.curve import curve, everywhere, smallest_for
+from slimwright.search.tree import Node, reduced, search_tree
 from slimwright.weights import parse_grid
 
 DATA_FREE_NATS = 6.0
@@ -82,7 +85,8 @@ COMMIT_SECONDS = 2.0
 class Target:
     """What the job works towards: bytes, the plan where it is fixed, else the options and the bytes of all that is no
     site, the forecast, the state of the source, the documents to calibrate on, what is done to the model first,
-    whether scales of activations are to be found, the plan's cache and its formats by layer."""
+    whether scales of activations are to be found, the plan's cache and its formats by layer, and what the search may
+    drop."""
 
     budget: int
     fixed: Plan | None
@@ -95,6 +99,8 @@ class Target:
     ranges: bool = False
     cache: Mapping[str, str] = field(default_factory=dict)
     formats: Mapping[int, KvFormat] = field(default_factory=dict)
+    nodes: Sequence[Node] = ()
+    droppable: Droppable | None = None
 
 
 @dataclass
@@ -290,35 +296,59 @@ class Work:
                 last = time.monotonic()
             step(len(found), groups)
 
-        target = state.target
+        target, nodes, rest = state.target, state.target.nodes, state.target.rest
         structure = state.structure
         probed = self.asked.data != "none" and self._calibration(state).apart
+        if nodes and not probed:
+            nodes, rest = (), rest + kept_bytes(nodes)
+            self.notes.append(
+                "Nothing was dropped: what a drop costs is found block by block, and this model runs whole."
+            )
         if probed:
-            table = with_losses(target.options, self._probed(state, found, record))
+            everything = with_drop_choices(target.options, structure, nodes)
+            losses = self._probed(state, everything, found, record, zeroed_sites(nodes))
+            table, nodes = with_drop_losses(with_losses(everything, losses), nodes)
         else:
             table = score_options(state.source, structure, target.options, dict(found), record)
         journal.commit()
         nats = 1.0 if probed else DATA_FREE_NATS / structure.parameters
+        joined = reduced(table, nodes)
+
+        def solve(options: Table, limit: int) -> Allocation:
+            return search(options, limit, solver=self.asked.search)
+
         if self.asked.predicted_loss is None:
-            allocation = search(table, target.budget - target.rest, solver=self.asked.search)
+            allocation = search_tree(table, nodes, target.budget - rest, solve)
         else:
-            wanted = self.asked.predicted_loss / nats
-            allocation = smallest_for(table, wanted, lambda t, limit: search(t, limit, solver=self.asked.search))
+            allocation = smallest_for(joined, self.asked.predicted_loss / nats, solve)
+            if nodes:
+                allocation = search_tree(table, nodes, allocation.cost, solve)
         state.searched = {
             "solver": self.asked.search,
             "unit": "nats per token" if probed else "relative squared error × parameters",
             "predicted": allocation.loss,
             "nats": allocation.loss * nats,
-            "curve": curve(table, target.rest),
-            "everywhere": everywhere(table, target.rest),
+            "curve": curve(joined, rest),
+            "everywhere": everywhere(table, rest + kept_bytes(nodes)),
         }
+        chosen = {
+            name: f"predicted loss {option.loss:.3g} nats per token"
+            for name, option in allocation.choices.items()
+            if name not in table
+        }
+        if chosen:
+            assert target.droppable is not None
+            state.source, state.structure, chosen = with_drops(
+                state.source, state.structure, target.droppable, chosen, self.asked.trust_remote_code
+            )
         castable = set(state.structure.castable)
         state.plan = Plan(
-            edits=list(target.edits),
+            edits=[*target.edits, *(Edit(drop=name, reason=why) for name, why in chosen.items())],
             assignments={
                 name: option.choice
                 for name, option in allocation.choices.items()
-                if not (name in castable and option.choice.kept)  # a plan need not speak of what is no site and stays
+                if name in table
+                and not (name in castable and option.choice.kept)  # a plan need not speak of what is no site and stays
             },
         )
         if self.asked.activations is not None:
@@ -327,18 +357,20 @@ class Work:
     def _probed(
         self,
         state: _State,
+        options: Mapping[str, list[Option]],
         found: Mapping[str, list[float | None]],
         record: Callable[[str, list[float | None]], None],
+        zeroed: Collection[str] = (),
     ) -> Mapping[str, Sequence[float | None]]:
         """Losses of every option, from the walks or from those of an earlier job on the same data."""
-        calibration, options = self._calibration(state), state.target.options
+        calibration = self._calibration(state)
         edits = edits_key(state.target.edits, state.scales)
         reuse = Reuse(state.source, calibration, self.asked.statistics_cap, self.asked.model, edits)
         kept = {group: losses for group, losses in reuse.losses(options).items() if group not in found}
         if kept:
             state.reporter.log(f"Losses of {len(kept)} groups are known from an earlier job on this model and data.")
         done = {**found, **kept}
-        losses = Probe(state.source, state.structure, calibration, options, done, record, reuse).run()
+        losses = Probe(state.source, state.structure, calibration, options, done, record, reuse, zeroed).run()
         groups = [group for group in state.structure.choice_groups() if len(options[group]) > 1]
         reuse.keep_losses(options, {group: losses[group] for group in groups})
         return losses
