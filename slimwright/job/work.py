@@ -35,6 +35,7 @@ from slimwright.checkpoint import (
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import verify as verification
 from slimwright.job.build import Calibration, Unit, build, grids_written, layout_of, plan_units
+from slimwright.job.caching import written_formats
 from slimwright.job.calibration import calibrate, notes_on
 from slimwright.job.drops import kept_bytes, with_drop_choices, with_drop_losses, with_drops, zeroed_sites
 from slimwright.job.edits import dropped_view, dropped_written, folded, original, save_scales
@@ -427,12 +428,17 @@ class Work:
                 )
         return state.calibration
 
+    def _formats(self, state: _State) -> dict[int, KvFormat]:
+        """Format of the keys and values by layer of the result."""
+        return written_formats(state.target.formats, state.source, state.structure, self.asked.trust_remote_code)
+
     def _write_config(self, state: _State, source: Checkpoint, units: list[Unit], plan: Plan) -> None:
         view = dropped_view(source)
         base = source.config if view is None else view.written
         config = {key: value for key, value in base.items() if key != "quantization_config"}
         grids, left = grids_written(units), dropped_written(source)
-        if grids or state.target.formats or left.forms:
+        formats = self._formats(state)
+        if grids or formats or left.forms:
             name = state.structure.written_name
             dense = {}
             for unit in units:
@@ -442,7 +448,7 @@ class Work:
             roundings = {name(unit.name): unit.activations for unit in units if unit.activations is not None}
             config["quantization_config"] = write_config(
                 {name(own): grid for own, grid in grids.items()}, plan.fingerprint, dense, roundings,
-                state.target.formats, left,
+                formats, left,
             )  # fmt: skip
         if all(config.get(key) is None for key in ("dtype", "torch_dtype")) and any(u.solved or u.cast for u in units):
             # where the config has none, transformers takes that of the first tensor, which may be 16 bits only here
@@ -466,7 +472,7 @@ class Work:
             eval_data=self.asked.eval_data or "",
             checksums={entry.site: entry.checksum for entry in state.entries if entry.checksum},
             scales=[str(path) for path in state.scales],
-            cache={str(index): format.spec for index, format in state.target.formats.items()},
+            cache={str(index): format.spec for index, format in self._formats(state).items()},
         )  # fmt: skip
         own = model_of(state.source, self.asked.trust_remote_code)[0].__module__
         step = self._step(state)
@@ -542,7 +548,7 @@ class Work:
             "reproduce": self.asked.command(),
             "how_to_load": how_to_load(
                 final, state.directory.relative_to(held.partial), source,
-                bool(grids_written(state.units) or state.target.formats or dropped_written(source).forms),
+                bool(grids_written(state.units) or self._formats(state) or dropped_written(source).forms),
             ),
             "notes": self.notes,
             "job": {

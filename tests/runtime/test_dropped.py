@@ -1,82 +1,30 @@
 """Every family without some of its sublayers: plain ``from_pretrained`` gives a model that equals the one whose output
-projections are zero, cached, uncached, padded and with a static cache; or the family refuses."""
+projections are zero; of some families also cached, padded, with a static cache and generating (of all of them
+``python -m benchmarks.drops`` shows it)."""
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM
 
+from slimwright.errors import InputError
 from slimwright.model.dropped import is_dropped
-from slimwright.model.inputs import dummy_inputs
 from tests.families import FAMILIES, cached
 from tests.runtime import dropping
+from tests.runtime.packing import edit_config
 
-NOTHING = {"jetmoe", "mamba"}
+NOTHING = {"jetmoe"}
 """Families of which no sublayer can be dropped."""
-
-
-@torch.no_grad()
-def outputs(model: Any, **inputs: Any) -> dict[str, Tensor]:
-    found = model(**inputs)
-    return {name: t for name, t in found.items() if isinstance(t, Tensor) and t.is_floating_point()}
-
-
-def close(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert got and got.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.isfinite(got[name]).all()
-        assert float((got[name] - tensor).abs().max()) <= 1e-5 * max(1.0, float(tensor.abs().max())), name
-
-
-@torch.no_grad()
-def continued(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits of the second half of ``ids``, computed on the cache of the first."""
-    half = ids.shape[1] // 2
-    first = {} if mask is None else {"attention_mask": mask[:, :half]}
-    cache = model(ids[:, :half], use_cache=True, **first).past_key_values
-    more = {} if mask is None else {"attention_mask": mask}
-    return model(ids[:, half:], past_key_values=cache, use_cache=True, **more).logits
-
-
-def check(name: str, directory: Path, dense: Path) -> Any:
-    """Compare the two models in every way that the family has."""
-    cls = FAMILIES[name].model_class
-    model, info = cls.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
-    assert not any(info.values()), info
-    wanted = cls.from_pretrained(dense, dtype=torch.float32)
-    inputs = dummy_inputs(wanted)
-    close(outputs(model, **inputs), outputs(wanted, **inputs))
-    if not FAMILIES[name].generates:
-        return model
-    ids = inputs.get("input_ids")
-    if ids is not None and list(inputs) == ["input_ids"] and not getattr(model, "_is_stateful", False):
-        mask = torch.ones_like(ids)
-        mask[0, :5] = 0
-        counted = mask.bool()
-        got, expected = (m(ids, attention_mask=mask).logits for m in (model, wanted))
-        close({"padded": got[counted]}, {"padded": expected[counted]})
-        if name != "home_made":
-            half = ids.shape[1] // 2
-            close({"cached": continued(model, ids)}, {"cached": continued(wanted, ids)})
-            close({"cached": continued(model, ids)}, {"cached": model(ids).logits[:, half:]})
-            close({"padded": continued(model, ids, mask)}, {"padded": continued(wanted, ids, mask)})
-    given = {key: value for key, value in inputs.items() if key != "decoder_input_ids"}
-    length = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-    uncached = wanted.generate(**given, **length, use_cache=False)
-    assert torch.equal(model.generate(**given, **length, use_cache=False), uncached)
-    if name != "home_made":
-        assert torch.equal(model.generate(**given, **length), uncached)
-        try:
-            static = wanted.generate(**given, **length, cache_implementation="static")
-        except Exception:  # not every family has a static cache
-            return model
-        assert torch.equal(model.generate(**given, **length, cache_implementation="static"), static)
-    return model
+WHOLLY = ("llama", "gemma3", "gpt2", "mixtral", "bart", "falcon", "qwen3_next", "deepseek_v3")
+"""Families that are compared in every way; the others in one forward."""
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -86,9 +34,89 @@ def test_equals_the_model_with_zero_projections(name: str, tmp_path: Path) -> No
     if not drops:
         return
     directory, dense = dropping.write(cached(name, torch.float32), tmp_path, drops)
-    model = check(name, directory, dense)
+    model = dropping.check(name, directory, dense, generate=name in WHOLLY)
     held = [m for m in model.modules() if is_dropped(m)]
     assert len(held) >= len(drops) and sum(p.numel() for m in held for p in m.parameters()) <= len(drops)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Without the first attention and the last MLP, and the dense model that it must equal; never write to them."""
+    drops = dropping.some(dropping.found("llama").drops.values())
+    return dropping.write(cached("llama", torch.float32), tmp_path_factory.mktemp("llama"), drops)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(torch.arange(12)[None] + 5).logits
+
+
+def test_the_cache_keeps_one_number_a_token(llama: tuple[Path, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama[0])
+    with torch.no_grad():
+        cache = model(torch.arange(12)[None], use_cache=True).past_key_values
+    assert cache.get_seq_length() == 12
+    assert [layer.keys.numel() + layer.values.numel() for layer in cache.layers] == [2 * 12, 2 * 12 * 2 * 16]
+
+
+def test_ecosystem(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama[0], dtype=torch.float32)
+    wanted = logits(model)
+    assert torch.equal(logits(copy.deepcopy(model)), wanted)
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(llama[0], device_map="auto", dtype=torch.float32)), wanted
+    )
+    spread = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu",
+              "model.layers.0": "disk", "model.layers.1": "cpu"}  # fmt: skip
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        llama[0], device_map=spread, offload_folder=tmp_path / "off", dtype=torch.float32
+    )
+    assert torch.allclose(logits(offloaded), wanted, atol=1e-6)
+    base = AutoModel.from_pretrained(llama[0], dtype=torch.float32)
+    assert sum(is_dropped(m) for m in base.modules()) == sum(is_dropped(m) for m in model.modules())
     model.save_pretrained(tmp_path / "again")
-    before, after = (load_file(d / "model.safetensors") for d in (directory, tmp_path / "again"))
-    assert before.keys() == after.keys() and all(torch.equal(after[k].to(t.dtype), t) for k, t in before.items())
+    before, after = (load_file(d / "model.safetensors") for d in (llama[0], tmp_path / "again"))
+    assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    sections = [
+        json.loads((d / "config.json").read_text())["quantization_config"] for d in (llama[0], tmp_path / "again")
+    ]
+    assert sections[0]["dropped"] == sections[1]["dropped"]
+    whole = model.dequantize()
+    assert torch.allclose(logits(whole), logits(AutoModelForCausalLM.from_pretrained(llama[1], dtype=torch.float32)))
+
+
+def test_adapters_train(llama: tuple[Path, Path]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(llama[0], dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj"]))
+    ids = torch.arange(12)[None]
+    adapted(ids, labels=ids).loss.backward()
+    adapters = [name for name, parameter in adapted.named_parameters() if parameter.grad is not None]
+    assert any("layers.1.self_attn.q_proj" in name for name in adapters)
+    assert not any("layers.0.self_attn" in name or "layers.1.mlp" in name for name in adapters)
+
+
+def test_without_slimwright_transformers_stops(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    """Without the quantization_config, as for a transformers that does not know it: the mark has another shape."""
+    shutil.copytree(llama[0], tmp_path / "plain")
+    edit_config(tmp_path / "plain", lambda config: config.pop("quantization_config"))
+    with pytest.raises(RuntimeError, match=r"o_proj|size"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda d: d["modules"].update({"zeros:64": ["model.layers.0.self_attn"]}), "is no form"),
+        (lambda d: d["modules"].update({"pass": ["model.layers.7.mlp"]}), "which LlamaForCausalLM does not have"),
+        (lambda d: d.update(tensors=3), "damaged"),
+        (lambda d: d.update(marks=["lm_head.weight"]), "damaged"),
+        (lambda d: d["modules"].pop("zeros:64:2"), "o_proj.weight"),
+    ],
+)  # fmt: skip
+def test_a_damaged_config_is_refused(llama: tuple[Path, Path], tmp_path: Path, edit: Any, said: str) -> None:
+    shutil.copytree(llama[0], tmp_path / "bad")
+    edit_config(tmp_path / "bad", lambda config: edit(config["quantization_config"]["dropped"]))
+    with pytest.raises(InputError, match=said):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "bad")
