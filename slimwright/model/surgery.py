@@ -94,7 +94,7 @@ def droppable(checkpoint: Checkpoint, structure: Structure, trust_remote_code: b
 
 @dataclass
 class _Seen:
-    """What one forward showed of a module: whether its first output was all zeros, the form, and other outputs."""
+    """What one forward showed of a module: whether its first output was always zeros, and what form its outputs had."""
 
     zero: bool = True
     form: Form | None = None
@@ -109,10 +109,8 @@ class _Surgery:
         for disk, name in structure.to_module.items():
             self.on_disk.setdefault(name, []).append(disk)
         self.blocks = {block.module: block for stack in structure.stacks for block in stack.blocks}
-        self.parents = dict(model.named_modules(remove_duplicate=False))
         self.outputs = self._outputs(model)
         self.model = hollow_model(model, structure, self.outputs)
-        self.names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
         self.inputs = self._inputs()
         self.refused: dict[str, str] = {}
 
@@ -254,7 +252,8 @@ class _Surgery:
         role = next(role for name, role in self.outputs.items() if name.startswith(f"{top}."))
         if role == "other" and keeps_state(self.model.get_submodule(top)):
             return "it keeps a state of its own from token to token"
-        attends = "attn" in top.rpartition(".")[2].lower() or "attention" in type(self.parents[top]).__name__.lower()
+        names = top.rpartition(".")[2].lower(), type(self.model.get_submodule(top)).__name__.lower()
+        attends = "attn" in names[0] or "attention" in names[1]
         if attends and getattr(text, "num_kv_shared_layers", None):
             return "layers of this model share its keys and values"
         if form.outputs > 1:

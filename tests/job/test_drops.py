@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import slimwright
 from slimwright.checkpoint import Checkpoint, faults
 from slimwright.errors import InputError
+from slimwright.job import parallel
 from slimwright.job.fit import FitReport, fit
 from slimwright.job.open import open_source
 from slimwright.model.discover import discover
@@ -184,12 +186,64 @@ def test_refuses_all_blocks_and_edits_of_two_kinds(tmp_path: Path) -> None:
         fit(str(cached("qwen2", torch.float32)), str(tmp_path / "x"), plan=str(tmp_path / "both.yaml"))
 
 
-def test_a_crash_between_units_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_a_crash_between_units_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_pool", None)  # threads do not survive a fork
+
     def run(folder: str) -> FitReport:
         (tmp_path / folder).mkdir(exist_ok=True)
         return planned(tmp_path / folder, ["model.layers.0"])
 
-    whole = run("whole")
     assert in_forked_child(lambda: run("cut"), SLIMWRIGHT_CRASH_AT="write:4") == faults.CRASH_STATUS
+    whole = run("whole")
     again = run("cut")
     assert again.out is not None and whole.out is not None and files(again.out) == files(whole.out)
+
+
+@pytest.fixture(scope="module")
+def idle_attention(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model whose second attention gives nothing: its output projection is zero."""
+    directory = tmp_path_factory.mktemp("idle") / "model"
+    shutil.copytree(cached("qwen2", torch.float32), directory)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"].zero_()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return str(directory)
+
+
+def searched(source: str, out: Path, **options: Any) -> FitReport:
+    return fitted(
+        source, out, size="25%", allow=("drop",), method=None, calibration_tokens=512, calibration_length=32, **options
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", ["dp", "milp"])
+def test_a_search_drops_what_gives_nothing(idle_attention: str, tmp_path: Path, solver: str) -> None:
+    report = searched(idle_attention, tmp_path / "out", search=solver)
+    assert report.out is not None and report["verified"]["ok"]
+    assert 0.99 * report["budget"]["bytes"] <= report["size"]["after"] <= report["budget"]["bytes"]
+    edits = yaml.safe_load((report.out / "plan.yaml").read_text())["edits"]
+    found = {edit["drop"]: edit["reason"] for edit in edits}
+    assert "predicted loss 0 nats" in found["model.layers.1.self_attn"]
+    model = AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32)
+    ids = torch.arange(10, 22)[None]
+    assert torch.equal(model.generate(ids, **LENGTH), model.generate(ids, **LENGTH, use_cache=False))
+
+
+def test_a_rule_keeps_what_it_binds(idle_attention: str, tmp_path: Path) -> None:
+    report = searched(idle_attention, tmp_path / "out", rules=["*.layers.1.self_attn.*: int8:g64"])
+    gone = {line["site"] for line in report["ledger"] if line["state"] == "dropped"}
+    assert not any(name.startswith(("model.layers.1.self_attn", "model.layers.1.input")) for name in gone)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"allow": "dorp", "size": "30%"}, "did you mean 'drop'"),
+        ({"allow": "prune", "size": "30%"}, "designed but not built"),
+        ({"allow": "drop", "grid": "int8:row"}, "give --size"),
+        ({"allow": "drop", "size": "30%", "data": "none"}, "found on data"),
+    ],
+)
+def test_refuses_what_may_not_be_allowed(tmp_path: Path, options: dict[str, str], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        fit(str(cached("qwen2", torch.float32)), str(tmp_path / "out"), quiet=True, **options)
