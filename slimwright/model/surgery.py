@@ -109,25 +109,45 @@ class _Surgery:
         for disk, name in structure.to_module.items():
             self.on_disk.setdefault(name, []).append(disk)
         self.blocks = {block.module: block for stack in structure.stacks for block in stack.blocks}
+        self.in_block = self._in_block()
         self.outputs = self._outputs(model)
         self.model = hollow_model(model, structure, self.outputs)
         self.inputs = self._inputs()
         self.refused: dict[str, str] = {}
+
+    def _in_block(self) -> dict[str, list[tuple[str, str]]]:
+        """(disk name, module name) of a block's tensors, in checkpoint order."""
+        found: dict[str, list[tuple[str, str]]] = {block: [] for block in self.blocks}
+        for disk in self.structure.roles:
+            name = self.structure.to_module.get(disk, "")
+            path = name
+            while path and path not in found:
+                path = path.rpartition(".")[0]
+            if path:
+                found[path].append((disk, name))
+        return found
 
     # -- output projections ----------------------------------------------------------------------------------------
 
     def _outputs(self, model: PreTrainedModel) -> dict[str, str]:
         """Module names of the parameters that are zero when everything is dropped → role; biases among them."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        widths = [site.columns for site in self.structure.sites.values() if site.block is not None]
-        width = max(set(widths), key=widths.count) if widths else 0
+        inside = {
+            disk: (name, block)
+            for block, members in self.in_block.items()
+            for disk, name in members
+            if name in parameters
+        }
+        norms: dict[str, list[int]] = {}  # sizes by block: most often, and at most, the stream's width
+        for disk, (name, block) in inside.items():
+            if self.structure.roles[disk] == "norm":
+                norms.setdefault(block, []).append(parameters[name].numel())
+        widths = {block: max(sizes, key=lambda size: (sizes.count(size), size)) for block, sizes in norms.items()}
         found: dict[str, str] = {}
-        for disk, role in self.structure.roles.items():
-            name = self.structure.to_module.get(disk, "")
-            site = self.structure.sites.get(disk)
-            inside = any(name.startswith(f"{block}.") for block in self.blocks)
-            unknown = site is not None and role == "other" and site.rows == width and site.kind in ("linear", "conv1d")
-            if not inside or name not in parameters or not (role in ("o", "down") or unknown):
+        for disk, (name, block) in inside.items():
+            role, site = self.structure.roles[disk], self.structure.sites.get(disk)
+            unknown = site is not None and role == "other" and site.kind in ("linear", "conv1d")
+            if role not in ("o", "down") and not (unknown and site is not None and site.rows == widths.get(block)):
                 continue
             found[name] = role
             path, _, attribute = name.rpartition(".")
@@ -350,8 +370,8 @@ class _Surgery:
 
     def _disk(self, prefix: str) -> list[str]:
         """Disk names of the tensors of a module."""
-        found = {disk for name, disks in self.on_disk.items() if name.startswith(f"{prefix}.") for disk in disks}
-        return [name for name in self.structure.roles if name in found]
+        block = next(block for block in self.blocks if f"{prefix}.".startswith(f"{block}."))
+        return [disk for disk, name in self.in_block[block] if name.startswith(f"{prefix}.")]
 
     def _disk_prefix(self, module: str) -> str:
         return common_prefix(self._disk(module))
