@@ -388,10 +388,10 @@ class Work:
                 f"The plan takes {layout.total_bytes} bytes, more than the {state.target.budget} asked: this is a "
                 "defect of slimwright; nothing was published."
             )
-        names = {
+        renamed = {
             entry.name: state.structure.written_name(entry.name) for unit in state.units for entry in unit.entries
         }  # fmt: skip
-        with CheckpointWriter(state.directory, layout, names) as writer:
+        with CheckpointWriter(state.directory, layout, renamed) as writer:
             if writer.fresh:  # shards made anew hold nothing yet
                 for unit in [unit for unit in state.journal.done if unit.startswith("build:")]:
                     del state.journal.done[unit]

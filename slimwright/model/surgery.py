@@ -138,11 +138,12 @@ class _Surgery:
             for disk, name in members
             if name in parameters
         }
-        norms: dict[str, list[int]] = {}  # sizes by block: most often, and at most, the stream's width
+        embedded = {site.columns for site in self.structure.sites.values() if site.kind == "embedding"}
+        norms: dict[str, list[int]] = {}  # sizes by block: an embedding's, or most often the stream's width
         for disk, (name, block) in inside.items():
             if self.structure.roles[disk] == "norm":
                 norms.setdefault(block, []).append(parameters[name].numel())
-        widths = {block: max(sizes, key=lambda size: (sizes.count(size), size)) for block, sizes in norms.items()}
+        widths = {block: max(sizes, key=lambda s: (s in embedded, sizes.count(s), s)) for block, sizes in norms.items()}
         found: dict[str, str] = {}
         for disk, (name, block) in inside.items():
             role, site = self.structure.roles[disk], self.structure.sites.get(disk)
