@@ -132,7 +132,9 @@ def fit(
     shard_size: Annotated[str, typer.Option(hidden=True, help="Largest weight file.")] = "5GB",
     trust_remote_code: Remote = False,
     latency: Annotated[str | None, _later("--latency")] = None,
-    allow: Annotated[list[str] | None, _later("--allow")] = None,
+    allow: Annotated[
+        str | None, typer.Option(hidden=True, help="Families that a search may use beside the default: drop.")
+    ] = None,
     effort: Annotated[str | None, _later("--effort")] = None,
     target: Annotated[str | None, _later("--target")] = None,
     adapter: Annotated[list[str] | None, _later("--adapter")] = None,
@@ -141,7 +143,7 @@ def fit(
 ) -> None:
     """Fit MODEL to a limit: quantize it, prove the result, publish it with a report."""
     _refuse(
-        latency=latency, allow=allow, effort=effort,
+        latency=latency, effort=effort,
         target=target, adapter=adapter, loss=loss, ray=ray,
     )  # fmt: skip
     from slimwright.job.fit import fit as run
@@ -151,7 +153,8 @@ def fit(
         model, out, size=size, memory=memory, context=context, batch=batch, keep=tuple(keep or ()),
         eval_tokens=eval_tokens, grid=grid, rules=tuple(rule or ()), plan=plan, job_memory=job_memory, dry_run=dry_run,
         data=data, eval_data=eval_data, calibration_tokens=calibration_tokens, calibration_length=calibration_length,
-        method=method, folds=None if fold is None else tuple(fold), activations=activations, cache=cache, search=search,
+        allow=tuple(allow.split(",")) if allow else (), method=method, folds=None if fold is None else tuple(fold),
+        activations=activations, cache=cache, search=search,
         job_time=None if job_time is None else _seconds(job_time), device=device, seed=seed,
         max_shard_bytes=parse_bytes(shard_size, "--shard-size"), statistics_cache=statistics_cache,
         trust_remote_code=trust_remote_code,

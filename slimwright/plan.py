@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slimwright.errors import InputError, NotBuiltError
 from slimwright.methods import GroupFold, ModelFold, WeightSolver, parse_method, solver_for
@@ -64,16 +64,34 @@ class Assignment(BaseModel):
 
 
 class Edit(BaseModel):
-    """What changes the weights of a model but not its function, before they are put on grids.
+    """What is done to a model before its weights are put on grids: a fold, which leaves its function as it is, or a
+    drop.
 
     Attributes:
         method: a fold's spec (``fold/rotation``, ``fold/awq,n_grid=10``).
         seed: of what is random in it.
+        drop: what is dropped, by its disk name: a block (``model.layers.7``) or an attention or MLP sublayer of one
+            (``model.layers.3.self_attn``).
+        reason: why, for the ledger.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    method: str
+    method: str = ""
     seed: int = 0
+    drop: str = ""
+    reason: str = ""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Edit:
+        if bool(self.method) == bool(self.drop):
+            raise ValueError("an edit has either 'method' or 'drop'")
+        return self
+
+    def written(self) -> dict[str, Any]:
+        """As plan.yaml has it."""
+        if self.drop:
+            return {"drop": self.drop, **({"reason": self.reason} if self.reason else {})}
+        return {"method": self.method, "seed": self.seed}
 
     def fold(self) -> ModelFold:
         """The method.
@@ -106,6 +124,8 @@ class Plan(BaseModel):
     def to_yaml(self) -> str:
         empty = ("edits", "activations", "cache", "adapters", "variants", "heal")
         data = {key: value for key, value in self.model_dump().items() if key not in empty or value}
+        if self.edits:
+            data["edits"] = [edit.written() for edit in self.edits]
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=200)
 
     @classmethod
@@ -130,7 +150,7 @@ class Plan(BaseModel):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise InputError(f"The plan {path} is wrong at '{where}': {first['msg']}.") from None
-        for edit in plan.edits:
+        for edit in plan.folds:
             edit.fold()
         for spec in plan.activations.values():
             Activations.parse(spec)
@@ -142,6 +162,24 @@ class Plan(BaseModel):
         if plan.target != "slimwright":
             raise NotBuiltError(f"The plan {path} has target '{plan.target}', which this version does not write yet.")
         return plan
+
+    @property
+    def folds(self) -> list[Edit]:
+        """The edits that leave the model's function as it is."""
+        return [edit for edit in self.edits if not edit.drop]
+
+    @property
+    def drops(self) -> dict[str, str]:
+        """What is dropped → why."""
+        return {edit.drop: edit.reason for edit in self.edits if edit.drop}
+
+    def without_dropped(self, structure: Structure) -> Plan:
+        """The plan without what it says of weights that it drops, which is void."""
+        void = {site.choice_group for site in structure.dropped.values()} | structure.dropped_tensors
+        void -= structure.choice_groups().keys()
+        assignments = {name: own for name, own in self.assignments.items() if name not in void}
+        activations = {name: own for name, own in self.activations.items() if name not in void}
+        return self.model_copy(update={"assignments": assignments, "activations": activations}, deep=True)
 
     def check(self, structure: Structure) -> None:
         """Refuse a plan that does not fit the model.
@@ -214,7 +252,7 @@ class Plan(BaseModel):
 
 def group_folds(edits: Sequence[Edit]) -> list[tuple[Edit, GroupFold]]:
     """The edits whose scales are found on data, in order, with their methods."""
-    return [(edit, fold) for edit in edits if isinstance(fold := edit.fold(), GroupFold)]
+    return [(edit, fold) for edit in edits if not edit.drop and isinstance(fold := edit.fold(), GroupFold)]
 
 
 def method_on(grid: str, method: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,12 +20,14 @@ class CheckpointWriter:
     A shard appears at its full size, with its header, in one rename; its data is zero until written. Opened on a
     directory that has the shards already, it keeps what they hold: `fresh` names the shards that were made now (units
     of a journal that wrote into one of those are void). Call `sync` before noting in a journal that something is
-    written. Safe to use from several threads. `with` closes it.
+    written. `names` gives the layout's name of a tensor that `write` knows by another one. Safe to use from several
+    threads. `with` closes it.
 
     Raises InputError if the directory holds other weights, or the disk has no room (nothing is kept in that case).
     """
 
-    def __init__(self, directory: Path, layout: Layout) -> None:
+    def __init__(self, directory: Path, layout: Layout, names: Mapping[str, str] | None = None) -> None:
+        self.names = names or {}
         self.directory = directory
         self.layout = layout
         self._placed: dict[str, tuple[int, PlacedTensor]] = {}
@@ -33,8 +36,8 @@ class CheckpointWriter:
         self._lock = threading.Lock()
         fresh: list[str] = []
         directory.mkdir(parents=True, exist_ok=True)
-        names = {shard.file_name for shard in layout.shards}
-        strangers = sorted(file.name for file in directory.glob("*.safetensors") if file.name not in names)
+        files = {shard.file_name for shard in layout.shards}
+        strangers = sorted(file.name for file in directory.glob("*.safetensors") if file.name not in files)
         if strangers:
             raise _not_of_this_plan(directory / strangers[0])
         try:
@@ -63,7 +66,7 @@ class CheckpointWriter:
         ValueError if the dtype is another than planned, or the bytes do not lie inside the planned tensor.
         SlimwrightError if the disk is full.
         """
-        number, placed = self._placed[name]
+        number, placed = self._placed[self.names.get(name, name)]
         entry = placed.entry
         nbytes = tensor.numel() * tensor.element_size()
         if tensor.dtype != entry.dtype:

@@ -16,7 +16,7 @@ from slimwright.calibrate.tokens import Samples
 from slimwright.checkpoint import Checkpoint, CheckpointWriter, Journal
 from slimwright.checkpoint.layout import Layout, TensorEntry, plan_layout
 from slimwright.errors import InputError
-from slimwright.job.edits import with_edits
+from slimwright.job.edits import dropped_view, with_edits
 from slimwright.job.ledger import Entry, block_of, kept_line
 from slimwright.job.options import CAST_BYTES, cast_entry, kept_entry, weight_entries
 from slimwright.job.parallel import in_order
@@ -40,13 +40,15 @@ MEASURED_ROWS = 16
 @dataclass(frozen=True)
 class Unit:
     """One source tensor and what becomes of it; ``assignment`` is None for tensors that are no sites and stay as they
-    are. ``activations`` is how what enters a site is rounded when the model runs; None: not."""
+    are. ``activations`` is how what enters a site is rounded when the model runs; None: not. ``dropped`` is why it is
+    not written (but for the byte of a mark)."""
 
     name: str
     site: Site | None
     assignment: Assignment | None
     entries: tuple[TensorEntry, ...]
     activations: Activations | None = None
+    dropped: str = ""
 
     @property
     def solved(self) -> bool:
@@ -68,13 +70,23 @@ class Unit:
         """Whether it is no site and written in 16 bits."""
         return self.site is None and self.assignment is not None
 
+    @property
+    def mark(self) -> bool:
+        """Whether it is dropped and leaves one byte behind."""
+        return bool(self.dropped and self.entries)
+
 
 def plan_units(source: Checkpoint, structure: Structure, plan: Plan) -> list[Unit]:
     """Every tensor of the source in checkpoint order; tied duplicates have no entries."""
     by_site, casts, roundings = plan.by_site(structure), plan.casts(structure), plan.roundings(structure)
     units = []
+    view = dropped_view(source)
     for name, info in source.tensors.items():
         site, assignment = structure.sites.get(name), by_site.get(name)
+        if view is not None and name in view.reasons:
+            left = (TensorEntry(name, torch.uint8, (1,)),) if name in view.marks else ()
+            units.append(Unit(name, None, None, left, dropped=view.reasons[name]))
+            continue
         if name in structure.ties:
             entries: tuple[TensorEntry, ...] = ()
         elif site is not None and assignment is not None and not assignment.kept:
@@ -93,7 +105,9 @@ def layout_of(units: list[Unit], structure: Structure, max_shard_bytes: int) -> 
     Raises:
         InputError: a scale of one tensor would have the name of another tensor.
     """
-    entries = [entry for unit in units for entry in unit.entries]
+    entries = [
+        replace(entry, name=structure.written_name(entry.name)) for unit in units for entry in unit.entries
+    ]  # fmt: skip
     names = [entry.name for entry in entries]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -155,6 +169,9 @@ def build(
         nonlocal done, uncommitted
         if unit.activations is not None:
             line = replace(line, activations=unit.activations.spec)
+        new = structure.written_name(unit.name)
+        if unit.entries and new != unit.name:
+            line = replace(line, written=new)
         line = lines[unit.name] = with_edits(line, source)
         journal.append(_key(unit), line.to_json())
         uncommitted += line.bytes
@@ -174,7 +191,9 @@ def build(
         if not tile.last:
             continue
         unit = tile.unit
-        if unit.solved:
+        if unit.dropped:
+            line = _dropped_line(source, structure, unit)
+        elif unit.solved:
             line = solved_line(unit, tile, result, source.tensors[unit.name].nbytes)
         elif unit.cast:
             line = _cast_line(source, structure, unit, result.after)
@@ -232,6 +251,10 @@ class Tile:
 
     def run(self, source: Checkpoint, writer: CheckpointWriter) -> TileResult:
         """Read, solve, write."""
+        if self.unit.dropped:
+            if self.unit.mark:
+                writer.write(self.unit.name, torch.zeros(1, dtype=torch.uint8))
+            return TileResult()
         if self.unit.cast:
             return TileResult(after=_cast_rows(source, self.unit, self.rows, writer))
         if self.solver is None:
@@ -292,7 +315,7 @@ def tiles_of(source: Checkpoint, unit: Unit) -> Iterator[Tile]:
     site, assignment = unit.site, unit.assignment
     if site is None or assignment is None or not unit.solved:
         size = CAST_BYTES if unit.cast else COPY_BYTES
-        ranges = list(source.tiles(unit.name, size)) if unit.entries else []
+        ranges = list(source.tiles(unit.name, size)) if unit.entries and not unit.dropped else []
         ranges = ranges or [slice(0, 0)]
         yield from (Tile(unit, rows, rows is ranges[-1]) for rows in ranges)
         return
@@ -424,6 +447,28 @@ def _finite_rows(source: Checkpoint, name: str, rows: slice) -> Tensor:
     if tile.is_floating_point() and tile.element_size() > 1 and not torch.isfinite(tile).all():
         raise InputError(f"The tensor '{name}' of {source.path} holds NaN or Inf: repair or replace the checkpoint.")
     return tile
+
+
+def _dropped_line(source: Checkpoint, structure: Structure, unit: Unit) -> Entry:
+    info, site = source.tensors[unit.name], structure.dropped.get(unit.name)
+    nbytes = sum(entry.nbytes for entry in unit.entries)
+    return Entry(
+        site=unit.name,
+        group=site.choice_group if site else unit.name,
+        role=structure.roles.get(unit.name, "other"),
+        state="dropped",
+        reason=unit.dropped,
+        method=None,
+        grid=None,
+        bits=8 * nbytes / max(1, info.numel),
+        bytes=nbytes,
+        error_before=1.0,
+        error_after=1.0,
+        tokens=0,
+        parameters=info.numel,
+        block=site.block if site else block_of(unit.name, structure),
+        bytes_before=info.nbytes,
+    )
 
 
 def _kept_line(source: Checkpoint, structure: Structure, unit: Unit) -> Entry:

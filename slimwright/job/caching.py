@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
+from slimwright.job.edits import dropped_view
 from slimwright.job.open import model_of
 from slimwright.methods import parse_method
 from slimwright.methods.caching import CachePolicy
@@ -87,6 +88,21 @@ def _layer_names(config: PretrainedConfig, structure: Structure) -> dict[str, in
     if not stacks:
         return {str(index): index for index in range(count)}
     return {block.module: block.index for block in stacks[-1].blocks}
+
+
+def written_formats(
+    formats: Mapping[int, KvFormat], source: Checkpoint, structure: Structure, trusted: bool = False
+) -> dict[int, KvFormat]:
+    """Format by layer of the result: layers whose attention was dropped keep nothing, those after dropped blocks have
+    other numbers."""
+    view = dropped_view(source)
+    if view is None or not formats:
+        return dict(formats)
+    gone = {drop.block for drop in view.blocks()}
+    silent = {drop.block for drop in view.sublayers() if drop.attention}
+    layers = {index: name for name, index in _layer_names(model_of(source, trusted)[1], structure).items()}
+    kept = [index for index, name in layers.items() if name not in gone]
+    return {new: formats[i] for new, i in enumerate(kept) if i in formats and layers[i] not in silent}
 
 
 def cache_facts(model: Any, formats: Mapping[int, KvFormat]) -> dict[str, Any]:
@@ -175,4 +191,4 @@ def outputs_with_cache(model: Any, formats: Mapping[int, KvFormat], inputs: Mapp
     return logits if set(formats) <= seen else None
 
 
-__all__ = ["cache_facts", "cache_formats", "check_cache", "outputs_with_cache", "parse_policy"]
+__all__ = ["cache_facts", "cache_formats", "check_cache", "outputs_with_cache", "parse_policy", "written_formats"]

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,8 +26,12 @@ from slimwright.job.open import DerivedCheckpoint, derived
 from slimwright.job.weights import site_rows
 from slimwright.methods.folding import Folds
 from slimwright.methods.rotation import RotationFold
+from slimwright.model.dropped import DroppedForm
+from slimwright.model.shorten import shortened
 from slimwright.model.structure import Site, Structure
+from slimwright.model.surgery import Drop, Droppable, droppable
 from slimwright.plan import Edit, group_folds
+from slimwright.runtime.format import Dropped
 
 WHOLE_BYTES = 64 << 20
 """Float32 bytes of a matrix whose rows depend on all its rows up to which it is made whole; larger ones by ranges."""
@@ -69,7 +74,7 @@ class EditedCheckpoint(DerivedCheckpoint):
         """Rows of an edited site's logical matrix, (rows, columns) in any float dtype."""
 
     def weight_rows(self, name: str, rows: slice) -> Tensor:
-        site = self.structure.sites[name]
+        site = self.structure.sites.get(name) or self.structure.dropped[name]
         return (self.edited_rows(site, rows) if name in self.changed else site_rows(self.base, site, rows)).float()
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
@@ -171,6 +176,152 @@ class RotatedCheckpoint(EditedCheckpoint):
         return total
 
 
+class DroppedCheckpoint(EditedCheckpoint):
+    """A checkpoint without some sublayers and blocks: the output projections of what was dropped read as zeros.
+
+    The other tensors of it are there, but :attr:`structure` has no sites for them.
+
+    Args:
+        base: what it is made of.
+        structure: of ``base``.
+        drops: what is dropped → why.
+        written: the config that the result has.
+
+    Attributes:
+        drops: likewise.
+        reasons: why, for every tensor that is not written, by disk name.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        structure: Structure,
+        drops: Mapping[Drop, str],
+        written: dict[str, Any],
+        prefixes: dict[str, str],
+    ) -> None:
+        self.reasons = {
+            name: f"dropped with {drop.name}" + (f": {why}" if why else "")
+            for drop, why in sorted(drops.items(), key=lambda item: item[0].whole_block)
+            for name in drop.tensors
+        }
+        super().__init__(base, _without(structure, frozenset(self.reasons), prefixes), "drop")
+        self.drops = tuple(drops)
+        self.written = written
+        self.changed = frozenset(name for drop in drops for name in drop.outputs)
+        self.marks = frozenset(drop.mark for drop in drops if drop.mark and not self._inside_block(drop))
+
+    def _inside_block(self, drop: Drop) -> bool:
+        return drop.whole_block or any(other.whole_block and other.block == drop.block for other in self.drops)
+
+    def sublayers(self) -> list[Drop]:
+        """The dropped sublayers of blocks that are still there."""
+        return [drop for drop in self.drops if not self._inside_block(drop)]
+
+    def blocks(self) -> list[Drop]:
+        """The dropped blocks."""
+        return [drop for drop in self.drops if drop.whole_block]
+
+    def edited_vector(self, name: str) -> Tensor:
+        return torch.zeros(())[None].expand(self.tensors[name].numel).reshape(self.tensors[name].shape)
+
+    def edited_rows(self, site: Site, rows: slice) -> Tensor:
+        return torch.zeros(rows.stop - rows.start, site.columns)
+
+
+def _without(structure: Structure, gone: frozenset[str], prefixes: dict[str, str]) -> Structure:
+    """The structure with some tensors no longer there to be treated."""
+    folds = []
+    for fold in structure.folds:
+        consumers = tuple(name for name in fold.consumers if name not in gone)
+        if fold.producer not in gone and consumers:
+            folds.append(replace(fold, consumers=consumers))
+    return replace(
+        structure,
+        sites={name: site for name, site in structure.sites.items() if name not in gone},
+        folds=tuple(folds),
+        castable=tuple(name for name in structure.castable if name not in gone),
+        dropped={name: site for name, site in structure.sites.items() if name in gone},
+        dropped_tensors=gone,
+        prefixes=prefixes,
+    )
+
+
+def dropped(
+    checkpoint: Checkpoint,
+    structure: Structure,
+    names: Mapping[str, str],
+    found: Droppable | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Checkpoint, Structure]:
+    """The checkpoint without what is dropped, and its structure.
+
+    Args:
+        names: what is dropped → why.
+        found: what can be dropped of it, where that is known.
+
+    Raises:
+        InputError: a name that the model does not have, or something that it refuses to drop.
+    """
+    if not names:
+        return checkpoint, structure
+    found = found or droppable(checkpoint, structure, trust_remote_code)
+    drops = {found.named(name): why for name, why in names.items()}
+    blocks = {drop.block: drop.name for drop in drops if drop.whole_block}
+    config, prefixes = dict(checkpoint.config), dict[str, str]()
+    if blocks:
+        gone = {name for drop in drops if drop.whole_block for name in drop.tensors}
+        shorter = shortened(checkpoint, structure, blocks, gone, trust_remote_code)
+        config, prefixes = shorter.config, shorter.prefixes
+    view = DroppedCheckpoint(checkpoint, structure, drops, config, prefixes)
+    return view, view.structure
+
+
+def dropped_view(checkpoint: Checkpoint) -> DroppedCheckpoint | None:
+    """The edit that dropped something; None where none did."""
+    while isinstance(checkpoint, EditedCheckpoint):
+        if isinstance(checkpoint, DroppedCheckpoint):
+            return checkpoint
+        checkpoint = checkpoint.base
+    return None
+
+
+def dropped_written(checkpoint: Checkpoint) -> Dropped:
+    """What ``quantization_config`` says of the sublayers that were dropped, in the names of what is written."""
+    view = dropped_view(checkpoint)
+    if view is None:
+        return Dropped()
+    new = {block.module: block.module for stack in view.structure.stacks for block in stack.blocks}
+    gone = {drop.block for drop in view.blocks()}
+    for stack in view.structure.stacks:
+        kept = [block.module for block in stack.blocks if block.module not in gone]
+        new |= {module: f"{stack.module}.{index}" for index, module in enumerate(kept)}
+    name = view.structure.written_name
+    forms, tensors = dict[str, DroppedForm](), dict[str, tuple[str, tuple[int, ...]]]()
+    for drop in view.sublayers():
+        forms |= {new[drop.block] + path.removeprefix(drop.block): form for path, form in drop.forms.items()}
+        infos = [view.tensors[tensor] for tensor in drop.tensors]
+        tensors |= {name(info.name): (str(info.dtype).removeprefix("torch."), tuple(info.shape)) for info in infos}
+    return Dropped(forms, tensors, tuple(name(mark) for mark in sorted(view.marks)))
+
+
+class WrittenCheckpoint(Checkpoint):
+    """What a job has written, seen under the source's names."""
+
+    def __init__(self, written: Checkpoint, structure: Structure, names: Iterable[str]) -> None:
+        self.__dict__.update(written.__dict__)
+        self._written = written
+        self._names = {name: structure.written_name(name) for name in names}
+        self.tensors = {
+            name: replace(written.tensors[new], name=name)
+            for name, new in self._names.items()
+            if new in written.tensors
+        }
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        return self._written.read(self._names[name], rows)
+
+
 def original(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint before all edits."""
     while isinstance(checkpoint, EditedCheckpoint):
@@ -195,7 +346,7 @@ def rotated(checkpoint: Checkpoint, structure: Structure, edits: Sequence[Edit])
         InputError: the model cannot be rotated.
     """
     for edit in edits:
-        fold = edit.fold()
+        fold = None if edit.drop else edit.fold()
         if isinstance(fold, RotationFold):
             made = RotatedCheckpoint(checkpoint, structure, fold, edit.seed)
             checkpoint, structure = made, made.structure
@@ -221,6 +372,8 @@ def folded(checkpoint: Checkpoint, structure: Structure, edits: Sequence[Edit], 
 def with_edits(line: Entry, source: Checkpoint) -> Entry:
     """The ledger's line of a tensor, telling of the edits before it was written."""
     edits = edits_of(source, line.site)
+    if line.state == "dropped":
+        return line
     if line.site not in original(source).tensors:
         line = replace(line, bytes_before=0)
     if not edits:

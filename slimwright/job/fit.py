@@ -24,7 +24,8 @@ from slimwright.errors import InputError
 from slimwright.job.build import layout_of, plan_units
 from slimwright.job.caching import EVERYWHERE, cache_formats
 from slimwright.job.calibration import with_data
-from slimwright.job.edits import rotated
+from slimwright.job.drops import drop_nodes, voided_tensors
+from slimwright.job.edits import dropped, rotated
 from slimwright.job.forecast import Forecast, forecast, measure_rates
 from slimwright.job.low_rank import scoring_work, solving_work
 from slimwright.job.memory import MemoryWatch, memory_cap
@@ -39,6 +40,7 @@ from slimwright.job.work import Target, Work
 from slimwright.methods import WeightSolver, parse_method
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
+from slimwright.model.surgery import Droppable, droppable
 from slimwright.plan import (
     KEEP,
     Assignment,
@@ -51,7 +53,8 @@ from slimwright.plan import (
     parse_size,
     rounded_groups,
 )
-from slimwright.search import Option, smallest_cost
+from slimwright.search import Option
+from slimwright.search.tree import Node, smallest_tree_cost
 from slimwright.weights import Grid, parse_form
 
 __all__ = ["MAX_SHARD_BYTES", "FitOptions", "FitReport", "fit"]
@@ -67,7 +70,7 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
             with ``context`` and ``batch``), ``keep`` (floors on quality: ``kl:0.02``), ``grid`` (``int4:g128``
             everywhere), ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``data`` (what to calibrate on, or
             ``none``), ``eval_data``, ``calibration_tokens``, ``calibration_length``, ``method`` (solver), ``folds``
-            (what is done before: ``fold/awq``, ``none``), ``cache``
+            (what is done before: ``fold/awq``, ``none``), ``allow`` (``drop``: sublayers and blocks too), ``cache``
             (``cache/kivi,bits=4``), ``search`` (``dp | milp``), ``job_memory`` (``2GB``), ``job_time`` (seconds),
             ``statistics_cache`` (bytes of the cache for what walks find, or ``off``), ``seed``, ``dry_run``,
             ``trust_remote_code``, ``quiet``.
@@ -81,7 +84,9 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
     unknown = sorted(set(options) - known)
     if unknown:
         raise InputError(f"fit has no option '{unknown[0]}'; it has: {', '.join(sorted(known))}.")
-    for name in ("rules", "folds", "keep"):
+    if isinstance(options.get("allow"), str):
+        options["allow"] = options["allow"].split(",")
+    for name in ("rules", "folds", "keep", "allow"):
         if options.get(name) is not None:
             options[name] = tuple(options[name])
     asked = FitOptions(model=str(model), out=None if out is None else str(out), **options)
@@ -114,6 +119,8 @@ class _Job:
         self.asked = asked
         edits, ranges, plain = tuple(asked.edits()), asked.needs_scales(), (source, structure)
         source, structure = rotated(source, structure, edits)
+        named = asked.given_plan.drops if asked.given_plan is not None else {}
+        source, structure = dropped(source, structure, named, trust_remote_code=asked.trust_remote_code)
         solver: WeightSolver = parse_method(asked.solver)
         fixed = self._fixed_plan(source, structure, rules)
         cached = fixed.cache if fixed is not None and fixed.cache else {EVERYWHERE: asked.cache} if asked.cache else {}
@@ -124,7 +131,12 @@ class _Job:
             edits, ranges, (source, structure) = (), False, plain
             fixed = _keep_all(structure, "the budget is above the source")
             self.notes.append("The budget is above the size of the source: it was copied as it is.")
-        options, rest = self._options(source, structure, bound, budget) if fixed is None else ({}, 0)
+        found_drops = None
+        if fixed is None and "drop" in asked.families:
+            found_drops = droppable(*plain, asked.trust_remote_code)
+        options, rest, nodes = (
+            self._options(source, structure, bound, budget, found_drops) if fixed is None else ({}, 0, [])
+        )
         cap = self.watch.cap or 0
         usual = _representative(solver, fixed, structure)
         seen = (asked.calibration_tokens or 0) if asked.data != "none" else 0
@@ -162,7 +174,21 @@ class _Job:
                 data.setdefault("notes", []).append(f"{held.out} is the finished result of this same job.")
                 return FitReport(data, held.out)
             work = Work(asked, self.watch, self.started, self.notes)
-            target = Target(budget, fixed, options, rest, predicted, state, found, edits, ranges, cached, formats)
+            target = Target(
+                budget,
+                fixed,
+                options,
+                rest,
+                predicted,
+                state,
+                found,
+                edits,
+                ranges,
+                cached,
+                formats,
+                nodes,
+                found_drops,
+            )
             try:
                 return work.run(held, source, structure, target)
             except InputError:  # what was given cannot work, so nothing of it is worth keeping for another try
@@ -176,8 +202,9 @@ class _Job:
         """The plan where nothing is left to search."""
         asked = self.asked
         if asked.given_plan is not None:
-            asked.given_plan.check(structure)
-            return asked.given_plan.model_copy(deep=True)
+            plan = asked.given_plan.without_dropped(structure)
+            plan.check(structure)
+            return plan
         if asked.grid is None:
             return None
         grid = parse_form(asked.grid)
@@ -213,29 +240,38 @@ class _Job:
         return (whole, True) if budget >= whole and not self.asked.rules else (budget, False)
 
     def _options(
-        self, source: Checkpoint, structure: Structure, bound: Mapping[str, str], budget: int
-    ) -> tuple[dict[str, list[Option]], int]:
-        """Options with their costs, and the bytes of everything that leaves no choice, headers included.
+        self,
+        source: Checkpoint,
+        structure: Structure,
+        bound: Mapping[str, str],
+        budget: int,
+        found: Droppable | None,
+    ) -> tuple[dict[str, list[Option]], int, list[Node]]:
+        """Options with their costs; the bytes of everything that leaves no choice, headers included; and what may be
+        dropped, as ``found`` says.
 
         Raises:
             InputError: the budget is below the smallest possible, which is named.
         """
         kept = plan_units(source, structure, _keep_all(structure, ""))
 
-        def costs(limit: int) -> tuple[dict[str, list[Option]], int]:
+        def costs(limit: int) -> tuple[dict[str, list[Option]], int, list[Node]]:
+            trusted = self.asked.trust_remote_code
+            nodes = [] if found is None else drop_nodes(source, structure, found, bound, limit, trusted)
             others = [unit for unit in kept if unit.site is None and unit.name not in structure.castable]
+            others = [unit for unit in others if unit.name not in voided_tensors(nodes)]
             rest = sum(entry_cost(entry, limit) for unit in others for entry in unit.entries)
             rest += overhead_bound(limit, self.asked.max_shard_bytes)
             solving = (self.watch.cap or 0) // (4 * torch.get_num_threads())  # each thread may be at a whole matrix
-            return option_costs(source, structure, bound, self.asked.solver, limit, solving), rest
+            return option_costs(source, structure, bound, self.asked.solver, limit, solving), rest, nodes
 
-        options, rest = costs(budget)
-        smallest = smallest_cost(options) + rest
+        options, rest, nodes = costs(budget)
+        smallest = smallest_tree_cost(options, nodes) + rest
         if smallest <= budget:
-            return options, rest
+            return options, rest, nodes
         while True:  # offsets in the header have more digits in larger files
-            options, rest = costs(smallest)
-            needed = smallest_cost(options) + rest
+            options, rest, nodes = costs(smallest)
+            needed = smallest_tree_cost(options, nodes) + rest
             if needed <= smallest:
                 break
             smallest = needed

@@ -13,7 +13,7 @@ from slimwright.model.structure import Structure
 ONLY_ZEROS = "its inputs are zero in every token of the calibration data"
 """How the reason of a weight begins that could not be solved for that."""
 
-State = Literal["calibrated", "data-free", "kept"]
+State = Literal["calibrated", "data-free", "kept", "dropped"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Entry:
         site: disk name of the source tensor.
         group: its choice group; its own name for tensors that are not sites.
         role: role in the model.
-        state: calibrated (tokens seen), data-free or kept (reason).
+        state: calibrated (tokens seen), data-free, kept (reason) or dropped (with what).
         reason: why it is in that state.
         method: solver's spec; None where nothing was solved.
         grid: the grid's spec; None where kept.
@@ -38,6 +38,7 @@ class Entry:
         block: module path of the block it lies in; None outside blocks.
         bytes_before: bytes in the source.
         activations: how what enters it is rounded; None: not.
+        written: its name in what is written, where that is another: blocks before it were dropped.
         checksum: SHA-256 (hex) of the values that a solver with data returned, before they were packed; else empty.
     """
 
@@ -58,6 +59,7 @@ class Entry:
     bytes_before: int
     checksum: str = ""
     activations: str | None = None
+    written: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -20,6 +20,7 @@ from slimwright.methods.feedback import FeedbackSolver
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import Assignment, Plan, cannot_hold, method_on
 from slimwright.search.options import Option
+from slimwright.search.tree import DROP
 from slimwright.weights import Int, LowRankForm
 
 FACTORS = Int(4, group=64)
@@ -82,7 +83,7 @@ def low_rank_choices(sites: Sequence[Site], solver: str, memory: int) -> list[As
 
 def form_of(choice: Assignment) -> LowRankForm | None:
     """The choice's low-rank form; None where it has none."""
-    form = None if choice.kept else choice.parsed_grid()
+    form = None if choice.kept or choice.grid == DROP else choice.parsed_grid()
     return form if isinstance(form, LowRankForm) else None
 
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from slimwright.checkpoint import Checkpoint, TensorInfo, refuse_foreign_quantization
 from slimwright.errors import InputError
 from slimwright.model.skeleton import skeleton
-from slimwright.runtime.format import DenseForm, read_config, read_dense
+from slimwright.runtime.format import DenseForm, read_config, read_dense, read_dropped
 from slimwright.weights import Form, decode_rows, disk_shapes
 
 ZOO = "zoo:"
@@ -70,12 +70,22 @@ class DequantizedCheckpoint(DerivedCheckpoint):
                     del tensors[name + suffix]
             assert info is not None
             tensors[name] = TensorInfo(name, dtype, form.shape, info.file, info.start, info.stop)
+        self._zeros = read_dropped(settings).tensors
+        anywhere = next(iter(packed.tensors.values()))
+        for name, (dtype_name, shape) in self._zeros.items():
+            dtype = getattr(torch, dtype_name, None)
+            if not isinstance(dtype, torch.dtype):
+                raise InputError(f"quantization_config.dropped names the dtype '{dtype_name}', which no weight has.")
+            tensors[name] = TensorInfo(name, dtype, shape, anywhere.file, 0, math.prod(shape) * dtype.itemsize)
         self.tensors = tensors
 
     def is_derived(self, name: str) -> bool:
-        return name in self._grids
+        return name in self._grids or name in self._zeros
 
     def weight_rows(self, name: str, rows: slice) -> Tensor:
+        if name in self._zeros:
+            shape = self._zeros[name][1]
+            return torch.zeros(rows.stop - rows.start, shape[-1])
         grid, shape = self._grids[name], self._forms[name].weight_shape
         parts = {suffix: self._packed.read(name + suffix) for suffix in disk_shapes(grid, shape)}
         return decode_rows(grid, parts, shape, rows)
@@ -83,6 +93,10 @@ class DequantizedCheckpoint(DerivedCheckpoint):
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """As :meth:`Checkpoint.read`; a packed weight is decoded whole if it is stored transposed, else only the rows
         asked for, and rounded to the dtype it had in the source."""
+        if name in self._zeros:
+            shape = self.tensors[name].shape
+            zeros = torch.zeros((), dtype=self.tensors[name].dtype).expand(shape)
+            return zeros[rows] if rows is not None else zeros
         if name not in self._grids:
             return self._packed.read(name, rows)
         info, form = self.tensors[name], self._forms[name]
@@ -102,6 +116,8 @@ class DequantizedCheckpoint(DerivedCheckpoint):
 
     def read_pages(self, name: str, pages: Iterable[tuple[int, int]]) -> list[bytes]:
         """Bytes of the dense tensor (for fingerprints), from the rows that hold them."""
+        if name in self._zeros:
+            return [bytes(nbytes) for _, nbytes in pages]
         if name not in self._grids:
             return self._packed.read_pages(name, pages)
         return [self._page(name, offset, nbytes) for offset, nbytes in pages]

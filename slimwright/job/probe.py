@@ -9,7 +9,7 @@ on the option's grid gives Δ; what the solver is expected to gain over rounding
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -31,6 +31,7 @@ from slimwright.methods import SiteStatistics
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import Assignment
 from slimwright.search.options import Option
+from slimwright.search.tree import DROP
 
 SCORED_PRODUCTS = 5e10
 """Multiply-adds of one option over the whole model: larger models are scored on a share of every matrix's rows."""
@@ -55,6 +56,7 @@ class Probe:
         done: losses by group that an earlier run found.
         record: called with each group's losses.
         reuse: sensitivities that earlier jobs found.
+        zeroed: sites that are zero where a group's choice is to be dropped.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Probe:
         done: Mapping[str, Losses],
         record: Callable[[str, Losses], None],
         reuse: Reuse,
+        zeroed: Collection[str] = (),
     ) -> None:
         self.source = source
         self.structure = structure
@@ -74,6 +77,7 @@ class Probe:
         self.losses: dict[str, Losses] = dict(done)
         self.record = record
         self.reuse = reuse
+        self.zeroed = zeroed
         self.groups = structure.choice_groups()
         self.walked = WalkedModel(source, structure, calibration)
         products = sum(site.numel * site.columns for site in structure.sites.values())
@@ -163,7 +167,8 @@ class Probe:
         ]
         prepared = []
         for site, statistics, own in work:
-            solver = next((o.choice.solver() for o in self.table[site.choice_group] if not o.choice.kept), None)
+            grids = (o.choice for o in self.table[site.choice_group] if not o.choice.kept and o.label != DROP)
+            solver = next((choice.solver() for choice in grids), None)
             gain = 1.0
             if solver is not None and not lookup and any(stats.gram is not None for stats in statistics):
                 gains = [solver.expected_gain(stats) for stats in statistics if stats.gram is not None]
@@ -228,7 +233,8 @@ class Probe:
                 else:
                     assert gram is not None
                     error = ((change @ gram) * change).sum(1).clamp_(min=0)
-                    losses[index] += float((error * outputs[rows]).sum()) * share * gain * out / len(rows) / 2
+                    by_solver = 1.0 if choice.grid == DROP else gain
+                    losses[index] += float((error * outputs[rows]).sum()) * share * by_solver * out / len(rows) / 2
             if any(form_of(choice) is not None for choice in choices):  # never of embeddings or experts
                 solver, each = next(choice.solver() for choice in choices if not choice.kept), outputs * share / 2
                 read = partial(matrix_of, self.source, site)
@@ -242,7 +248,9 @@ class Probe:
         return evenly_spaced(out, max(LEAST_ROWS, int(out * self.share)))
 
     def _change(self, site: Site, weight: Tensor, choice: Assignment) -> Tensor:
-        """What rounding on the choice's grid does to some rows."""
+        """What rounding on the choice's grid, or a drop, does to some rows."""
+        if choice.grid == DROP:
+            return -weight if site.name in self.zeroed else torch.zeros_like(weight)
         solver = without_data(choice.solver())
         stats = SiteStatistics(survey=survey(self.source, site, solver.form))
         return solver.solve(weight, stats).dense() - weight

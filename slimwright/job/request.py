@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,12 @@ from slimwright.weights import Grid, parse_form
 from slimwright.weights.activations import Activations
 
 MAX_SHARD_BYTES = 5_000_000_000
+
+FAMILIES = ("quantize", "lowrank")
+"""What the search may use unless the user says otherwise."""
+NAMED_FAMILIES = ("drop",)
+"""What it may use only where it is named."""
+LATER_FAMILIES = ("prune", "share")
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class FitOptions:
     eval_tokens: int | None = None
     calibration_tokens: int | None = None
     calibration_length: int | None = None
+    allow: tuple[str, ...] = ()
     search: str = "dp"
     job_memory: str | None = None
     job_time: float | None = None
@@ -66,6 +74,13 @@ class FitOptions:
     def solver(self) -> str:
         """Spec of the method: what was asked, else the default."""
         return self.method or DEFAULT_METHOD
+
+    @property
+    def families(self) -> frozenset[str]:
+        """What the search may use: the default and what ``allow`` names, or only that where it names one of the
+        default."""
+        named = frozenset(self.allow)
+        return named if named & set(FAMILIES) else named | set(FAMILIES)
 
     @cached_property
     def given_plan(self) -> Plan | None:
@@ -88,7 +103,7 @@ class FitOptions:
         else:
             specs = self.folds if self.folds is not None else parse_method(self.solver).before
             edits = [Edit(method=spec, seed=self.seed) for spec in specs if spec != "none"]
-        folds = [edit.fold() for edit in edits]
+        folds = [edit.fold() for edit in edits if not edit.drop]
         if any(isinstance(fold, GroupFold) and isinstance(after, RotationFold) for fold, after in pairwise(folds)):
             raise InputError("A rotation comes before other folds: it would mix the channels that they scaled.")
         return edits
@@ -125,7 +140,8 @@ class FitOptions:
             "activations": self.activations,
             "data": self.data, "eval_data": self.eval_data, "tokens": self.calibration_tokens,
             "length": self.calibration_length,
-            "search": self.search, "cache": self.cache, "seed": self.seed, "shard": self.max_shard_bytes,
+            "allow": sorted(self.families), "search": self.search, "cache": self.cache, "seed": self.seed,
+            "shard": self.max_shard_bytes,
         }  # fmt: skip
 
     def command(self) -> str:
@@ -142,6 +158,8 @@ class FitOptions:
             words += ["--rule", rule]
         for fold in self.folds if self.folds is not None else ():
             words += ["--fold", fold]
+        if self.allow:
+            words += ["--allow", ",".join(self.allow)]
         for name in ("method", "search", "seed", "calibration_tokens", "calibration_length", "eval_tokens"):
             if getattr(self, name) != FitOptions.__dataclass_fields__[name].default:
                 words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
@@ -224,6 +242,7 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
     if asked.calibration_length is not None and asked.calibration_length < 8:
         raise InputError(f"--calibration-length must be at least 8, not {asked.calibration_length}.")
     _ = asked.statistics_cap
+    _check_families(asked)
     check_solver(asked.search)
     if asked.plan is not None and (asked.folds is not None or asked.activations is not None):
         option = "--fold" if asked.folds is not None else "--activations"
@@ -246,3 +265,20 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
         parse_form(asked.grid)
     _ = asked.given_plan
     return solver, [Rule.parse(text) for text in asked.rules]
+
+
+def _check_families(asked: FitOptions) -> None:
+    known = (*FAMILIES, *NAMED_FAMILIES)
+    for name in asked.allow:
+        if name in LATER_FAMILIES:
+            raise NotBuiltError(f"--allow {name} is designed but not built in this version of slimwright.")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+            hint = f"; did you mean '{near[0]}'?" if near else "."
+            raise InputError(f"--allow {name}: there is no such family{hint} Known: {', '.join(known)}.")
+    if not asked.allow:
+        return
+    if asked.grid is not None or asked.plan is not None:
+        raise InputError("--allow says what a search may use: give --size, or write drops into the plan's edits.")
+    if "drop" in asked.allow and asked.data == "none":
+        raise InputError("What a drop costs is found on data: give --data, or leave it out for generic text.")

@@ -33,6 +33,15 @@ class PlainSource(WeightSource):
         return site_rows(self._checkpoint, self.site, slice(0, self.site.rows))
 
 
+class ZeroSource(WeightSource):
+    """A dropped site: zeros, which a linear layer need not multiply with."""
+
+    empty = True
+
+    def rows(self, rows: slice) -> Tensor:
+        return torch.zeros(rows.stop - rows.start, self.site.columns)
+
+
 class PlannedSource(WeightSource):
     """A site of the source with a solver applied: recomputed from the source, never read from what was written.
 
@@ -96,8 +105,9 @@ class ParallelSource(WeightSource):
 
 
 def plain_sources(checkpoint: Checkpoint, structure: Structure) -> dict[str, WeightSource]:
-    """Every site as it is."""
-    return {name: ParallelSource(PlainSource(checkpoint, site)) for name, site in structure.sites.items()}
+    """Every site as it is; of what was dropped, output projections of zeros, and the rest as it was."""
+    sites = structure.sites | structure.dropped
+    return {name: ParallelSource(PlainSource(checkpoint, site)) for name, site in sites.items()}
 
 
 def planned_source(checkpoint: Checkpoint, site: Site, assignment: Assignment) -> WeightSource:
@@ -110,7 +120,8 @@ def planned_source(checkpoint: Checkpoint, site: Site, assignment: Assignment) -
 def planned_tensors(checkpoint: Checkpoint, structure: Structure, plan: Plan) -> dict[str, Tensor]:
     """Every tensor that is no site as the plan says, by disk name, recomputed from the source; ties left out."""
     casts = plan.casts(structure)
-    names = [name for name in checkpoint.tensors if name not in structure.sites and name not in structure.ties]
+    elsewhere = structure.sites.keys() | structure.ties.keys() | structure.dropped.keys()
+    names = [name for name in checkpoint.tensors if name not in elsewhere]
     return {
         name: checkpoint.read(name).to(casts[name]).to(torch.float32)
         if name in casts
@@ -125,8 +136,11 @@ def edited_tensors(checkpoint: Checkpoint, structure: Structure) -> dict[str, Te
 
 
 def planned_sources(checkpoint: Checkpoint, structure: Structure, plan: Plan) -> dict[str, WeightSource]:
-    """Every site as the plan says."""
-    return {
+    """Every site as the plan says; of what was dropped, output projections of zeros, and the rest as it was."""
+    found: dict[str, WeightSource] = {
+        name: ParallelSource(PlainSource(checkpoint, site)) for name, site in structure.dropped.items()
+    }
+    return found | {
         name: ParallelSource(planned_source(checkpoint, structure.sites[name], assignment))
         for name, assignment in plan.by_site(structure).items()
     }

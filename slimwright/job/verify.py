@@ -25,7 +25,7 @@ from slimwright.checkpoint import Checkpoint, TensorEntry
 from slimwright.errors import SlimwrightError
 from slimwright.job.build import Unit, plan_units
 from slimwright.job.caching import cache_facts, check_cache, outputs_with_cache
-from slimwright.job.edits import folded, rotated
+from slimwright.job.edits import WrittenCheckpoint, dropped, folded, rotated
 from slimwright.job.gathering import Gathering
 from slimwright.job.held_out import held_out, load_tokenizer, retrieval_quality
 from slimwright.job.memory import trim
@@ -131,21 +131,24 @@ def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
     torch.set_num_threads(spec.threads)
     outcome = Outcome(how)
     source = open_source(spec.source)
-    written = Checkpoint.open(spec.written)
-    structure = discover(source, trust_remote_code=spec.trust_remote_code)
+    structure = plain = discover(source, trust_remote_code=spec.trust_remote_code)
     plan = Plan.load(Path(spec.written) / "plan.yaml")
     before = source, plain_sources(source, structure)
     source, structure = rotated(source, structure, plan.edits)
+    source, structure = dropped(source, structure, plan.drops, trust_remote_code=spec.trust_remote_code)
+    unfolded = dropped(before[0], plain, plan.drops, trust_remote_code=spec.trust_remote_code)
     source = folded(source, structure, plan.edits, [Path(file) for file in spec.scales])
     units = plan_units(source, structure, plan)
+    names = [entry.name for unit in units for entry in unit.entries]
+    written = WrittenCheckpoint(Checkpoint.open(spec.written), structure, names)
     started = time.monotonic()
-    _compare_files(spec, source, written, units, outcome, step)
+    _compare_files(spec, source, written, structure, units, outcome, step)
     outcome.seconds["tensors"] = time.monotonic() - started
     trim()
     if outcome.ok:
         started = time.monotonic()
         with torch.no_grad():
-            _compare_outputs(spec, source, structure, plan, before, outcome, step)
+            _compare_outputs(spec, source, structure, plan, before, unfolded, outcome, step)
         outcome.seconds["outputs"] = time.monotonic() - started
     return outcome
 
@@ -157,14 +160,19 @@ def _compare_files(
     spec: Spec,
     source: Checkpoint,
     written: Checkpoint,
+    structure: Structure,
     units: list[Unit],
     outcome: Outcome,
     step: Callable[[int, int], None],
 ) -> None:
-    """The files hold exactly the planned tensors; sampled tiles equal what plain-tensor code makes of the source, and
-    every value of what was solved with data is what the solver returned."""
+    """The files hold exactly the planned tensors, under their new names; sampled tiles equal what plain-tensor code
+    makes of the source, and every value of what was solved with data is what the solver returned."""
     planned = {entry.name: entry for unit in units for entry in unit.entries}
     found = {name: TensorEntry(name, info.dtype, info.shape) for name, info in written.tensors.items()}
+    strangers = Checkpoint.open(spec.written).tensors.keys() - {structure.written_name(name) for name in planned}
+    if strangers:
+        outcome.problems.append(f"'{min(strangers)}' is in the files but not in the plan")
+        return
     for name in sorted(planned.keys() | found.keys()):
         if planned.get(name) != found.get(name):
             outcome.problems.append(f"'{name}' is {found.get(name)} in the files but {planned.get(name)} in the plan")
@@ -178,6 +186,8 @@ def _compare_files(
             if not isinstance(unit.assignment.parsed_grid(), Grid):
                 return _compare_factors(source, written, unit)
             return _compare_site(written, unit, planned_source(source, unit.site, unit.assignment))
+        if unit.dropped:
+            return None
         return _compare_cast(source, written, unit) if unit.cast else _compare_kept(source, written, unit)
 
     for _, problem in in_order(compare, units):
@@ -263,10 +273,12 @@ def _compare_outputs(
     structure: Structure,
     plan: Plan,
     before: tuple[Checkpoint, Mapping[str, WeightSource]],
+    unfolded: tuple[Checkpoint, Structure],
     outcome: Outcome,
     step: Callable[[int, int], None],
 ) -> None:
-    """Judge the reloaded model, and measure its distance from the source ``before`` any edit."""
+    """Judge the reloaded model, and measure its distance from the source ``before`` any edit. ``unfolded`` is the
+    source with nothing but what was dropped."""
     cls, config = model_of(source, spec.trust_remote_code)
     packed = cls.from_pretrained(_model_directory(spec.written), dtype=torch.float32).eval()
     # Where activations are rounded, a difference in the last digit may fall on the other side of a step: in float64 the
@@ -277,7 +289,8 @@ def _compare_outputs(
     )
     tensors = planned_tensors(source, structure, plan) if plan.casts(structure) or plan.edits else None
     planned = planned_sources(source, structure, plan)
-    files = Checkpoint.open(spec.written)
+    parts = [entry.name for unit in plan_units(source, structure, plan) for entry in unit.entries]
+    files = WrittenCheckpoint(Checkpoint.open(spec.written), structure, parts)
     forms = {name: a.parsed_grid() for name, a in plan.by_site(structure).items() if not a.kept}
     for name, form in forms.items():
         # What was solved with data, and factors: they were compared value by value, and cannot be made again in tiles.
@@ -309,12 +322,18 @@ def _compare_outputs(
             _judge(got if judged is packed else _outputs(judged, inputs), expected, outcome)
             outcome.evaluations += 1
             del expected, reference, judged
-            if plan.edits and outcome.ok:
+            if plan.folds and outcome.ok:
                 edited = load_streamed(
                     cls, source.model_path, config, plain_sources(source, structure), edited_tensors(source, structure)
                 )
-                _judge_edits(_outputs(edited, batch.inputs), _outputs(original, batch.inputs), outcome)
-                del edited
+                straight = original
+                if plan.drops:
+                    straight = load_streamed(
+                        cls, source.model_path, model_of(unedited, spec.trust_remote_code)[1],
+                        plain_sources(*unfolded), edited_tensors(*unfolded),
+                    )  # fmt: skip
+                _judge_edits(_outputs(edited, batch.inputs), _outputs(straight, batch.inputs), outcome)
+                del edited, straight
             trim()
         if not outcome.ok:
             return

@@ -19,11 +19,12 @@ from slimwright.calibrate.walk import Unit as WalkUnit
 from slimwright.checkpoint import Checkpoint, CheckpointWriter
 from slimwright.errors import InputError
 from slimwright.job.build import Calibration, Tile, TileResult, Unit, digest_of, solved_line
+from slimwright.job.edits import WrittenCheckpoint
 from slimwright.job.ledger import ONLY_ZEROS, Entry
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of
 from slimwright.job.parallel import in_order
-from slimwright.job.source import PlainSource, edited_tensors
+from slimwright.job.source import PlainSource, ZeroSource, edited_tensors
 from slimwright.job.token_scores import token_weights
 from slimwright.job.weights import TILE_ELEMENTS, plain_rounding, site_rows, site_tiles, survey, without_data
 from slimwright.methods import SiteStatistics, WeightSolver
@@ -121,6 +122,7 @@ class WalkedModel:
 
     def __init__(self, source: Checkpoint, structure: Structure, calibration: Calibration) -> None:
         self.sources = {name: WalkSource(PlainSource(source, site)) for name, site in structure.sites.items()}
+        self._dropped = {name: ZeroSource(site) for name, site in structure.dropped.items()}
         self._dtype = walk_dtype(source, structure)
         self._source, self._structure, self._calibration = source, structure, calibration
 
@@ -132,7 +134,7 @@ class WalkedModel:
             cls,
             self._source.model_path,
             config,
-            self.sources,
+            {**self._dropped, **self.sources},
             edited_tensors(self._source, self._structure),
             self._dtype,
         )
@@ -247,7 +249,8 @@ class WalkedBuild:
         self.writer = writer
         self.calibration = calibration
         self.lines = lines
-        self.written = Checkpoint.open(writer.directory)
+        names = [entry.name for unit in units for entry in unit.entries]
+        self.written = WrittenCheckpoint(Checkpoint.open(writer.directory), structure, names)
         self.walked = WalkedModel(source, structure, calibration)
         self.sources = self.walked.sources
         for name, unit in self.units.items():

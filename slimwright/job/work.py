@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,10 @@ from slimwright.checkpoint import (
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import verify as verification
 from slimwright.job.build import Calibration, Unit, build, grids_written, layout_of, plan_units
+from slimwright.job.caching import written_formats
 from slimwright.job.calibration import calibrate, notes_on
-from slimwright.job.edits import folded, original, save_scales
+from slimwright.job.drops import kept_bytes, with_drop_choices, with_drop_losses, with_drops, zeroed_sites
+from slimwright.job.edits import dropped_view, dropped_written, folded, original, save_scales
 from slimwright.job.fold_walk import FoldWalk, usual_grid
 from slimwright.job.forecast import Forecast
 from slimwright.job.ledger import Entry, check_complete, dead_inputs
@@ -63,11 +65,13 @@ from slimwright.job.reuse import Reuse, edits_key
 from slimwright.job.walked import WalkedModel
 from slimwright.methods import WeightSolver, solver_for
 from slimwright.model.structure import Structure
+from slimwright.model.surgery import Droppable
 from slimwright.plan import Edit, Plan, group_folds, method_on, rounded_groups
 from slimwright.runtime.format import DenseForm, write_config
 from slimwright.runtime.kv_format import KvFormat
-from slimwright.search import Option, search
+from slimwright.search import Allocation, Option, Table, search
 from slimwright.search.curve import curve, everywhere, smallest_for
+from slimwright.search.tree import Node, reduced, search_tree
 from slimwright.weights import parse_grid
 
 DATA_FREE_NATS = 6.0
@@ -82,7 +86,8 @@ COMMIT_SECONDS = 2.0
 class Target:
     """What the job works towards: bytes, the plan where it is fixed, else the options and the bytes of all that is no
     site, the forecast, the state of the source, the documents to calibrate on, what is done to the model first,
-    whether scales of activations are to be found, the plan's cache and its formats by layer."""
+    whether scales of activations are to be found, the plan's cache and its formats by layer, and what the search may
+    drop."""
 
     budget: int
     fixed: Plan | None
@@ -95,6 +100,8 @@ class Target:
     ranges: bool = False
     cache: Mapping[str, str] = field(default_factory=dict)
     formats: Mapping[int, KvFormat] = field(default_factory=dict)
+    nodes: Sequence[Node] = ()
+    droppable: Droppable | None = None
 
 
 @dataclass
@@ -142,7 +149,7 @@ def _ties_hold(state: _State) -> str | None:
 
 def _files_whole(state: _State) -> str | None:
     """The weight files hold the planned tensors under the source's names."""
-    planned = {entry.name for unit in state.units for entry in unit.entries}
+    planned = {state.structure.written_name(entry.name) for unit in state.units for entry in unit.entries}
     found = set(Checkpoint.open(state.held.partial).tensors)
     return None if planned == found else f"the files' tensors differ from the plan: {sorted(planned ^ found)[:3]}"
 
@@ -291,35 +298,59 @@ class Work:
                 last = time.monotonic()
             step(len(found), groups)
 
-        target = state.target
+        target, nodes, rest = state.target, state.target.nodes, state.target.rest
         structure = state.structure
         probed = self.asked.data != "none" and self._calibration(state).apart
+        if nodes and not probed:
+            nodes, rest = (), rest + kept_bytes(nodes)
+            self.notes.append(
+                "Nothing was dropped: what a drop costs is found block by block, and this model runs whole."
+            )
         if probed:
-            table = with_losses(target.options, self._probed(state, found, record))
+            everything = with_drop_choices(target.options, structure, nodes)
+            losses = self._probed(state, everything, found, record, zeroed_sites(nodes))
+            table, nodes = with_drop_losses(with_losses(everything, losses), nodes)
         else:
             table = score_options(state.source, structure, target.options, dict(found), record)
         journal.commit()
         nats = 1.0 if probed else DATA_FREE_NATS / structure.parameters
+        joined = reduced(table, nodes)
+
+        def solve(options: Table, limit: int) -> Allocation:
+            return search(options, limit, solver=self.asked.search)
+
         if self.asked.predicted_loss is None:
-            allocation = search(table, target.budget - target.rest, solver=self.asked.search)
+            allocation = search_tree(table, nodes, target.budget - rest, solve)
         else:
-            wanted = self.asked.predicted_loss / nats
-            allocation = smallest_for(table, wanted, lambda t, limit: search(t, limit, solver=self.asked.search))
+            allocation = smallest_for(joined, self.asked.predicted_loss / nats, solve)
+            if nodes:
+                allocation = search_tree(table, nodes, allocation.cost, solve)
         state.searched = {
             "solver": self.asked.search,
             "unit": "nats per token" if probed else "relative squared error × parameters",
             "predicted": allocation.loss,
             "nats": allocation.loss * nats,
-            "curve": curve(table, target.rest),
-            "everywhere": everywhere(table, target.rest),
+            "curve": curve(joined, rest),
+            "everywhere": everywhere(table, rest + kept_bytes(nodes)),
         }
+        chosen = {
+            name: f"predicted loss {option.loss:.3g} nats per token"
+            for name, option in allocation.choices.items()
+            if name not in table
+        }
+        if chosen:
+            assert target.droppable is not None
+            state.source, state.structure, chosen = with_drops(
+                state.source, state.structure, target.droppable, chosen, self.asked.trust_remote_code
+            )
         castable = set(state.structure.castable)
         state.plan = Plan(
-            edits=list(target.edits),
+            edits=[*target.edits, *(Edit(drop=name, reason=why) for name, why in chosen.items())],
             assignments={
                 name: option.choice
                 for name, option in allocation.choices.items()
-                if not (name in castable and option.choice.kept)  # a plan need not speak of what is no site and stays
+                if name in table
+                and not (name in castable and option.choice.kept)  # a plan need not speak of what is no site and stays
             },
         )
         if self.asked.activations is not None:
@@ -328,18 +359,20 @@ class Work:
     def _probed(
         self,
         state: _State,
+        options: Mapping[str, list[Option]],
         found: Mapping[str, list[float | None]],
         record: Callable[[str, list[float | None]], None],
+        zeroed: Collection[str] = (),
     ) -> Mapping[str, Sequence[float | None]]:
         """Losses of every option, from the walks or from those of an earlier job on the same data."""
-        calibration, options = self._calibration(state), state.target.options
+        calibration = self._calibration(state)
         edits = edits_key(state.target.edits, state.scales)
         reuse = Reuse(state.source, calibration, self.asked.statistics_cap, self.asked.model, edits)
         kept = {group: losses for group, losses in reuse.losses(options).items() if group not in found}
         if kept:
             state.reporter.log(f"Losses of {len(kept)} groups are known from an earlier job on this model and data.")
         done = {**found, **kept}
-        losses = Probe(state.source, state.structure, calibration, options, done, record, reuse).run()
+        losses = Probe(state.source, state.structure, calibration, options, done, record, reuse, zeroed).run()
         groups = [group for group in state.structure.choice_groups() if len(options[group]) > 1]
         reuse.keep_losses(options, {group: losses[group] for group in groups})
         return losses
@@ -356,7 +389,10 @@ class Work:
                 f"The plan takes {layout.total_bytes} bytes, more than the {state.target.budget} asked: this is a "
                 "defect of slimwright; nothing was published."
             )
-        with CheckpointWriter(state.directory, layout) as writer:
+        renamed = {
+            entry.name: state.structure.written_name(entry.name) for unit in state.units for entry in unit.entries
+        }  # fmt: skip
+        with CheckpointWriter(state.directory, layout, renamed) as writer:
             if writer.fresh:  # shards made anew hold nothing yet
                 for unit in [unit for unit in state.journal.done if unit.startswith("build:")]:
                     del state.journal.done[unit]
@@ -393,19 +429,28 @@ class Work:
                 )
         return state.calibration
 
+    def _formats(self, state: _State) -> dict[int, KvFormat]:
+        """Format of the keys and values by layer of the result."""
+        return written_formats(state.target.formats, state.source, state.structure, self.asked.trust_remote_code)
+
     def _write_config(self, state: _State, source: Checkpoint, units: list[Unit], plan: Plan) -> None:
-        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-        grids = grids_written(units)
-        if grids or state.target.formats:
+        view = dropped_view(source)
+        base = source.config if view is None else view.written
+        config = {key: value for key, value in base.items() if key != "quantization_config"}
+        grids, left = grids_written(units), dropped_written(source)
+        formats = self._formats(state)
+        if grids or formats or left.forms:
+            name = state.structure.written_name
             dense = {}
             for unit in units:
                 if unit.site is not None and unit.name in grids:
                     dtype = str(source.tensors[unit.name].dtype).removeprefix("torch.")
-                    dense[unit.name] = DenseForm(dtype, unit.site.shape, unit.site.transposed)
-            roundings = {unit.name: unit.activations for unit in units if unit.activations is not None}
+                    dense[name(unit.name)] = DenseForm(dtype, unit.site.shape, unit.site.transposed)
+            roundings = {name(unit.name): unit.activations for unit in units if unit.activations is not None}
             config["quantization_config"] = write_config(
-                grids, plan.fingerprint, dense, roundings, state.target.formats
-            )
+                {name(own): grid for own, grid in grids.items()}, plan.fingerprint, dense, roundings,
+                formats, left,
+            )  # fmt: skip
         if all(config.get(key) is None for key in ("dtype", "torch_dtype")) and any(u.solved or u.cast for u in units):
             # where the config has none, transformers takes that of the first tensor, which may be 16 bits only here
             first = next(i.dtype for _, i in sorted(source.tensors.items()) if i.dtype.is_floating_point)
@@ -428,7 +473,7 @@ class Work:
             eval_data=self.asked.eval_data or "",
             checksums={entry.site: entry.checksum for entry in state.entries if entry.checksum},
             scales=[str(path) for path in state.scales],
-            cache={str(index): format.spec for index, format in state.target.formats.items()},
+            cache={str(index): format.spec for index, format in self._formats(state).items()},
         )  # fmt: skip
         own = model_of(state.source, self.asked.trust_remote_code)[0].__module__
         step = self._step(state)
@@ -486,7 +531,8 @@ class Work:
         assert outcome is not None
         written = Checkpoint.open(held.partial)
         final = Path(self.asked.published_as or held.out)
-        lineage = Lineage(fingerprint(written), (Lineage(plan.fingerprint),), ({"edit": "quantize"},))
+        done = [{"edit": "drop", "name": name} for name in plan.drops] + [{"edit": "quantize"}]
+        lineage = Lineage(fingerprint(written), (Lineage(plan.fingerprint),), tuple(done))
         state.data = {
             "format_version": REPORT_VERSION,
             "model": model_facts(self.asked.model, state.structure) | {"fingerprint": plan.fingerprint},
@@ -503,7 +549,7 @@ class Work:
             "reproduce": self.asked.command(),
             "how_to_load": how_to_load(
                 final, state.directory.relative_to(held.partial), source,
-                bool(grids_written(state.units) or state.target.formats),
+                bool(grids_written(state.units) or self._formats(state) or dropped_written(source).forms),
             ),
             "notes": self.notes,
             "job": {

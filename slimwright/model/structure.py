@@ -144,6 +144,9 @@ class Structure:
         bytes: bytes on disk of every tensor, by disk name.
         castable: disk names of the kept tensors that a plan may store in 16 bits: wide floats of some size that are
             neither routers nor norms.
+        dropped: sites that an edit dropped, which are no longer among ``sites``: their weight counts as zero.
+        dropped_tensors: disk names of all tensors that an edit dropped, sites and others.
+        prefixes: disk prefix of a block → the prefix that it is written under, where blocks before it were dropped.
         rms_norms: disk names of the gains of norms that divide by the root mean square and do nothing else → the offset
             that the model adds to the gain.
     """
@@ -163,6 +166,15 @@ class Structure:
     bytes: dict[str, int] = field(default_factory=dict)
     castable: tuple[str, ...] = ()
     rms_norms: dict[str, float] = field(default_factory=dict)
+    dropped: dict[str, Site] = field(default_factory=dict)
+    prefixes: dict[str, str] = field(default_factory=dict)
+
+    dropped_tensors: frozenset[str] = frozenset()
+
+    def written_name(self, name: str) -> str:
+        """The disk name that a tensor of the source has in what is written."""
+        new = next(((old, to) for old, to in self.prefixes.items() if name.startswith(old)), None)
+        return name if new is None else new[1] + name.removeprefix(new[0])
 
     def choice_groups(self) -> dict[str, tuple[Site, ...]]:
         """Sites by choice group, in checkpoint order."""

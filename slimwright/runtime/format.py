@@ -5,24 +5,28 @@
     {"quant_method": "slimwright", "format_version": 1, "written_by": "0.1.0",
      "grids": {"int4:g128": ["model.layers.0.self_attn.q_proj.weight", ...], "int3:g64+lowrank:r16": [...], ...},
      "dense": {"bfloat16:896x4864": [...], "float32:768x3072:t": [...]}, "fingerprint": "<of the source>",
-     "activations": {"int8:token": [...]}, "cache": {"kv4:g32:w128": [0, 1, ...]}}
+     "activations": {"int8:token": [...]}, "cache": {"kv4:g32:w128": [0, 1, ...]},
+     "dropped": {"modules": {"zeros:896:2": ["model.layers.3.self_attn", ...], "pass": [...]},
+                 "tensors": {"bfloat16:896x896": [...]}, "marks": [...]}}
 
 Names are disk names of weights; a layer's experts may be collapsed to ``...experts.[0-127].w1.weight``. Everything that
 is not named is a plain tensor. ``activations``, which may be missing, says how the inputs of weights are rounded
 (:mod:`slimwright.weights.activations`); ``cache``, which may be missing, how layers keep their keys and values
-(:mod:`slimwright.runtime.kv_format`). Every older version is read (``read_config``), a newer one refused. Version 2
-brought low-rank forms; what has none is written as version 1, which older programs read.
+(:mod:`slimwright.runtime.kv_format`); ``dropped``, which may be missing, what stands for sublayers that are not there
+(:class:`Dropped`). Every older version is read (``read_config``), a newer one refused. Version 2 brought low-rank
+forms; what has none is written as version 1, which older programs read.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from slimwright import __version__
 from slimwright.errors import InputError
+from slimwright.model.dropped import DroppedForm
 from slimwright.runtime.kv_format import KvFormat
 from slimwright.weights import Form, Grid, parse_form
 from slimwright.weights.activations import Activations
@@ -100,12 +104,39 @@ class DenseForm:
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """Sublayers that were dropped.
+
+    Attributes:
+        forms: what stands for a module, by its path in the model that was compressed.
+        tensors: dtype's name and shape of every tensor that is not there, by disk name: all zeros in a dense export.
+        marks: those of them that are there as one byte: where slimwright is not imported, transformers then stops with
+            a wrong size instead of filling them at random.
+    """
+
+    forms: Mapping[str, DroppedForm] = field(default_factory=dict)
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    marks: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        modules: dict[str, list[str]] = {}
+        for path, form in self.forms.items():
+            modules.setdefault(form.spec, []).append(path)
+        tensors: dict[str, list[str]] = {}
+        for name, (dtype, shape) in self.tensors.items():
+            tensors.setdefault(f"{dtype}:{'x'.join(map(str, shape))}", []).append(name)
+        collapsed = {spec: _collapse(names) for spec, names in tensors.items()}
+        return {"modules": modules, "tensors": collapsed, "marks": list(self.marks)}
+
+
 def write_config(
     grids: Mapping[str, Form],
     fingerprint: str,
     dense: Mapping[str, DenseForm] | None = None,
     activations: Mapping[str, Activations] | None = None,
     cache: Mapping[int, KvFormat] | None = None,
+    dropped: Dropped | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` for weights by disk name in their forms.
 
@@ -115,6 +146,7 @@ def write_config(
         dense: how each weight was stored in the source, which a dense export gives back.
         activations: how what enters a weight is rounded, by disk name; left out of the config where there is none.
         cache: format of the keys and values by layer.
+        dropped: what is not there.
     """
     by_grid: dict[str, list[str]] = {}
     by_form: dict[str, list[str]] = {}
@@ -138,6 +170,7 @@ def write_config(
         **({"activations": rounded} if rounded else {}),
         "fingerprint": fingerprint,
         **({"cache": layers} if layers else {}),
+        **({"dropped": dropped.to_json()} if dropped is not None and dropped.forms else {}),
     }
 
 
@@ -234,3 +267,30 @@ def read_cache(config: Mapping[str, Any]) -> dict[int, KvFormat]:
     for spec, layers in lists.items():
         found |= dict.fromkeys(layers, KvFormat.parse(str(spec)))
     return found
+
+
+def read_dropped(config: Mapping[str, Any]) -> Dropped:
+    """Sublayers that were dropped; none where the config names none.
+
+    Raises:
+        InputError: not of the form above.
+    """
+    section = config.get("dropped", {})
+    if not section:
+        return Dropped()
+    damaged = InputError("quantization_config.dropped is not of the form that slimwright writes: the file is damaged.")
+    if not isinstance(section, Mapping) or not {"modules", "tensors"} <= section.keys():
+        raise damaged
+    forms: dict[str, DroppedForm] = {}
+    for spec, paths in _names(section, "modules").items():
+        forms |= dict.fromkeys(paths, DroppedForm.parse(spec))
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for spec, names in _names(section, "tensors").items():
+        match = re.fullmatch(r"([a-z0-9_]{1,20}):(\d{1,12}(?:x\d{1,12}){0,3})", spec)
+        if not match:
+            raise damaged
+        tensors |= dict.fromkeys(names, (match[1], tuple(int(size) for size in match[2].split("x"))))
+    marks = section.get("marks", [])
+    if not isinstance(marks, (list, tuple)) or not all(isinstance(m, str) and m in tensors for m in marks):
+        raise damaged
+    return Dropped(forms, tensors, tuple(marks))

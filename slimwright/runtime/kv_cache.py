@@ -89,6 +89,10 @@ class KvLayer(CacheLayerMixin):
         self.append(key_states, value_states)
         return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
 
+    def pass_tokens(self, count: int) -> None:
+        """Tokens pass a layer whose attention was dropped: they count, and nothing of them is kept."""
+        self.length += count
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         seen = min(self.length, self.sliding - 1) if self.sliding else self.length
         return seen + query_length, self.length - seen

@@ -19,7 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimwright.errors import InputError
-from slimwright.runtime.format import DenseForm, read_activations, read_cache, read_config, read_dense
+from slimwright.model.dropped import drop_module, is_dropped, restored
+from slimwright.runtime.format import DenseForm, read_activations, read_cache, read_config, read_dense, read_dropped
 from slimwright.runtime.kv_format import KvFormat
 from slimwright.runtime.modules import (
     DenseExpertLeaf,
@@ -157,6 +158,7 @@ class SlimwrightQuantizer(HfQuantizer):
         self.forms: dict[str, DenseForm] = read_dense(quantization_config.to_dict())
         self.activations = read_activations(quantization_config.to_dict())
         self.cache: dict[int, KvFormat] = read_cache(quantization_config.to_dict())
+        self.gone = read_dropped(quantization_config.to_dict())
         self.part_names: set[str] = set()
         self.dropped: list[tuple[list[str], list[str]]] = []
         self.tied: dict[str, str] = {}
@@ -209,6 +211,7 @@ class SlimwrightQuantizer(HfQuantizer):
             if hasattr(module, "get_expanded_tied_weights_keys")
         }
         with torch.device("meta"):
+            self._drop(model)
             self._pack(model, headers, dtypes)
         self._rewrite_ties(model, ties)
         self._check(model, headers)
@@ -229,6 +232,34 @@ class SlimwrightQuantizer(HfQuantizer):
         return model
 
     # -- rebuilding ----------------------------------------------------------------------------------------------
+
+    def _drop(self, model: Any) -> None:
+        """Let what was dropped hold and compute nothing, but for the marks."""
+        if not self.gone.forms:
+            return
+        names, modules = _Names(model), dict(model.named_modules())
+        marks = [target for target, _ in map(names.resolve, self.gone.marks) if target in names.state]
+        lacking = []
+        for path, form in self.gone.forms.items():
+            own = next((name for name in _spellings(path, [model.base_model_prefix]) if name in modules), None)
+            if own is None:
+                lacking.append(path)
+            else:
+                drop_module(modules[own], form)
+        if lacking:
+            whole = _checkpoint_model(model)
+            known = {} if whole is None else dict(whole.named_modules())
+            unknown = [path for path in lacking if path not in known]
+            if unknown:
+                raise InputError(
+                    f"config.json says that {_first(unknown)} was dropped, which {type(model).__name__} does not have: "
+                    "the file is damaged or of another version of transformers."
+                )
+        for target in marks:
+            path, _, parameter = target.rpartition(".")
+            holder = _made(model, path)
+            holder.register_parameter(parameter, nn.Parameter(torch.empty(1, dtype=torch.uint8), requires_grad=False))
+            self.part_names.add(target)
 
     def _pack(self, model: Any, headers: Mapping[str, Header], dtypes: _Dtypes) -> None:
         names = _Names(model)
@@ -488,6 +519,9 @@ class SlimwrightQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Put dense parameters back, and what belongs to them: classes, ties, converters."""
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        if any(is_dropped(module) for module in model.modules()):
+            with torch.device("meta"):
+                restored(model, type(model)(model.config), dtype)
         for module in list(model.modules()):
             if not isinstance(module, PackedModule) or isinstance(module, (PackedExpertLeaf, TiedHead, TiedEmbedding)):
                 continue
@@ -562,15 +596,20 @@ def _checkpoint_model(model: Any) -> Any:
 
 def _attach(model: nn.Module, path: str, leaf: nn.Module) -> None:
     """Set a submodule, making the plain modules that lead to it."""
-    *parents, last = path.split(".")
-    for part in parents:
+    parents, _, last = path.rpartition(".")
+    _made(model, parents).add_module(last, leaf)
+
+
+def _made(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path; plain modules are made where there is none."""
+    for part in path.split(".") if path else ():
         child = model._modules.get(part)
         if child is None:
             child = nn.Module()
             child._is_hf_initialized = True  # type: ignore[assignment]
             model.add_module(part, child)
         model = child
-    model.add_module(last, leaf)
+    return model
 
 
 def _detach(model: nn.Module, paths: Iterable[str]) -> None:

@@ -34,6 +34,7 @@ class WeightSource(ABC):
 
     Attributes:
         held: (rows, columns) of any float dtype: the whole matrix, used instead of :meth:`rows` while it is there.
+        empty: whether every weight is zero, so that nothing need be multiplied.
         activations: how a linear layer's input is rounded before it is multiplied, and watched; None: not.
         watch: called with every input (..., in) that a forward multiplies the weight with, and the number of the expert
             (0 where the site is one matrix).
@@ -42,6 +43,7 @@ class WeightSource(ABC):
     """
 
     held: Tensor | None = None
+    empty: bool = False
     activations: Activations | None = None
     watch: Callable[[Tensor, int], None] | None = None
     watch_output: Callable[[Tensor, Any, slice], None] | None = None
@@ -90,6 +92,9 @@ class _StreamedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         source = self.source
+        if source.empty:
+            zeros = x.new_zeros(*x.shape[:-1], self.out_features)
+            return zeros if self.bias is None else zeros + self.bias
         if source.activations is not None:
             x = source.activations.round(x)
         if source.watch is not None:
