@@ -25,7 +25,8 @@ from slimwright.job.build import layout_of, plan_units
 from slimwright.job.caching import EVERYWHERE, cache_formats
 from slimwright.job.calibration import with_data
 from slimwright.job.edits import rotated
-from slimwright.job.forecast import Forecast, forecast, measure_rates
+from slimwright.job.forecast import Evaluations, Forecast, forecast, measure_rates
+from slimwright.job.losses import check_allocator, loss_estimate
 from slimwright.job.low_rank import scoring_work, solving_work
 from slimwright.job.memory import MemoryWatch, memory_cap
 from slimwright.job.open import open_source
@@ -51,7 +52,7 @@ from slimwright.plan import (
     parse_size,
     rounded_groups,
 )
-from slimwright.search import Option, smallest_cost
+from slimwright.search import Option, check_solver, smallest_cost
 from slimwright.weights import Grid, parse_form
 
 __all__ = ["MAX_SHARD_BYTES", "FitOptions", "FitReport", "fit"]
@@ -68,7 +69,8 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
             everywhere), ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``data`` (what to calibrate on, or
             ``none``), ``eval_data``, ``calibration_tokens``, ``calibration_length``, ``method`` (solver), ``folds``
             (what is done before: ``fold/awq``, ``none``), ``cache``
-            (``cache/kivi,bits=4``), ``search`` (``dp | milp``), ``job_memory`` (``2GB``), ``job_time`` (seconds),
+            (``cache/kivi,bits=4``), ``search`` (``dp | milp | closed-form | rate-distortion | evolutionary``, with
+            knobs), ``loss`` (the loss estimate), ``job_memory`` (``2GB``), ``job_time`` (seconds),
             ``statistics_cache`` (bytes of the cache for what walks find, or ``off``), ``seed``, ``dry_run``,
             ``trust_remote_code``, ``quiet``.
 
@@ -111,6 +113,7 @@ class _Job:
         if structure.note:
             self.notes.append(structure.note)
         asked, found = with_data(asked, source, structure, self.notes.append)
+        check_allocator(asked.search, asked.loss, asked.data)
         self.asked = asked
         edits, ranges, plain = tuple(asked.edits()), asked.needs_scales(), (source, structure)
         source, structure = rotated(source, structure, edits)
@@ -141,6 +144,7 @@ class _Job:
             ranges,
             asked.eval_tokens,
             scoring_work(structure, options) if fixed is None else solving_work(structure, fixed),
+            self._evaluations(options, seen),
         )  # fmt: skip
         if cap < predicted.least_memory_bytes:
             raise InputError(
@@ -244,6 +248,18 @@ class _Job:
             f"({8 * smallest / structure.parameters:.2f}bit): {rest} of them are kept as they are."
         )
 
+    def _evaluations(self, options: Mapping[str, list[Option]], seen: int) -> Evaluations:
+        """What the search and its loss estimate run of the model at most."""
+        if not options:
+            return Evaluations()
+        solver = check_solver(self.asked.search)
+        found = Evaluations(solver.evaluations, solver.tokens(seen))
+        if self.asked.loss is None:
+            return found
+        estimate = loss_estimate(self.asked.loss)
+        count = estimate.evaluations(options)
+        return Evaluations(found.count + count, found.tokens + count * estimate.tokens(seen))
+
     def _check_disk(self, out: Path, predicted: Forecast) -> None:
         folder = out.absolute().parent
         while not folder.exists():
@@ -274,6 +290,7 @@ class _Job:
                 "peak_memory_bytes": predicted.peak_memory_bytes,
                 "least_memory_bytes": predicted.least_memory_bytes,
                 "disk_bytes": predicted.disk_bytes,
+                "evaluations": predicted.evaluations,
             },
             "notes": self.notes,
         }

@@ -12,15 +12,16 @@ from typing import Any
 from slimwright.errors import InputError, NotBuiltError
 from slimwright.job.caching import parse_policy
 from slimwright.job.floors import Floor
+from slimwright.job.losses import check_allocator, evaluates
 from slimwright.methods import GroupFold, WeightSolver, parse_method
 from slimwright.methods.rotation import RotationFold
 from slimwright.plan import DEFAULT_METHOD, Edit, Plan, Rule, group_folds
-from slimwright.search import check_solver
 from slimwright.sizes import parse_bytes
 from slimwright.weights import Grid, parse_form
 from slimwright.weights.activations import Activations
 
 MAX_SHARD_BYTES = 5_000_000_000
+DEFAULT_SEARCH = "dp"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class FitOptions:
     eval_tokens: int | None = None
     calibration_tokens: int | None = None
     calibration_length: int | None = None
-    search: str = "dp"
+    search: str = DEFAULT_SEARCH
+    loss: str | None = None
     job_memory: str | None = None
     job_time: float | None = None
     device: str = "auto"
@@ -125,7 +127,8 @@ class FitOptions:
             "activations": self.activations,
             "data": self.data, "eval_data": self.eval_data, "tokens": self.calibration_tokens,
             "length": self.calibration_length,
-            "search": self.search, "cache": self.cache, "seed": self.seed, "shard": self.max_shard_bytes,
+            "search": self.search, "loss": self.loss, "cache": self.cache, "seed": self.seed,
+            "shard": self.max_shard_bytes,
         }  # fmt: skip
 
     def command(self) -> str:
@@ -142,7 +145,7 @@ class FitOptions:
             words += ["--rule", rule]
         for fold in self.folds if self.folds is not None else ():
             words += ["--fold", fold]
-        for name in ("method", "search", "seed", "calibration_tokens", "calibration_length", "eval_tokens"):
+        for name in ("method", "search", "loss", "seed", "calibration_tokens", "calibration_length", "eval_tokens"):
             if getattr(self, name) != FitOptions.__dataclass_fields__[name].default:
                 words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         return shlex.join(words)
@@ -224,7 +227,14 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
     if asked.calibration_length is not None and asked.calibration_length < 8:
         raise InputError(f"--calibration-length must be at least 8, not {asked.calibration_length}.")
     _ = asked.statistics_cap
-    check_solver(asked.search)
+    check_allocator(asked.search, asked.loss, asked.data)
+    if (asked.loss is not None or asked.search != DEFAULT_SEARCH) and {"grid", "plan"} & set(given):
+        option = "loss" if asked.loss is not None else "search"
+        raise InputError(f"--{given[0]} leaves nothing to choose: --{option} needs a --size, --memory or --keep.")
+    if asked.size is None and evaluates(asked.search, asked.loss):
+        raise InputError(
+            "A search that evaluates models would do so for every candidate of --memory or --keep: give it a --size."
+        )
     if asked.plan is not None and (asked.folds is not None or asked.activations is not None):
         option = "--fold" if asked.folds is not None else "--activations"
         raise InputError(f"--plan fixes everything: edit the plan instead of giving {option}.")

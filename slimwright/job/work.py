@@ -37,12 +37,13 @@ from slimwright.job import verify as verification
 from slimwright.job.build import Calibration, Unit, build, grids_written, layout_of, plan_units
 from slimwright.job.calibration import calibrate, notes_on
 from slimwright.job.edits import folded, original, save_scales
+from slimwright.job.evaluator import Evaluator
 from slimwright.job.fold_walk import FoldWalk, usual_grid
 from slimwright.job.forecast import Forecast
 from slimwright.job.ledger import Entry, check_complete, dead_inputs
+from slimwright.job.losses import Scoring, loss_estimate
 from slimwright.job.memory import MemoryWatch, trim
 from slimwright.job.open import model_of
-from slimwright.job.options import score_options, with_losses
 from slimwright.job.passes import Pass, run_passes
 from slimwright.job.probe import Probe
 from slimwright.job.progress import Reporter
@@ -66,7 +67,7 @@ from slimwright.model.structure import Structure
 from slimwright.plan import Edit, Plan, group_folds, method_on, rounded_groups
 from slimwright.runtime.format import DenseForm, write_config
 from slimwright.runtime.kv_format import KvFormat
-from slimwright.search import Option, search
+from slimwright.search import Allocation, Option, Table, search
 from slimwright.search.curve import curve, everywhere, smallest_for
 from slimwright.weights import parse_grid
 
@@ -118,6 +119,7 @@ class _State:
     calibrated_on: dict[str, Any] = field(default_factory=dict)
     searched: dict[str, Any] = field(default_factory=dict)
     scales: list[Path] = field(default_factory=list)
+    evaluator: Evaluator | None = None
 
     def planned(self) -> Plan:
         """The plan, which the passes' order guarantees."""
@@ -278,9 +280,14 @@ class Work:
 
     def _search(self, state: _State) -> None:
         """Score every option on the weights and choose the best that fits."""
-        journal, groups = state.journal, len(state.target.options)
+        journal, target = state.journal, state.target
+        total = len(target.options) + target.predicted.evaluations
         found = {k.removeprefix("score:"): v for k, v in journal.done.items() if k.startswith("score:")}
         last, step = time.monotonic(), self._step(state)
+
+        def told() -> None:
+            done = len(found) + (state.evaluator.evaluations if state.evaluator is not None else 0)
+            step(min(done, total), total)
 
         def record(group: str, losses: list[float | None]) -> None:
             nonlocal last
@@ -289,29 +296,60 @@ class Work:
             if time.monotonic() - last > COMMIT_SECONDS:
                 journal.commit()
                 last = time.monotonic()
-            step(len(found), groups)
+            told()
 
-        target = state.target
-        structure = state.structure
-        probed = self.asked.data != "none" and self._calibration(state).apart
-        if probed:
-            table = with_losses(target.options, self._probed(state, found, record))
-        else:
-            table = score_options(state.source, structure, target.options, dict(found), record)
+        calibration = None if self.asked.data == "none" else self._calibration(state)
+        apart = calibration is not None and calibration.apart
+        estimate = loss_estimate(self.asked.loss or ("sensitivity" if apart else "weight-error"))
+        if estimate.needs_walks and not apart:
+            raise InputError(
+                f"--loss {estimate.name} walks over the blocks, and those of this model give other outputs when they "
+                "are run apart: use measured or weight-error."
+            )
+        budget = target.budget - target.rest
+
+        def evaluator() -> Evaluator:
+            if state.evaluator is None:
+                assert calibration is not None
+                cap = (self.watch.cap or (1 << 30)) // 4
+                state.evaluator = Evaluator(
+                    state.source, state.structure, calibration, cap, journal, told, self.asked.seed
+                )  # fmt: skip
+            return state.evaluator
+
+        def evaluate(choices: Mapping[str, Option], tokens: int, draw: int) -> float:
+            return evaluator()({group: option.choice for group, option in choices.items()}, tokens, draw).loss
+
+        scored = estimate.score(
+            Scoring(
+                state.source, state.structure, target.options, budget, dict(found), record, calibration,
+                lambda: self._probed(state, found, record), evaluator,
+            )
+        )  # fmt: skip
         journal.commit()
-        nats = 1.0 if probed else DATA_FREE_NATS / structure.parameters
+
+        def allocated(table: Table, limit: int) -> Allocation:
+            return search(
+                table, limit, self.asked.search, scored.pairs, None if calibration is None else evaluate,
+                self.asked.seed,
+            )  # fmt: skip
+
+        nats = 1.0 if estimate.nats else DATA_FREE_NATS / state.structure.parameters
         if self.asked.predicted_loss is None:
-            allocation = search(table, target.budget - target.rest, solver=self.asked.search)
+            allocation = allocated(scored.table, budget)
         else:
-            wanted = self.asked.predicted_loss / nats
-            allocation = smallest_for(table, wanted, lambda t, limit: search(t, limit, solver=self.asked.search))
+            allocation = smallest_for(scored.table, self.asked.predicted_loss / nats, allocated)
+        journal.commit()
         state.searched = {
             "solver": self.asked.search,
-            "unit": "nats per token" if probed else "relative squared error × parameters",
+            "loss": estimate.spec,
+            "unit": "nats per token" if estimate.nats else "relative squared error × parameters",
             "predicted": allocation.loss,
             "nats": allocation.loss * nats,
-            "curve": curve(table, target.rest),
-            "everywhere": everywhere(table, target.rest),
+            "exact": allocation.exact,
+            "evaluations": 0 if state.evaluator is None else state.evaluator.evaluations,
+            "curve": curve(scored.table, target.rest),
+            "everywhere": everywhere(scored.table, target.rest),
         }
         castable = set(state.structure.castable)
         state.plan = Plan(
@@ -509,7 +547,7 @@ class Work:
             "job": {
                 "seconds": time.monotonic() - self.started,
                 "peak_memory_bytes": self.watch.peak,
-                "evaluations": outcome.evaluations,
+                "evaluations": outcome.evaluations + state.searched.get("evaluations", 0),
                 "predicted": predicted_parts(state.target.predicted),
             },
         }  # fmt: skip
