@@ -157,7 +157,7 @@ def test_every_estimate_says_what_it_is():
     ("search", "loss"),
     [
         ("closed-form", "lim"),
-        ("milp", "pairs,levels=1,evaluated=128,window=1,options_kept=2"),
+        ("milp", "pairs,levels=1,window=1,evaluated=128,options_kept=2"),
         ("evolutionary,generations=1,offspring=3,survivors=1,tokens_first=128,tokens_last=128", "zd"),
     ],
 )
