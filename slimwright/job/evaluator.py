@@ -129,11 +129,12 @@ class Evaluator:
         """Indices of batches, ascending."""
         if not tokens or tokens >= self.tokens:
             return list(range(len(self._batches)))
-        order = np.random.default_rng([self._seed, draw]).permutation(len(self._batches)).tolist()
-        chosen, seen = [], 0
-        while seen < tokens:
-            chosen.append(order[len(chosen)])
-            seen += _length(self._batches[chosen[-1]])
+        seen, chosen = 0, list[int]()
+        for index in np.random.default_rng([self._seed, draw]).permutation(len(self._batches)).tolist():
+            if seen >= tokens:
+                break
+            chosen.append(index)
+            seen += _length(self._batches[index])
         return sorted(chosen)
 
     # -- the journal -----------------------------------------------------------------------------------------------

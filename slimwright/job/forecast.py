@@ -239,6 +239,8 @@ def forecast(
     memory, least = memory + torch.get_num_threads() * low_rank.memory, max(least, low_rank.memory)
     if walks is not None:
         memory, least = max(memory, walks.memory), max(least, walks.least_memory)
+        if evaluations.count:  # the original's outputs and rounded weights, as many as a quarter of the cap holds
+            memory += min(cap // 4, 4 * tokens_seen * vocabulary + 12 * weights)
     return Forecast(
         bytes=budget,
         peak_memory_bytes=memory,

@@ -166,7 +166,7 @@ class PairLoss(LossEstimate):
 
 def _apart(first: str | None, second: str | None, places: Mapping[str, int]) -> int:
     """Blocks that two groups are apart; what lies outside blocks is next to all."""
-    if first not in places or second not in places:
+    if first is None or second is None or first not in places or second not in places:
         return 0
     return abs(places[first] - places[second])
 

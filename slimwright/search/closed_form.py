@@ -34,7 +34,8 @@ class Curve:
         low, high = front[0].cost, front[-1].cost
         if len(points) < 2:
             return cls(points[0][1] if points else -math.inf, 0.0, low, high)
-        slope, height = np.polyfit(*np.array(points, dtype=np.float64).T, 1)
+        cost, logarithm = np.array(points, dtype=np.float64).T
+        slope, height = np.polyfit(cost, logarithm, 1)
         return cls(float(height), max(-float(slope), 0.0), low, high)
 
     def cost(self, log_rate: float) -> float:
