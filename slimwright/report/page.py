@@ -113,8 +113,12 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "forecast": _forecast(job, size),
         "job": [
             ("Evaluations of the model", words.count(job.get("evaluations"))),
-            *([("Search", f"{search.get('solver')} on {search.get('loss')}")] if search else []),
-            *([("KL that the search predicted", _figure(search["predicted"]))] if search.get("predicted") else []),
+            *([("Search", f"{search['solver']} on {search['loss']}")] if search.get("loss") else []),
+            *(
+                [("KL that the search predicted", _figure(search.get("predicted")))]
+                if search.get("unit") == "nats per token"
+                else []
+            ),
             *(
                 [("Budget used", words.share(size.get("after"), budget["bytes"]))]
                 if is_number(budget.get("bytes"))

@@ -173,13 +173,18 @@ def test_jobs_count_and_declare_their_evaluations(search, loss, tmp_path):
     assert found["evaluations"] <= dry["forecast"]["evaluations"]
     assert report["job"]["evaluations"] == found["evaluations"] + 2
     assert (found["evaluations"] > 0) == (dry["forecast"]["evaluations"] > 0)
-    assert (found["predicted"] is None) == (not loss.startswith("pairs"))
+    assert (found["unit"] == "nats per token") == loss.startswith("pairs")
     assert report["size"]["after"] <= report["budget"]["bytes"]
     assert f"--search {search}" in report["reproduce"] and f"--loss {loss}" in report["reproduce"]
 
 
 def test_without_data_zd_still_works(tmp_path):
     report = fitted(tiny(), tmp_path / "out", size="40%", data="none", loss="zd,sides=2")
-    assert report["search"] == {
-        "solver": "dp", "loss": "zd,sides=2", "predicted": None, "exact": True, "evaluations": 0,
-    }  # fmt: skip
+    found = report["search"]
+    assert (found["loss"], found["evaluations"], found["exact"]) == ("zd,sides=2", 0, True)
+    assert found["unit"] != "nats per token"
+
+
+def test_candidates_of_a_floor_do_not_evaluate_within(tmp_path):
+    with pytest.raises(InputError, match="for every candidate of --memory or --keep"):
+        fitted(tiny(), tmp_path / "out", keep=("kl:0.1",), search="evolutionary", method="quantize/gptq")
