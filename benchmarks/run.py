@@ -23,6 +23,7 @@ BENCHMARKS = {
     "merge_quality": "what every merge method keeps of four tasks",
     "zoo": "trained models: figure, training time, what rounding costs",
     "solvers": "what every solver loses on the cards' synthetic setups",
+    "allocators": "loss estimates and solvers of budgets; predicted against measured KL; mixed grids against one",
     "calibrated": "what every solver loses in whole jobs, on the bundled LM, the zoo and MiniLM",
     "low_rank": "low-rank forms against grids on the bundled LM",
     "memory": "13 GB models under 1.5 GB of memory",

@@ -122,7 +122,18 @@ def fit(
     calibration_length: Annotated[
         int | None, typer.Option(hidden=True, help="Tokens of a sequence (default 512 or the model's positions).")
     ] = None,
-    search: Annotated[str, typer.Option(hidden=True, help="Budget solver: dp or milp.")] = "dp",
+    search: Annotated[
+        str,
+        typer.Option(
+            hidden=True, help="Budget solver: dp, milp, closed-form, rate-distortion or evolutionary, with knobs."
+        ),
+    ] = "dp",
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            hidden=True, help="What options are thought to cost: sensitivity, weight-error, lim, zd, measured or pairs."
+        ),
+    ] = None,
     job_time: Annotated[str | None, typer.Option(hidden=True, help="Stop after this long: 600, 10m, 2h.")] = None,
     statistics_cache: Annotated[
         str, typer.Option(hidden=True, help="Cache for what walks find, for other sizes of the same job; or off.")
@@ -138,13 +149,11 @@ def fit(
     effort: Annotated[str | None, _later("--effort")] = None,
     target: Annotated[str | None, _later("--target")] = None,
     adapter: Annotated[list[str] | None, _later("--adapter")] = None,
-    loss: Annotated[str | None, _later("--loss")] = None,
     ray: Annotated[str | None, _later("--ray")] = None,
 ) -> None:
     """Fit MODEL to a limit: quantize it, prove the result, publish it with a report."""
     _refuse(
-        latency=latency, effort=effort,
-        target=target, adapter=adapter, loss=loss, ray=ray,
+        latency=latency, effort=effort, target=target, adapter=adapter, ray=ray,
     )  # fmt: skip
     from slimwright.job.fit import fit as run
     from slimwright.sizes import parse_bytes
@@ -154,7 +163,7 @@ def fit(
         eval_tokens=eval_tokens, grid=grid, rules=tuple(rule or ()), plan=plan, job_memory=job_memory, dry_run=dry_run,
         data=data, eval_data=eval_data, calibration_tokens=calibration_tokens, calibration_length=calibration_length,
         allow=tuple(allow.split(",")) if allow else (), method=method, folds=None if fold is None else tuple(fold),
-        activations=activations, cache=cache, search=search,
+        activations=activations, cache=cache, search=search, loss=loss,
         job_time=None if job_time is None else _seconds(job_time), device=device, seed=seed,
         max_shard_bytes=parse_bytes(shard_size, "--shard-size"), statistics_cache=statistics_cache,
         trust_remote_code=trust_remote_code,
@@ -439,6 +448,7 @@ def _print_forecast(console: Console, data: dict[str, Any]) -> None:
         f"disk    {found['disk_bytes'] / 1e6:.1f} MB, scratch included",
         f"time    about {found['seconds']:.0f} s: "
         + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found["phases"].items()),
+        *([f"search  evaluates up to {found['evaluations']:,} models"] if found.get("evaluations") else []),
         *(f"Note: {note}" for note in data["notes"]),
     ]
     for line in lines:

@@ -41,24 +41,51 @@ class Sensitivity:
         share: tokens that it saw for each token of the output: below 1 for experts, above where a block runs often.
         inputs: (rows,) float32, of an embedding the share of tokens that look each row up (then ``outputs`` belongs to
             its columns); None where the matrix is multiplied.
+        weighted: (out,) float32, like ``outputs`` but each token counted by its squared input: the mean that belongs
+            to errors of a matrix, which are larger on tokens whose inputs are. None of what is looked up.
     """
 
     outputs: Tensor
     share: float = 1.0
     inputs: Tensor | None = None
+    weighted: Tensor | None = None
+
+    @property
+    def of_errors(self) -> Tensor:
+        """(out,) the mean that an error of the matrix is to be multiplied with."""
+        return self.outputs if self.weighted is None else self.weighted
 
 
 class _Squares:
-    """Sums of squared gradients of one matrix."""
+    """Sums of squared gradients of one matrix, over its tokens and over them weighted by their squared inputs."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.tokens = 0
+        self._weighted: Tensor | float = 0.0
+        self._energy = 0.0
 
-    def add(self, gradient: Tensor) -> None:
-        square = gradient.detach().float().square().sum(0, dtype=torch.float64)
+    def add(self, gradient: Tensor, energy: Tensor | None = None) -> None:
+        """Add tokens.
+
+        Args:
+            gradient: (tokens, out).
+            energy: (tokens,) float32, the squared length of each token's input.
+        """
+        squares = gradient.detach().float().square()
+        square = squares.sum(0, dtype=torch.float64)
         self.total = square if self.total is None else self.total + square
         self.tokens += gradient.shape[0]
+        if energy is not None and energy.shape == squares.shape[:1]:
+            self._weighted = self._weighted + (energy @ squares).double()
+            self._energy += float(energy.sum(dtype=torch.float64))
+
+    @property
+    def weighted(self) -> Tensor | None:
+        """(out,) float32, the weighted mean; None where no inputs came with the gradients."""
+        if not self._energy or not isinstance(self._weighted, Tensor):
+            return None
+        return (self._weighted / self._energy).float()
 
 
 @dataclass
@@ -105,6 +132,7 @@ class ReverseWalk:
         self.release = release
         self._generator = torch.Generator().manual_seed(seed)
         self._squares: dict[tuple[str, int], _Squares] = {}
+        self._energies: dict[tuple[str, int], Tensor] = {}
         self._lookups: dict[str, tuple[Tensor, _Squares]] = {}
         self._batch = Batch({})
         self.tokens = 0
@@ -234,16 +262,25 @@ class ReverseWalk:
     def _watch(self, on: bool) -> None:
         for name, source in self.sources.items():
             if not on:
-                source.watch_output = None
+                source.watch = source.watch_output = None
             elif source.site.kind == "embedding":
                 source.watch_output = lambda out, ids, part, name=name: self._watch_lookup(name, out, ids, part)
             else:
                 source.watch_output = lambda out, expert, part, name=name: self._watch_product(name, out, expert, part)
+            if on:
+                source.watch = lambda x, expert, name=name: self._watch_input(name, x, expert)
+
+    def _watch_input(self, name: str, x: Tensor, expert: int) -> None:
+        """What a matrix is multiplied with, just before :meth:`_watch_product` sees the product."""
+        if torch.is_grad_enabled():
+            self._energies[name, expert] = x.detach().float().square().sum(-1, keepdim=True)
 
     def _watch_product(self, name: str, out: Tensor, expert: int, part: slice) -> None:
         batch = self._batch
         squares = self._squares.setdefault((name, expert), _Squares())
-        out.register_hook(lambda gradient: squares.add(batch.counted(gradient[..., part])))
+        entered = self._energies.pop((name, expert), None)
+        energy = None if entered is None else batch.counted(entered)[:, 0]
+        out.register_hook(lambda gradient: squares.add(batch.counted(gradient[..., part]), energy))
 
     def _watch_lookup(self, name: str, out: Tensor, ids: Any, part: slice) -> None:
         """Of an embedding: its rows looked up (ids a tensor), or the product of a head tied to it (ids a number)."""
@@ -280,7 +317,8 @@ class ReverseWalk:
         squares = self._squares.get((site.name, matrix))
         if squares is None or squares.total is None:
             return Sensitivity(torch.zeros(site.weight_shape[-2]), 0.0)
-        return Sensitivity((squares.total / max(1, squares.tokens)).float(), squares.tokens / max(1, self.tokens))
+        mean = (squares.total / max(1, squares.tokens)).float()
+        return Sensitivity(mean, squares.tokens / max(1, self.tokens), weighted=squares.weighted)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -26,7 +26,8 @@ from slimwright.job.caching import EVERYWHERE, cache_formats
 from slimwright.job.calibration import with_data
 from slimwright.job.drops import drop_nodes, voided_tensors
 from slimwright.job.edits import dropped, rotated
-from slimwright.job.forecast import Forecast, forecast, measure_rates
+from slimwright.job.forecast import Evaluations, Forecast, forecast, measure_rates
+from slimwright.job.losses import check_allocator, loss_estimate
 from slimwright.job.low_rank import scoring_work, solving_work
 from slimwright.job.memory import MemoryWatch, memory_cap
 from slimwright.job.open import open_source
@@ -53,7 +54,7 @@ from slimwright.plan import (
     parse_size,
     rounded_groups,
 )
-from slimwright.search import Option
+from slimwright.search import Option, check_solver
 from slimwright.search.tree import Node, smallest_tree_cost
 from slimwright.weights import Grid, parse_form
 
@@ -71,7 +72,8 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
             everywhere), ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``data`` (what to calibrate on, or
             ``none``), ``eval_data``, ``calibration_tokens``, ``calibration_length``, ``method`` (solver), ``folds``
             (what is done before: ``fold/awq``, ``none``), ``allow`` (``drop``: sublayers and blocks too), ``cache``
-            (``cache/kivi,bits=4``), ``search`` (``dp | milp``), ``job_memory`` (``2GB``), ``job_time`` (seconds),
+            (``cache/kivi,bits=4``), ``search`` (``dp | milp | closed-form | rate-distortion | evolutionary``, with
+            knobs), ``loss`` (the loss estimate), ``job_memory`` (``2GB``), ``job_time`` (seconds),
             ``statistics_cache`` (bytes of the cache for what walks find, or ``off``), ``seed``, ``dry_run``,
             ``trust_remote_code``, ``quiet``.
 
@@ -116,6 +118,7 @@ class _Job:
         if structure.note:
             self.notes.append(structure.note)
         asked, found = with_data(asked, source, structure, self.notes.append)
+        check_allocator(asked.search, asked.loss, asked.data)
         self.asked = asked
         edits, ranges, plain = tuple(asked.edits()), asked.needs_scales(), (source, structure)
         source, structure = rotated(source, structure, edits)
@@ -153,6 +156,7 @@ class _Job:
             ranges,
             asked.eval_tokens,
             scoring_work(structure, options) if fixed is None else solving_work(structure, fixed),
+            self._evaluations(options, seen),
         )  # fmt: skip
         if cap < predicted.least_memory_bytes:
             raise InputError(
@@ -280,6 +284,18 @@ class _Job:
             f"({8 * smallest / structure.parameters:.2f}bit): {rest} of them are kept as they are."
         )
 
+    def _evaluations(self, options: Mapping[str, list[Option]], seen: int) -> Evaluations:
+        """What the search and its loss estimate run of the model at most."""
+        if not options:
+            return Evaluations()
+        solver = check_solver(self.asked.search)
+        found = Evaluations(solver.evaluations, solver.tokens(seen))
+        if self.asked.loss is None:
+            return found
+        estimate = loss_estimate(self.asked.loss)
+        count = estimate.evaluations(options)
+        return Evaluations(found.count + count, found.tokens + count * estimate.tokens(seen))
+
     def _check_disk(self, out: Path, predicted: Forecast) -> None:
         folder = out.absolute().parent
         while not folder.exists():
@@ -310,6 +326,7 @@ class _Job:
                 "peak_memory_bytes": predicted.peak_memory_bytes,
                 "least_memory_bytes": predicted.least_memory_bytes,
                 "disk_bytes": predicted.disk_bytes,
+                "evaluations": predicted.evaluations,
             },
             "notes": self.notes,
         }

@@ -43,6 +43,9 @@ COMPILE_SECONDS = 15.0
 CONVERT = 4e-10
 """Seconds to read one weight of the source and convert it to float32."""
 
+EVALUATION_SECONDS = 0.02
+"""What an evaluation takes beside its products."""
+
 
 def _started() -> float:
     """Seconds that this process needed until its imports were done: its age, but of one that waited or worked on
@@ -78,14 +81,23 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class Evaluations:
+    """Runs of the model beside the walks and the verification: how many, and on how many tokens all together."""
+
+    count: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
 class Forecast:
-    """The forecast; ``phases`` are seconds by phase, in order."""
+    """The forecast; ``phases`` are seconds by phase, in order; ``evaluations`` are those of the search."""
 
     bytes: int
     peak_memory_bytes: int
     least_memory_bytes: int
     disk_bytes: int
     phases: dict[str, float] = field(default_factory=dict)
+    evaluations: int = 0
 
     @property
     def seconds(self) -> float:
@@ -156,6 +168,7 @@ def forecast(
     ranges: bool = False,
     eval_tokens: int | None = None,
     low_rank: LowRankWork | None = None,
+    evaluations: Evaluations = Evaluations(),
 ) -> Forecast:
     """Forecast a fit.
 
@@ -168,6 +181,7 @@ def forecast(
         ranges: whether scales of activations are found in another.
         eval_tokens: that the quality is measured on; None: :func:`tokens_for` says.
         low_rank: what scoring (where options are searched) or solving low-rank forms takes.
+        evaluations: of the search.
     """
     sites = list(structure.sites.values())
     weights = sum(site.numel for site in sites)
@@ -191,6 +205,11 @@ def forecast(
         phases["ranges"] = walks.fold
     if walks is not None and searched:
         phases["score"] = walks.probe + phases["score"]
+    if evaluations.count:
+        # Every evaluation rounds what changed, and reads outputs as wide as the vocabulary in float64.
+        products = 1.3 * parameters + 24 * vocabulary
+        phases["score"] += evaluations.tokens * products / rates.multiply + evaluations.count * EVALUATION_SECONDS
+        phases["score"] += min(evaluations.count, 8) * weights / rates.score
     phases["build"] = weights / rates.solve + source.total_bytes / READ_RATE + budget / WRITE_RATE + 4 * overhead + 0.1
     if walks is not None and solver.needs:
         phases["build"] += walks.build
@@ -220,12 +239,15 @@ def forecast(
     memory, least = memory + torch.get_num_threads() * low_rank.memory, max(least, low_rank.memory)
     if walks is not None:
         memory, least = max(memory, walks.memory), max(least, walks.least_memory)
+        if evaluations.count:  # the original's outputs and rounded weights, as many as a quarter of the cap holds
+            memory += min(cap // 4, 4 * tokens_seen * vocabulary + 12 * weights)
     return Forecast(
         bytes=budget,
         peak_memory_bytes=memory,
         least_memory_bytes=least,
         disk_bytes=budget + (1 << 20),
         phases=phases,
+        evaluations=evaluations.count,
     )
 
 

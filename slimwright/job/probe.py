@@ -21,6 +21,7 @@ from slimwright.calibrate.walk import Batch, Unit
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.job.build import Calibration
+from slimwright.job.evaluator import outputs_a_token, small_batches
 from slimwright.job.low_rank import form_of, low_rank_losses
 from slimwright.job.options import chosen_rows, evenly_spaced, matrix_of, score_casts
 from slimwright.job.parallel import in_order
@@ -126,22 +127,8 @@ class Probe:
 
     def _few(self) -> list[Batch]:
         """Batches for the reverse walk: of fewer rows and fewer tokens."""
-        vocabulary = max([site.rows for site in self.structure.sites.values() if site.role in ("head", "embed")] or [1])
-        found: list[Batch] = []
-        tokens = 0
-        for batch in self.calibration.samples.batches:
-            first = next(iter(batch.inputs.values()))
-            length = first.shape[1] if first.ndim == 2 else 1
-            step = max(1, min(first.shape[0], REVERSE_LOGITS // max(1, vocabulary * length)))
-            for start in range(0, first.shape[0], step):
-                if tokens >= REVERSE_TOKENS:
-                    return found
-                rows = slice(start, min(start + step, first.shape[0]))
-                inputs = {name: tensor[rows] for name, tensor in batch.inputs.items()}
-                masks = {(rows.stop - rows.start, *shape[1:]): mask[rows] for shape, mask in batch.masks.items()}
-                found.append(Batch(inputs, masks, batch.documents[rows]))
-                tokens += (rows.stop - rows.start) * length
-        return found
+        batches, width = self.calibration.samples.batches, outputs_a_token(self.structure)
+        return list(small_batches(batches, width, tokens=REVERSE_TOKENS, logits=REVERSE_LOGITS))
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
@@ -208,13 +195,13 @@ class Probe:
         known = [s for s in own if s.share > 0]
         for matrix, stats in enumerate(statistics):
             sensitivity = own[matrix] if matrix < len(own) else own[0]
-            gram, outputs, share = stats.gram, sensitivity.outputs, sensitivity.share
+            gram, outputs, share = stats.gram, sensitivity.of_errors, sensitivity.share
             if sensitivity.inputs is None and gram is None:
                 # Too few tokens reached this expert here; more may elsewhere, so it is taken for a rare average one.
                 if layer is None or not known:
                     continue
                 gram = layer
-                outputs = torch.stack([s.outputs for s in known]).mean(0)
+                outputs = torch.stack([s.of_errors for s in known]).mean(0)
                 share = max(share, EXPERT_TOKENS / max(1, self.calibration.samples.tokens))
             rows = self._rows(out)
             weight = chosen_rows(self.source, site, matrix * out + rows)

@@ -13,15 +13,16 @@ from typing import Any
 from slimwright.errors import InputError, NotBuiltError
 from slimwright.job.caching import parse_policy
 from slimwright.job.floors import Floor
+from slimwright.job.losses import check_allocator, evaluates
 from slimwright.methods import GroupFold, WeightSolver, parse_method
 from slimwright.methods.rotation import RotationFold
 from slimwright.plan import DEFAULT_METHOD, Edit, Plan, Rule, group_folds
-from slimwright.search import check_solver
 from slimwright.sizes import parse_bytes
 from slimwright.weights import Grid, parse_form
 from slimwright.weights.activations import Activations
 
 MAX_SHARD_BYTES = 5_000_000_000
+DEFAULT_SEARCH = "dp"
 
 FAMILIES = ("quantize", "lowrank")
 """What the search may use unless the user says otherwise."""
@@ -56,7 +57,8 @@ class FitOptions:
     calibration_tokens: int | None = None
     calibration_length: int | None = None
     allow: tuple[str, ...] = ()
-    search: str = "dp"
+    search: str = DEFAULT_SEARCH
+    loss: str | None = None
     job_memory: str | None = None
     job_time: float | None = None
     device: str = "auto"
@@ -140,7 +142,8 @@ class FitOptions:
             "activations": self.activations,
             "data": self.data, "eval_data": self.eval_data, "tokens": self.calibration_tokens,
             "length": self.calibration_length,
-            "allow": sorted(self.families), "search": self.search, "cache": self.cache, "seed": self.seed,
+            "allow": sorted(self.families), "search": self.search, "loss": self.loss, "cache": self.cache,
+            "seed": self.seed,
             "shard": self.max_shard_bytes,
         }  # fmt: skip
 
@@ -160,7 +163,7 @@ class FitOptions:
             words += ["--fold", fold]
         if self.allow:
             words += ["--allow", ",".join(self.allow)]
-        for name in ("method", "search", "seed", "calibration_tokens", "calibration_length", "eval_tokens"):
+        for name in ("method", "search", "loss", "seed", "calibration_tokens", "calibration_length", "eval_tokens"):
             if getattr(self, name) != FitOptions.__dataclass_fields__[name].default:
                 words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         return shlex.join(words)
@@ -243,7 +246,19 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
         raise InputError(f"--calibration-length must be at least 8, not {asked.calibration_length}.")
     _ = asked.statistics_cap
     _check_families(asked)
-    check_solver(asked.search)
+    check_allocator(asked.search, asked.loss, asked.data)
+    if (asked.loss is not None or asked.search != DEFAULT_SEARCH) and {"grid", "plan"} & set(given):
+        option = "loss" if asked.loss is not None else "search"
+        raise InputError(f"--{given[0]} leaves nothing to choose: --{option} needs a --size, --memory or --keep.")
+    if asked.size is None and evaluates(asked.search, asked.loss):
+        raise InputError(
+            "A search that evaluates models would do so for every candidate of --memory or --keep: give it a --size."
+        )
+    if "drop" in asked.families and (asked.loss not in (None, "sensitivity") or evaluates(asked.search, asked.loss)):
+        raise InputError(
+            "--allow drop needs --loss sensitivity, which alone says what a drop costs, and a search that evaluates "
+            "nothing."
+        )
     if asked.plan is not None and (asked.folds is not None or asked.activations is not None):
         option = "--fold" if asked.folds is not None else "--activations"
         raise InputError(f"--plan fixes everything: edit the plan instead of giving {option}.")

@@ -88,7 +88,9 @@ class Reuse:
             site = name.partition(":")[2].partition(":")[2]
             rest = name.removeprefix("outputs")
             found.setdefault(site, []).append(
-                Sensitivity(kept[name], float(kept["share" + rest]), kept.get("inputs" + rest))
+                Sensitivity(
+                    kept[name], float(kept["share" + rest]), kept.get("inputs" + rest), kept.get("weighted" + rest)
+                )
             )
         return found
 
@@ -101,6 +103,8 @@ class Reuse:
                 tensors[f"share:{index}:{site}"] = torch.tensor(own.share, dtype=torch.float64)
                 if own.inputs is not None:
                     tensors[f"inputs:{index}:{site}"] = own.inputs
+                if own.weighted is not None:
+                    tensors[f"weighted:{index}:{site}"] = own.weighted
         self._put("sensitivities", tensors, "sensitivities")
 
     def block_cosines(self, walked: WalkedModel) -> dict[str, BlockSimilarity]:

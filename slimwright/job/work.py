@@ -39,12 +39,13 @@ from slimwright.job.caching import written_formats
 from slimwright.job.calibration import calibrate, notes_on
 from slimwright.job.drops import kept_bytes, with_drop_choices, with_drop_losses, with_drops, zeroed_sites
 from slimwright.job.edits import dropped_view, dropped_written, folded, original, save_scales
+from slimwright.job.evaluator import Evaluator
 from slimwright.job.fold_walk import FoldWalk, usual_grid
 from slimwright.job.forecast import Forecast
 from slimwright.job.ledger import Entry, check_complete, dead_inputs
+from slimwright.job.losses import Scoring, loss_estimate
 from slimwright.job.memory import MemoryWatch, trim
 from slimwright.job.open import model_of
-from slimwright.job.options import score_options, with_losses
 from slimwright.job.passes import Pass, run_passes
 from slimwright.job.probe import Probe
 from slimwright.job.progress import Reporter
@@ -125,6 +126,7 @@ class _State:
     calibrated_on: dict[str, Any] = field(default_factory=dict)
     searched: dict[str, Any] = field(default_factory=dict)
     scales: list[Path] = field(default_factory=list)
+    evaluator: Evaluator | None = None
 
     def planned(self) -> Plan:
         """The plan, which the passes' order guarantees."""
@@ -285,9 +287,14 @@ class Work:
 
     def _search(self, state: _State) -> None:
         """Score every option on the weights and choose the best that fits."""
-        journal, groups = state.journal, len(state.target.options)
+        journal, target = state.journal, state.target
+        total = len(target.options) + target.predicted.evaluations
         found = {k.removeprefix("score:"): v for k, v in journal.done.items() if k.startswith("score:")}
         last, step = time.monotonic(), self._step(state)
+
+        def told() -> None:
+            done = len(found) + (state.evaluator.evaluations if state.evaluator is not None else 0)
+            step(min(done, total), total)
 
         def record(group: str, losses: list[float | None]) -> None:
             nonlocal last
@@ -296,40 +303,70 @@ class Work:
             if time.monotonic() - last > COMMIT_SECONDS:
                 journal.commit()
                 last = time.monotonic()
-            step(len(found), groups)
+            told()
 
         target, nodes, rest = state.target, state.target.nodes, state.target.rest
         structure = state.structure
-        probed = self.asked.data != "none" and self._calibration(state).apart
-        if nodes and not probed:
+        calibration = None if self.asked.data == "none" else self._calibration(state)
+        apart = calibration is not None and calibration.apart
+        estimate = loss_estimate(self.asked.loss or ("sensitivity" if apart else "weight-error"))
+        if estimate.needs_walks and not apart:
+            raise InputError(
+                f"--loss {estimate.name} walks over the blocks, and those of this model give other outputs when they "
+                "are run apart: use measured or weight-error."
+            )
+        if nodes and not apart:
             nodes, rest = (), rest + kept_bytes(nodes)
             self.notes.append(
                 "Nothing was dropped: what a drop costs is found block by block, and this model runs whole."
             )
-        if probed:
-            everything = with_drop_choices(target.options, structure, nodes)
-            losses = self._probed(state, everything, found, record, zeroed_sites(nodes))
-            table, nodes = with_drop_losses(with_losses(everything, losses), nodes)
-        else:
-            table = score_options(state.source, structure, target.options, dict(found), record)
+        budget = target.budget - rest
+        options = with_drop_choices(target.options, structure, nodes)
+
+        def evaluator() -> Evaluator:
+            if state.evaluator is None:
+                assert calibration is not None
+                cap = (self.watch.cap or (1 << 30)) // 4
+                state.evaluator = Evaluator(
+                    state.source, state.structure, calibration, cap, journal, told, self.asked.seed
+                )  # fmt: skip
+            return state.evaluator
+
+        def evaluate(choices: Mapping[str, Option], tokens: int, draw: int) -> float:
+            return evaluator()({group: option.choice for group, option in choices.items()}, tokens, draw).loss
+
+        scored = estimate.score(
+            Scoring(
+                state.source, structure, options, budget, dict(found), record, calibration,
+                lambda: self._probed(state, options, found, record, zeroed_sites(nodes)), evaluator,
+            )
+        )  # fmt: skip
         journal.commit()
-        nats = 1.0 if probed else DATA_FREE_NATS / structure.parameters
+        table, nodes = with_drop_losses(scored.table, nodes)
         joined = reduced(table, nodes)
 
-        def solve(options: Table, limit: int) -> Allocation:
-            return search(options, limit, solver=self.asked.search)
+        def allocated(some: Table, limit: int) -> Allocation:
+            return search(
+                some, limit, self.asked.search, scored.pairs, None if calibration is None else evaluate,
+                self.asked.seed,
+            )  # fmt: skip
 
+        nats = 1.0 if estimate.nats else DATA_FREE_NATS / structure.parameters
         if self.asked.predicted_loss is None:
-            allocation = search_tree(table, nodes, target.budget - rest, solve)
+            allocation = search_tree(table, nodes, budget, allocated)
         else:
-            allocation = smallest_for(joined, self.asked.predicted_loss / nats, solve)
+            allocation = smallest_for(joined, self.asked.predicted_loss / nats, allocated)
             if nodes:
-                allocation = search_tree(table, nodes, allocation.cost, solve)
+                allocation = search_tree(table, nodes, allocation.cost, allocated)
+        journal.commit()
         state.searched = {
             "solver": self.asked.search,
-            "unit": "nats per token" if probed else "relative squared error × parameters",
+            "loss": estimate.spec,
+            "unit": "nats per token" if estimate.nats else "relative squared error × parameters",
             "predicted": allocation.loss,
             "nats": allocation.loss * nats,
+            "exact": allocation.exact,
+            "evaluations": 0 if state.evaluator is None else state.evaluator.evaluations,
             "curve": curve(joined, rest),
             "everywhere": everywhere(table, rest + kept_bytes(nodes)),
         }
@@ -555,7 +592,7 @@ class Work:
             "job": {
                 "seconds": time.monotonic() - self.started,
                 "peak_memory_bytes": self.watch.peak,
-                "evaluations": outcome.evaluations,
+                "evaluations": outcome.evaluations + state.searched.get("evaluations", 0),
                 "predicted": predicted_parts(state.target.predicted),
             },
         }  # fmt: skip

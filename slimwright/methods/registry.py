@@ -14,7 +14,7 @@ import math
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from slimwright.errors import InputError
 from slimwright.weights import Compressed, Form, Grid, parse_grid
 
 M = TypeVar("M", bound="type[Method]")
+Made = TypeVar("Made", bound="Method")
 _METHODS: dict[str, type[Method]] = {}
 _PACKAGE = "slimwright.methods"
 
@@ -340,7 +341,15 @@ def method(name: str, **knobs: Any) -> Any:
     Raises:
         InputError: unknown method or knob (with the nearest name), or a knob out of its range.
     """
-    cls = method_class(name)
+    return with_knobs(method_class(name), knobs)
+
+
+def with_knobs(cls: type[Made], knobs: Mapping[str, Any]) -> Made:
+    """A method of a class from its knobs by the names that users write.
+
+    Raises:
+        InputError: an unknown knob (with the nearest name), or one out of its range.
+    """
     fields = {knob_name(field): field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     known = list(fields)
     fields |= {name: name for name in fields.values()}  # lambda_ is how Python can write lambda
@@ -348,7 +357,8 @@ def method(name: str, **knobs: Any) -> Any:
         if given not in fields:
             near = difflib.get_close_matches(given, known, n=1, cutoff=0.3)
             hint = f"; did you mean '{near[0]}'?" if near else "."
-            raise InputError(f"{name} has no knob '{given}'{hint} It has: {', '.join(known)}.")
+            has = f" It has: {', '.join(known)}." if known else " It has none."
+            raise InputError(f"{cls.name} has no knob '{given}'{hint}{has}")
     return cls(**{fields[given]: value for given, value in knobs.items()})
 
 
@@ -370,7 +380,20 @@ def solver_for(spec: str, form: Form) -> WeightSolver:
 
 def parse_method(spec: str, **knobs: Any) -> Any:
     """Read ``quantize/rtn,clip=mse`` (what :attr:`Method.spec` writes) and make the method."""
+    name, given = split_spec(spec)
+    if twice := [key for key in given if key in knobs]:
+        raise InputError(f"'{spec}': the knob '{twice[0]}' is given twice.")
+    return method(name, **knobs, **given)
+
+
+def split_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """The name and the knobs of ``name,knob=value,...``.
+
+    Raises:
+        InputError: a part that is no ``knob=value``, or a knob that is given twice.
+    """
     name, *words = spec.split(",")
+    knobs: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
@@ -378,4 +401,4 @@ def parse_method(spec: str, **knobs: Any) -> Any:
         if key.strip() in knobs:
             raise InputError(f"'{spec}': the knob '{key.strip()}' is given twice.")
         knobs[key.strip()] = value.strip()
-    return method(name.strip(), **knobs)
+    return name.strip(), knobs

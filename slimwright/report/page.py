@@ -67,8 +67,8 @@ def before_after(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def view(report: Mapping[str, Any]) -> dict[str, Any]:
     """What the template shows."""
-    model, size, budget, job, verified, quality = (
-        mapping(report.get(key)) for key in ("model", "size", "budget", "job", "verified", "quality")
+    model, size, budget, job, verified, quality, search = (
+        mapping(report.get(key)) for key in ("model", "size", "budget", "job", "verified", "quality", "search")
     )
     entries = read_ledger(report)
     ok = verified.get("ok")
@@ -113,6 +113,12 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "forecast": _forecast(job, size),
         "job": [
             ("Evaluations of the model", words.count(job.get("evaluations"))),
+            *([("Search", f"{search['solver']} on {search['loss']}")] if search.get("loss") else []),
+            *(
+                [("KL that the search predicted", _figure(search.get("predicted")))]
+                if search.get("unit") == "nats per token"
+                else []
+            ),
             *(
                 [("Budget used", words.share(size.get("after"), budget["bytes"]))]
                 if is_number(budget.get("bytes"))
