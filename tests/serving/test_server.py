@@ -39,7 +39,7 @@ class Running:
 
     def stop(self) -> tuple[int, str]:
         self.process.send_signal(signal.SIGTERM)
-        said = self.process.communicate(timeout=60)[1]
+        said = self.process.communicate(timeout=600)[1]
         return self.process.returncode, said
 
 
@@ -57,7 +57,7 @@ def body(**more: Any) -> dict[str, Any]:
 
 
 def connected(running: Running) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", running.port), timeout=30)
+    return socket.create_connection(("127.0.0.1", running.port), timeout=300)
 
 
 def head(length: int) -> bytes:
@@ -77,7 +77,7 @@ def test_connections_that_are_dropped_idle_or_no_http(running: Running) -> None:
             connection.sendall(sent)
             if sent.endswith(whole):
                 assert connection.recv(100).startswith(b"HTTP/1.1 200")
-    answer = httpx2.post(f"{running.url}/v1/completions", json=body(), timeout=60)
+    answer = httpx2.post(f"{running.url}/v1/completions", json=body(), timeout=600)
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 4
     with connected(running) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\n" + b"A: " + b"a" * 200_000)
@@ -129,7 +129,7 @@ def test_it_finishes_what_runs_and_then_stops(running: Running) -> None:
     def stream() -> None:
         begun.release()
         with httpx2.stream(
-            "POST", f"{running.url}/v1/completions", json=body(max_tokens=200, stream=True), timeout=60
+            "POST", f"{running.url}/v1/completions", json=body(max_tokens=200, stream=True), timeout=600
         ) as answer:
             for line in answer.iter_lines():
                 begun.release()
@@ -137,7 +137,7 @@ def test_it_finishes_what_runs_and_then_stops(running: Running) -> None:
 
     def whole() -> None:
         begun.release()
-        texts["whole"] = httpx2.post(f"{running.url}/v1/completions", json=body(max_tokens=200), timeout=60).json()
+        texts["whole"] = httpx2.post(f"{running.url}/v1/completions", json=body(max_tokens=200), timeout=600).json()
 
     begun = threading.Semaphore(0)
     threads = [threading.Thread(target=stream), threading.Thread(target=whole)]
@@ -145,7 +145,7 @@ def test_it_finishes_what_runs_and_then_stops(running: Running) -> None:
         thread.start()
     for _ in range(6):
         begun.acquire()
-    while "slimwright_running 2" not in httpx2.get(f"{running.url}/metrics").text:
+    while "slimwright_running 2" not in httpx2.get(f"{running.url}/metrics", timeout=600).text:
         pass
     code, said = running.stop()
     for thread in threads:
