@@ -27,8 +27,9 @@ from slimwright.evaluate.divergence import compare_logits
 from slimwright.job.build import Calibration
 from slimwright.job.source import ParallelSource, PlainSource, planned_source
 from slimwright.job.walked import WalkedModel, walk_dtype
+from slimwright.job.weights import without_data
 from slimwright.model.structure import Site, Structure
-from slimwright.plan import DEFAULT_METHOD, Assignment
+from slimwright.plan import Assignment
 
 EVALUATED_TOKENS, EVALUATED_LOGITS = 512, 1 << 23
 """Tokens and logits of one forward at most, where one row does not have more: what is drawn at random is forwards."""
@@ -220,7 +221,7 @@ def plainly(choice: Assignment) -> Assignment:
     """The same choice by a solver that needs no data."""
     if choice.kept or not choice.solver().needs:
         return choice
-    return choice.model_copy(update={"method": DEFAULT_METHOD})
+    return choice.model_copy(update={"method": without_data(choice.solver()).spec})
 
 
 def small_batches(batches: Sequence[Batch], width: int, *, tokens: int = 0, logits: int) -> Iterator[Batch]:
