@@ -307,7 +307,7 @@ class Work:
 
         target, nodes, rest = state.target, state.target.nodes, state.target.rest
         structure = state.structure
-        calibration = None if self.asked.data == "none" else self._calibration(state)
+        calibration = None if self.asked.data == "none" and not nodes else self._calibration(state)
         apart = calibration is not None and calibration.apart
         estimate = loss_estimate(self.asked.loss or ("sensitivity" if apart else "weight-error"))
         if estimate.needs_walks and not apart:
