@@ -130,6 +130,11 @@ class DequantizedCheckpoint(DecodedCheckpoint):
         super().__init__(packed, {name: forms[name] for name in self._grids}, parts)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The ``quantization_config``."""
+        return self._packed.quantization or {}
+
+    @property
     def grids(self) -> Mapping[str, Grid]:
         """Grid of every packed weight."""
         return self._grids

@@ -12,6 +12,7 @@ import torch
 from slimwright.checkpoint import Checkpoint
 from slimwright.checkpoint.layout import TensorEntry, entry_cost
 from slimwright.errors import InputError
+from slimwright.job.aim import Aim
 from slimwright.job.parallel import in_order
 from slimwright.job.weights import ErrorSum, site_rows, survey, without_data
 from slimwright.methods import SiteStatistics
@@ -59,12 +60,17 @@ def cast_entry(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> TensorE
     return TensorEntry(name, dtype, checkpoint.tensors[name].shape)
 
 
-def group_cost(checkpoint: Checkpoint, sites: Sequence[Site], grid: str, budget: int) -> int:
-    """Bytes of a choice group's tensors on disk, header entries included."""
+def group_cost(checkpoint: Checkpoint, sites: Sequence[Site], grid: str, budget: int, aim: Aim | None = None) -> int:
+    """Bytes of a choice group's tensors on disk, header entries included; in the files of ``aim`` where it is given."""
     if grid == KEEP:
-        return sum(entry_cost(kept_entry(checkpoint, site.name), budget) for site in sites)
-    parsed = parse_grid(grid)
-    entries = [e for site in sites for e in weight_entries(site, parsed, checkpoint.tensors[site.name].dtype)]
+        entries = [kept_entry(checkpoint, site.name) for site in sites]
+    else:
+        parsed = parse_grid(grid)
+        if aim is not None and not parsed.plain:
+            return aim.packed_cost(sites, parsed, budget)
+        entries = [e for site in sites for e in weight_entries(site, parsed, checkpoint.tensors[site.name].dtype)]
+    if aim is not None:
+        return aim.kept_cost(entries, budget)
     return sum(entry_cost(entry, budget) for entry in entries)
 
 
@@ -184,7 +190,13 @@ def _some_experts(sites: Sequence[Site], most: int = 4) -> list[tuple[Site, floa
 
 
 def option_costs(
-    checkpoint: Checkpoint, structure: Structure, bound: Mapping[str, str], solver: str, budget: int
+    checkpoint: Checkpoint,
+    structure: Structure,
+    bound: Mapping[str, str],
+    solver: str,
+    budget: int,
+    aim: Aim | None = None,
+    wider: Sequence[Aim] = (),
 ) -> dict[str, list[Option]]:
     """Options of every choice group and castable tensor with their costs; losses are 0 until :func:`score_options`.
 
@@ -192,18 +204,26 @@ def option_costs(
         bound: choice by group that the user's rules fix.
         solver: spec of the solver.
         budget: bytes, for the width of offsets in the header.
+        aim: the target: its grids are the ladder, and costs are those of its files.
+        wider: targets whose grids are added to the ladder.
     """
     groups = structure.choice_groups()
     ladder = FINE_LADDER if len(groups) <= FEW_GROUPS else LADDER
+
+    def ladder_of(sites: Sequence[Site]) -> Sequence[Grid]:
+        if aim is not None:
+            return aim.grids(sites)
+        return list(dict.fromkeys([*ladder, *(grid for other in wider for grid in other.grids(sites))]))
+
     choices = {
         group: [Assignment(grid=bound[group], method=method_on(bound[group], solver), reason="rule")]
         if group in bound
-        else ladder_for(checkpoint, sites, solver, ladder)
+        else ladder_for(checkpoint, sites, solver, ladder_of(sites))
         for group, sites in groups.items()
     }
     table = {
         group: [
-            Option(group, choice.grid, group_cost(checkpoint, sites, choice.grid, budget), 0.0, choice=choice)
+            Option(group, choice.grid, group_cost(checkpoint, sites, choice.grid, budget, aim), 0.0, choice=choice)
             for choice in choices[group]
         ]
         for group, sites in groups.items()
@@ -215,7 +235,7 @@ def option_costs(
             Option(
                 name,
                 grid,
-                entry_cost(entry, budget),
+                entry_cost(entry, budget) if aim is None else aim.kept_cost([entry], budget),
                 0.0,
                 choice=Assignment(grid=grid, method=None if grid == KEEP else CAST),
             )
