@@ -25,6 +25,8 @@ KEEP = "keep"
 DEFAULT_METHOD = "quantize/rtn"
 CALIBRATED_METHOD = "quantize/gptq"
 """What solves where there is no data, and where there is, unless the user says."""
+TARGETS = ("slimwright", "compressed-tensors", "gguf", "safetensors")
+"""In whose form a result may be."""
 CAST = "cast"
 CAST_GRIDS = ("fp16", "bf16")
 """What a tensor that is no site may be stored as, beside ``keep``."""
@@ -139,7 +141,7 @@ class Plan(BaseModel):
                 raise NotBuiltError(
                     f"The plan {path} has '{name}', which this version of slimwright does not build yet."
                 )
-        if plan.target != "slimwright":
+        if plan.target not in TARGETS:
             raise NotBuiltError(f"The plan {path} has target '{plan.target}', which this version does not write yet.")
         return plan
 

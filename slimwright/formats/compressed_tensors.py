@@ -3,8 +3,8 @@
 Weights only: 4 or 8 bits with groups of 32, 64 or 128 or a scale per row, symmetric (``pack-quantized``), or FP8 with a
 scale per row (``naive-quantized``). With inputs in INT8: INT8 with a scale per row, symmetric (``int-quantized``). With
 inputs in FP8: FP8 with a scale per row or one for all (``float-quantized``). Only linear layers: the embedding and the
-head stay dense, as llm-compressor leaves them. Zero points are in the format and in vLLM, but compressed-tensors 0.19 and
-0.20 do not pack them when they lay out an empty model, so plain transformers refuses such files: not legal here.
+head stay dense, as llm-compressor leaves them. Zero points are in the format and in vLLM, but compressed-tensors 0.19
+and 0.20 do not pack them when they lay out an empty model, so plain transformers refuses such files: not legal here.
 """
 
 from __future__ import annotations

@@ -107,6 +107,18 @@ class TargetProfile(ABC):
         )
 
 
+class PlainTensors(TargetProfile):
+    """Dense safetensors, which everything loads: nothing is packed."""
+
+    name: ClassVar[str] = "safetensors"
+
+    def grids(self, site: Weight, rounding: Activations | None = None) -> tuple[Grid, ...]:
+        return ()
+
+    def entries(self, site: Weight, grid: Grid, rounding: Activations | None = None) -> list[TensorEntry]:
+        raise InputError(f"'{site.name}' cannot be on {grid} in plain safetensors.")
+
+
 def shown_grids(grids: Sequence[Grid]) -> str:
     """Grids in writing, ``keep`` and 16-bit floats among them."""
     return ", ".join([*(grid.spec for grid in grids), "bf16", "fp16", KEEP])

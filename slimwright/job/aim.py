@@ -47,3 +47,15 @@ class Aim:
         """Bytes of tensors that are not packed, given as they lie in a checkpoint."""
         found = [self.profile.kept(entry) for entry in entries]
         return self.profile.cost([entry for entry in found if entry is not None], budget)
+
+    def outside(self, sites: Sequence[Site], grid: Grid) -> bool:
+        """Whether a group stays dense in the target, which has the grid for other weights."""
+        return not grid.plain and not self.grids(sites)
+
+
+def substitute(aim: Aim | None, sites: Sequence[Site], grid: Grid) -> Grid | None:
+    """What a group gets instead of a grid that cannot hold one of its weights; None where nothing does, or it can."""
+    if aim is None or all(grid.illegal(site.rows, site.columns) is None for site in sites):
+        return None
+    other = aim.profile.substitute(sites[0], grid)
+    return other if other is not None and other in aim.grids(sites) else None

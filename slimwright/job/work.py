@@ -47,7 +47,7 @@ from slimwright.job.passes import Pass, run_passes
 from slimwright.job.probe import Probe
 from slimwright.job.progress import Reporter
 from slimwright.job.ranges import found_scales
-from slimwright.job.request import FitOptions, FitReport
+from slimwright.job.request import OWN, FitOptions, FitReport
 from slimwright.job.result import (
     REPORT_VERSION,
     how_to_load,
@@ -60,6 +60,7 @@ from slimwright.job.result import (
     write_papers,
 )
 from slimwright.job.reuse import Reuse, edits_key
+from slimwright.job.targets import TargetOptions, chosen
 from slimwright.job.walked import WalkedModel
 from slimwright.methods import WeightSolver, parse_method
 from slimwright.model.structure import Structure
@@ -82,7 +83,8 @@ COMMIT_SECONDS = 2.0
 class Target:
     """What the job works towards: bytes, the plan where it is fixed, else the options and the bytes of all that is no
     site, the forecast, the state of the source, the documents to calibrate on, what is done to the model first,
-    whether scales of activations are to be found, the plan's cache and its formats by layer."""
+    whether scales of activations are to be found, the plan's cache and its formats by layer, in whose form the result
+    is to be, and the forms of others that are taken where they lose little."""
 
     budget: int
     fixed: Plan | None
@@ -95,6 +97,8 @@ class Target:
     ranges: bool = False
     cache: Mapping[str, str] = field(default_factory=dict)
     formats: Mapping[int, KvFormat] = field(default_factory=dict)
+    name: str = OWN
+    alternatives: Sequence[TargetOptions] = ()
 
 
 @dataclass
@@ -298,9 +302,14 @@ class Work:
         else:
             table = score_options(state.source, structure, target.options, dict(found), record)
         journal.commit()
+        name = target.name
         nats = 1.0 if probed else DATA_FREE_NATS / structure.parameters
         if self.asked.predicted_loss is None:
             allocation = search(table, target.budget - target.rest, solver=self.asked.search)
+            if target.alternatives:
+                allocation, name = chosen(
+                    allocation, table, target.budget, target.alternatives, self.asked.search, self.notes.append
+                )
         else:
             wanted = self.asked.predicted_loss / nats
             allocation = smallest_for(table, wanted, lambda t, limit: search(t, limit, solver=self.asked.search))
@@ -314,6 +323,7 @@ class Work:
         }
         castable = set(state.structure.castable)
         state.plan = Plan(
+            target=name,
             edits=list(target.edits),
             assignments={
                 name: option.choice
@@ -350,7 +360,7 @@ class Work:
         plan.cache = dict(state.target.cache)
         state.units = plan_units(source, state.structure, plan)
         layout = layout_of(state.units, state.structure, self.asked.max_shard_bytes)
-        if state.target.fixed is None and layout.total_bytes > state.target.budget:
+        if state.target.fixed is None and plan.target == OWN and layout.total_bytes > state.target.budget:
             raise SlimwrightError(
                 f"The plan takes {layout.total_bytes} bytes, more than the {state.target.budget} asked: this is a "
                 "defect of slimwright; nothing was published."

@@ -63,7 +63,5 @@ def run_elsewhere(
         there = torch.load(spec["result"])
     error = float((there - here).abs().max() / here.abs().max())
     if exact and not error <= TOLERANCE:
-        raise SlimwrightError(
-            f"The other program's logits differ by {error:.2g} of the largest."
-        )
+        raise SlimwrightError(f"The other program's logits differ by {error:.2g} of the largest.")
     return {"program": done.stdout.strip().splitlines()[-1], "logits_error": error}
