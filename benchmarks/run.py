@@ -27,6 +27,7 @@ BENCHMARKS = {
     "products": "products with packed weights, one by one, beside dense ones",
     "decode": "decoding from packed weights beside dense models and peers",
     "generate": "generation with caches of 16, 8, 4 and 2 bits, beside transformers'",
+    "exports": "exports in the programs that load them, beside slimwright.load",
     "gptq": "GPTQ beside llm-compressor's, and as a multiple of its floor",
 }
 

@@ -103,8 +103,8 @@ def quantization_config(
     """
     schemes: dict[tuple[str, Any], list[str]] = {}
     for module, (grid, rounding) in packed.items():
-        kind = None if rounding is None else (rounding.kind, rounding.per_token)
-        schemes.setdefault((grid.spec, kind), []).append(module)
+        inputs = None if rounding is None else (rounding.kind, rounding.per_token)
+        schemes.setdefault((grid.spec, inputs), []).append(module)
     groups, formats = {}, set()
     for index, modules in enumerate(schemes.values()):
         grid, rounding = packed[modules[0]]

@@ -68,7 +68,8 @@ def test_gguf_holds_the_plans_blocks(name: str, tmp_path: Path) -> None:
     """The other package's own dequantization gives the result's weights, rows of Llama's q and k in its order."""
     gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
     packed, out = tmp_path / "packed", tmp_path / "gguf"
-    fitted(str(cached(name, torch.float32)), packed, grid="q4_0", rules=("down: q8_0",))
+    rules = ("wpe: keep", "mlp.c_proj: q8_0") if name == "gpt2" else ("down: q8_0",)
+    fitted(str(cached(name, torch.float32)), packed, grid="q4_0", rules=rules)
     report = export(str(packed), to="gguf", out=str(out))
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
     assert report["size"]["tensors"] == sum(int(tensor.n_bytes) for tensor in tensors.values())

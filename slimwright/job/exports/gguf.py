@@ -107,9 +107,9 @@ def _entry(result: Result, profile: GGUF, name: str) -> tuple[TensorEntry, str]:
         return entry, result.grids[name].spec.upper()
     info = result.checkpoint.tensors[name]
     shape = info.shape if site is None or not site.transposed else site.weight_shape
-    entry = profile.kept(TensorEntry(name, info.dtype, shape))
-    assert entry is not None
-    return entry, _TYPES[entry.dtype]
+    kept = profile.kept(TensorEntry(name, info.dtype, shape))
+    assert kept is not None
+    return kept, _TYPES[kept.dtype]
 
 
 def _bytes(result: Result, name: str, entry: TensorEntry, kind: str) -> np.ndarray:

@@ -47,9 +47,10 @@ def run_elsewhere(
         here = model(input_ids=tokens).logits
     del model
     with tempfile.TemporaryDirectory() as scratch:
+        found = Path(scratch) / "logits.pt"
         spec = {
             "directory": str(directory), "class": model_class.__name__, "tokens": tokens.tolist(),
-            "result": f"{scratch}/logits.pt",
+            "result": str(found),
         }  # fmt: skip
         (Path(scratch) / "spec.json").write_text(json.dumps(spec))
         (Path(scratch) / "load.py").write_text(program)
@@ -60,7 +61,7 @@ def run_elsewhere(
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise SlimwrightError(f"The other program does not load what was written: {last}")
-        there = torch.load(spec["result"])
+        there = torch.load(found)
     error = float((there - here).abs().max() / here.abs().max())
     if exact and not error <= TOLERANCE:
         raise SlimwrightError(f"The other program's logits differ by {error:.2g} of the largest.")
