@@ -95,7 +95,7 @@ def measured(name: str, source: str, folder: Path) -> list[Row]:
     """Every export of one model."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
-    ids = tokenizer("\n".join(document.text for document in standard_library("evaluate"))[:40_000])["input_ids"]
+    ids = tokenizer("\n".join(document.text for document in standard_library("heldout"))[:40_000])["input_ids"]
     texts = [ids[start : start + LENGTH] for start in range(0, PIECES * LENGTH, LENGTH)]
     rows: list[Row] = []
     compressed, llama = PEERS / "ct" / "bin" / "python", PEERS / "d" / "bin" / "python"
@@ -148,8 +148,8 @@ def main() -> int:
     with scratch("exports") as folder:
         rows = measured("bundled", str(bundled_path()), folder) + measured("qwen2", str(model("qwen2")), folder)
     columns = {
-        "model": "model", "target": "target", "grid": "grid", "inputs": "inputs", "MB": "MB", "greedy": "64 greedy tokens",
-        "kl": "KL, nats/token", "disagree": "disagree", "gap": "largest gap there", "noise": "bf16 noise",
+        "model": "model", "target": "target", "grid": "grid", "inputs": "inputs", "MB": "MB",
+        "greedy": "64 greedy tokens",        "kl": "KL, nats/token", "disagree": "disagree", "gap": "largest gap there", "noise": "bf16 noise",
         "tokenizer": "tokenizer", "ok": "ok",
     }  # fmt: skip
     return exit_code(publish("exports", rows, columns, started))

@@ -6,12 +6,13 @@ SPEC: ``directory``, ``prompts`` (lists of tokens), ``new_tokens``, ``texts`` (l
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-spec = json.load(open(sys.argv[1], encoding="utf-8"))
+spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 torch.set_num_threads(int(spec.get("threads", 1)))
 if spec.get("slimwright"):
     import slimwright

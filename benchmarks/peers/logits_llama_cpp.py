@@ -6,11 +6,12 @@ SPEC: ``file``, ``texts`` (lists of tokens), ``strings`` (texts to tokenize), ``
 
 import json
 import sys
+from pathlib import Path
 
 import llama_cpp
 import numpy as np
 
-spec = json.load(open(sys.argv[1], encoding="utf-8"))
+spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 longest = max(map(len, spec["texts"]))
 model = llama_cpp.Llama(
     model_path=spec["file"], n_ctx=longest + 8, n_batch=longest, logits_all=True, verbose=False,
