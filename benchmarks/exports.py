@@ -149,8 +149,8 @@ def main() -> int:
         rows = measured("bundled", str(bundled_path()), folder) + measured("qwen2", str(model("qwen2")), folder)
     columns = {
         "model": "model", "target": "target", "grid": "grid", "inputs": "inputs", "MB": "MB",
-        "greedy": "64 greedy tokens",        "kl": "KL, nats/token", "disagree": "disagree", "gap": "largest gap there", "noise": "bf16 noise",
-        "tokenizer": "tokenizer", "ok": "ok",
+        "greedy": "64 greedy tokens", "kl": "KL, nats/token", "disagree": "disagree", "gap": "largest gap there",
+        "noise": "bf16 noise", "tokenizer": "tokenizer", "ok": "ok",
     }  # fmt: skip
     return exit_code(publish("exports", rows, columns, started))
 

@@ -25,6 +25,7 @@ from slimwright.errors import InputError
 from slimwright.job.exports.compressed_tensors import write_compressed_tensors
 from slimwright.job.exports.dense import write_dense
 from slimwright.job.exports.gguf import write_gguf
+from slimwright.job.exports.onnx import write_onnx
 from slimwright.job.exports.written import Result, Written
 from slimwright.job.open import open_source
 from slimwright.job.request import MAX_SHARD_BYTES, FitReport
@@ -39,6 +40,7 @@ WRITERS: dict[str, Writer] = {
     "safetensors": write_dense,
     "compressed-tensors": write_compressed_tensors,
     "gguf": write_gguf,
+    "onnx": write_onnx,
 }
 """Result, the model's directory, what it will be called, bytes of a file at most, remote code → what was written."""
 

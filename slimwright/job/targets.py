@@ -37,6 +37,9 @@ from slimwright.weights.activations import Activations
 WORTH = 1.05
 """How much more loss may be predicted of a plan that others load than of the best one, for ``auto`` to take it."""
 
+FORMS = ("compressed-tensors", "gguf")
+"""Targets whose files are made from a result of ours."""
+
 _SCRATCH = "fitted"
 
 
@@ -69,7 +72,7 @@ def aims_of_auto(
 ) -> list[Aim]:
     """The targets that ``auto`` considers, in order of preference."""
     found = []
-    for target in ("compressed-tensors", "gguf"):
+    for target in FORMS:
         if target == "gguf" and importlib.util.find_spec("gguf") is None:
             note("--target auto leaves gguf out: the package gguf is not installed.")
             continue
@@ -146,7 +149,7 @@ def fit_for_target(asked: FitOptions, run: Callable[[FitOptions], FitReport]) ->
             made = open_source(str(inner))
             plan = Plan.load(inner / "plan.yaml")
             data = json.loads(json.dumps(report.data).replace(str(inner), str(held.out)))
-            if plan.target not in WRITERS:
+            if plan.target not in FORMS:
                 _move(inner, held.partial)
                 for name in ("README.md", "report.json", "report.html"):
                     text = (held.partial / name).read_text(encoding="utf-8").replace(str(inner), str(held.out))
@@ -189,4 +192,4 @@ def _move(made: Path, partial: Path) -> None:
 
 def wants_target(asked: FitOptions) -> bool:
     """Whether a job's result is, or may be, written in the form of another program."""
-    return asked.target in (AUTO, *WRITERS) and asked.target != "safetensors" and not asked.dry_run
+    return asked.target in (AUTO, *FORMS) and not asked.dry_run

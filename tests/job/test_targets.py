@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
+from slimwright.formats.gguf import tensor_name
 from slimwright.job.export import export
 from slimwright.job.open import open_source
 from slimwright.plan import Plan
@@ -77,14 +79,12 @@ def test_gguf_holds_the_plans_blocks(name: str, tmp_path: Path) -> None:
     qk = re.compile(r"blk\.\d+\.attn_([qk])\.")
     seen = 0
     for disk in source.tensors:
-        from slimwright.formats.gguf import tensor_name
-
         short = tensor_name(name, disk)
         if short is None or short not in tensors:
             continue
         tensor, dense = tensors[short], source.read(disk).float()
         found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
-        if name == "gpt2" and dense.ndim == 2 and ".attn_" in short + ".ffn_" and short.startswith("blk"):
+        if name == "gpt2" and dense.ndim == 2 and short.startswith("blk"):  # Conv1D
             dense = dense.t()
         if name == "llama" and (match := qk.match(short)):
             heads = config["num_attention_heads"] if match[1] == "q" else config["num_key_value_heads"]
@@ -152,3 +152,20 @@ def test_an_export_that_is_illegal_is_refused(tmp_path: Path) -> None:
         export(tiny("qwen2"), to="compressed-tensors", out=str(tmp_path / "out"))
     assert Checkpoint.open(tmp_path / "packed").quantization is not None
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="onnx, onnxscript or onnxruntime is not installed",
+)
+def test_an_encoder_is_written_as_onnx(tmp_path: Path) -> None:
+    fitted(tiny("bert"), tmp_path / "packed", grid="int8:g32")
+    report = export(str(tmp_path / "packed"), to="onnx", out=str(tmp_path / "onnx"))
+    assert report["verified"]["logits_error"] <= 1e-4 and (tmp_path / "onnx" / "model.onnx").exists()
+
+
+def test_what_is_no_encoder_is_not_written_as_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(InputError, match="Qwen2ForCausalLM is no encoder of text"):
+        export(tiny("qwen2"), to="onnx", out=str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
