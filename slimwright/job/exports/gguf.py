@@ -141,7 +141,7 @@ def _writer(source: Checkpoint, path: Path | None) -> Any:
 
     family = str(source.config.get("model_type"))
     writer = GGUFWriter(path, family)
-    writer.add_name(source.path.name)
+    writer.add_name((source.config.get("architectures") or [family])[0])
     writer.add_quantization_version(2)
     values = metadata(source.config)
     file = source.model_path / "tokenizer.json"
