@@ -37,7 +37,8 @@ STRINGS = ("Hello, wörld!  it's 12345\n\n\tx = [1, 2]\n",)
 NEW_TOKENS, PIECES, LENGTH = 64, 6, 200
 MOST_KL = 1e-3
 COMPRESSED = (
-    ("int4:g128:sym", None), ("int8:row:sym", None), ("fp8", None), ("int8:row:sym", "int8:token"), ("fp8", "fp8:token"),
+    ("int4:g128:sym", None), ("int8:row:sym", None), ("fp8", None),
+    ("int8:row:sym", "int8:token"), ("fp8", "fp8:token"),
 )  # fmt: skip
 GGUF = ("q4_0", "q8_0", "q4_k", "q6_k")
 

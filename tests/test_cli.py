@@ -79,7 +79,7 @@ def test_a_dry_run(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     ("option", "value"),
     [
         ("--latency", "30ms"),
-        ("--allow", "prune"), ("--effort", "best"), ("--target", "gguf"), ("--adapter", "a=b"), ("--ray", "auto"),
+        ("--allow", "prune"), ("--effort", "best"), ("--adapter", "a=b"), ("--ray", "auto"),
     ],
 )  # fmt: skip
 def test_options_that_are_not_built(run, option: str, value: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

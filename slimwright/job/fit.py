@@ -74,7 +74,7 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
         if options.get(name) is not None:
             options[name] = tuple(options[name])
     asked = FitOptions(model=str(model), out=None if out is None else str(out), **options)
-    if asked.target is None and asked.given_plan is not None:
+    if asked.target is None and asked.given_plan is not None and asked.given_plan.target != OWN:
         asked = dataclasses.replace(asked, target=asked.given_plan.target)
     check_options(asked)
     with MemoryWatch(memory_cap(asked.job_memory)) as watch:
