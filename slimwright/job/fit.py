@@ -28,7 +28,7 @@ from slimwright.job.forecast import Forecast, forecast, measure_rates
 from slimwright.job.memory import MemoryWatch, memory_cap
 from slimwright.job.open import open_source
 from slimwright.job.options import option_costs
-from slimwright.job.request import AUTO, MAX_SHARD_BYTES, OWN, FitOptions, FitReport, check_options
+from slimwright.job.request import AUTO, FINISHED, MAX_SHARD_BYTES, OWN, FitOptions, FitReport, check_options
 from slimwright.job.result import (
     REPORT_VERSION,
     model_facts,
@@ -158,7 +158,7 @@ class _Job:
         with claim(asked.out, job_key(source=state, recipe=asked.recipe())) as held:
             if held.status == "finished":
                 data = json.loads((held.out / "report.json").read_text(encoding="utf-8"))
-                data.setdefault("notes", []).append(f"{held.out} is the finished result of this same job.")
+                data.setdefault("notes", []).append(f"{held.out} {FINISHED}")
                 return FitReport(data, held.out)
             work = Work(asked, self.watch, self.started, self.notes)
             target = Target(

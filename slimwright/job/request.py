@@ -22,6 +22,7 @@ from slimwright.weights import parse_grid
 from slimwright.weights.activations import Activations
 
 MAX_SHARD_BYTES = 5_000_000_000
+FINISHED = "is the finished result of this same job."
 AUTO = "auto"
 OWN = "slimwright"
 TARGETS = (AUTO, OWN, "compressed-tensors", "gguf", "safetensors")

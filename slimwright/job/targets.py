@@ -26,7 +26,7 @@ from slimwright.job.export import WRITERS
 from slimwright.job.exports.gguf import gguf_profile
 from slimwright.job.exports.written import Result
 from slimwright.job.open import open_source
-from slimwright.job.request import AUTO, FitOptions, FitReport
+from slimwright.job.request import AUTO, FINISHED, FitOptions, FitReport
 from slimwright.job.result import write_papers
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
@@ -141,7 +141,7 @@ def fit_for_target(asked: FitOptions, run: Callable[[FitOptions], FitReport]) ->
     with claim(asked.out, job_key(source=source_state(source), recipe=asked.recipe(), target=asked.target)) as held:
         if held.status == "finished":
             data = json.loads((held.out / "report.json").read_text(encoding="utf-8"))
-            data.setdefault("notes", []).append(f"{held.out} is the finished result of this same job.")
+            data.setdefault("notes", []).append(f"{held.out} {FINISHED}")
             return FitReport(data, held.out)
         inner = held.scratch / _SCRATCH
         try:
@@ -149,6 +149,7 @@ def fit_for_target(asked: FitOptions, run: Callable[[FitOptions], FitReport]) ->
             made = open_source(str(inner))
             plan = Plan.load(inner / "plan.yaml")
             data = json.loads(json.dumps(report.data).replace(str(inner), str(held.out)))
+            data["notes"] = [note for note in data["notes"] if not note.endswith(FINISHED)]
             if plan.target not in FORMS:
                 _move(inner, held.partial)
                 for name in ("README.md", "report.json", "report.html"):
@@ -166,7 +167,8 @@ def fit_for_target(asked: FitOptions, run: Callable[[FitOptions], FitReport]) ->
                 shutil.rmtree(held.partial)
             raise
         copied = copy_side_files(made, held.partial)
-        shutil.copyfile(inner / "plan.yaml", held.partial / "plan.yaml")
+        for name in ("plan.yaml", "events.jsonl"):
+            shutil.copyfile(inner / name, held.partial / name)
         data |= {
             "target": {"name": plan.target, **dict(written.proof)},
             "size": {

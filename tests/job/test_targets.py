@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slimwright.checkpoint import Checkpoint
+from slimwright.checkpoint import Checkpoint, faults
 from slimwright.errors import InputError
 from slimwright.formats.gguf import tensor_name
+from slimwright.job import parallel
 from slimwright.job.export import export
 from slimwright.job.open import open_source
 from slimwright.plan import Plan
 from tests.families import FAMILIES, cached
-from tests.job.conftest import fitted, tiny
+from tests.job.conftest import files, fitted, in_forked_child, tiny
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -169,3 +170,22 @@ def test_what_is_no_encoder_is_not_written_as_onnx(tmp_path: Path, monkeypatch: 
     with pytest.raises(InputError, match="Qwen2ForCausalLM is no encoder of text"):
         export(tiny("qwen2"), to="onnx", out=str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_with_a_target_continues_after_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the fit's build, after the fit was published, in the export, and before the export is published."""
+    monkeypatch.setattr(parallel, "_pool", None)  # threads do not survive a fork
+    model, out = tiny("llama"), tmp_path / "out"
+
+    def job(where: Path) -> None:
+        fitted(model, where, grid="int4:g32:sym", rules=("embed: keep", "lm_head: keep"), target="compressed-tensors")
+
+    assert in_forked_child(lambda: job(tmp_path / "whole")) == 0
+    for where in ("write:9", "publish:4", "write:5", "publish:2"):
+        assert in_forked_child(lambda: job(out), SLIMWRIGHT_CRASH_AT=where) == faults.CRASH_STATUS, where
+        assert not out.exists(), where
+    assert in_forked_child(lambda: job(out)) == 0
+    assert files(out) == files(tmp_path / "whole")
+    data = json.loads((out / "report.json").read_text())
+    assert data["target"]["weights_compared"] == 14 and not any("finished" in note for note in data["notes"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]

@@ -51,10 +51,14 @@ def write_compressed_tensors(
             result.step(done, len(checkpoint.tensors))
             if name in result.grids:
                 site = structure.sites[name]
-                codes, params = result.packed(site)
-                tensors = profile.tensors(site, result.grids[name], codes, params, result.rounded.get(name))
-                for part, tensor in tensors.items():
-                    writer.write(part, tensor)
+                for rows in site_tiles(site, result.grids[name], TILE_BYTES):
+                    codes, params = result.packed(site, rows)
+                    tensors = profile.tensors(site, result.grids[name], codes, params, result.rounded.get(name))
+                    for part, tensor in tensors.items():
+                        by_rows = tensor.ndim == 2
+                        if by_rows or rows.start == 0:
+                            per_row = tensor[0].numel() * tensor.element_size() if by_rows else 0
+                            writer.write(part, tensor, rows.start * per_row)
             elif name not in structure.ties:
                 per_row = info.numel * info.dtype.itemsize // max(1, info.shape[0]) if info.shape else 0
                 for rows in checkpoint.tiles(name, TILE_BYTES):

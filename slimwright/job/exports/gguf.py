@@ -17,6 +17,7 @@ from slimwright.checkpoint import Checkpoint, TensorEntry
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.formats.gguf import GGUF, metadata, permuted_rows, rope_factors, tensor_name, vocabulary
 from slimwright.job.exports.written import Result, Written
+from slimwright.job.open import DequantizedCheckpoint, derived
 from slimwright.model.structure import Structure
 
 FILE = "model.gguf"
@@ -115,8 +116,12 @@ def _entry(result: Result, profile: GGUF, name: str) -> tuple[TensorEntry, str]:
 def _bytes(result: Result, name: str, entry: TensorEntry, kind: str) -> np.ndarray:
     """A tensor's data as it goes into the file."""
     checkpoint = result.checkpoint
+    site = result.structure.sites.get(name)
+    as_it_is = entry.dtype == checkpoint.tensors[name].dtype and not (site is not None and site.transposed)
     if name in result.grids:
         data = _payload(result, name)
+    elif as_it_is and not derived(checkpoint, name):
+        data = checkpoint.read(name)  # a view of the file: it may be large
     else:
         data = torch.cat([rows.to(entry.dtype) for rows in result.dense(name)]).reshape(entry.shape)
     order = permuted_rows(name, data.shape[0], checkpoint.config)
@@ -127,8 +132,6 @@ def _bytes(result: Result, name: str, entry: TensorEntry, kind: str) -> np.ndarr
 
 def _payload(result: Result, name: str) -> Tensor:
     """Blocks of a packed weight, (rows, bytes) uint8."""
-    from slimwright.job.open import DequantizedCheckpoint
-
     assert isinstance(result.checkpoint, DequantizedCheckpoint)
     return result.checkpoint.parts(name)[""].squeeze(-1)
 
