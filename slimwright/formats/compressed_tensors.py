@@ -66,8 +66,8 @@ class CompressedTensors(TargetProfile):
     def tensors(
         self, site: Weight, grid: Grid, codes: Tensor, params: Params, rounding: Activations | None = None
     ) -> dict[str, Tensor]:
-        """The tensors of :meth:`entries`, from a weight's codes (rows, columns) and parameters: of some of its rows those
-        of two dimensions are cut likewise, and the others are whole."""
+        """The tensors of :meth:`entries`, from a weight's codes (rows, columns) and parameters. Of some of its rows
+        those of two dimensions are cut likewise; the others are whole."""
         base = site.name.removesuffix(".weight")
         if isinstance(grid, FP8):
             scale = params["scale"][:1].reshape(1) if grid.per_tensor else params["scale"]
