@@ -110,7 +110,7 @@ def chosen(
     solver: str,
     note: Callable[[str], None],
 ) -> tuple[Allocation, str]:
-    """The best allocation in a form that others load where its loss is within 5 % of the best of all; else that, ``free``.
+    """The best allocation in a form that others load where its loss is within 5 % of ``free``, the best of all; else that.
 
     Returns:
         The allocation and the target's name, ``slimwright`` where it is in no form of others.

@@ -132,6 +132,8 @@ def test_auto_takes_what_others_load_where_it_costs_little(tmp_path: Path) -> No
         ({"size": "2bit", "target": "compressed-tensors"}, "the smallest possible is"),
         ({"grid": "int4:g32", "target": "onxx"}, "Unknown target 'onxx'"),
         ({"grid": "q4_0", "target": "gguf", "activations": "int8:token"}, "llama.cpp rounds inputs in its own way"),
+        ({"memory": "1GB", "target": "gguf"}, "measured in slimwright's own runtime: give --size"),
+        ({"keep": ("kl:0.5",), "target": "auto"}, "compares plans of one size"),
         ({"grid": "int4:g32", "target": "gguf", "cache": "cache/kivi,bits=4"}, "packed by slimwright only"),
     ],
 )  # fmt: skip
