@@ -117,7 +117,7 @@ def test_verbs_that_are_not_built(run, verb: str) -> None:  # type: ignore[no-un
         (("inspect", "/absent"), "/absent"),
         (("export", "{tiny}"), "--out"),
         (("export", "{tiny}", "--out", "{out}"), "plain weights already"),
-        (("export", "{tiny}", "--to", "gguf", "--out", "{out}"), "gguf"),
+        (("export", "{tiny}", "--to", "compressed-tensors", "--out", "{out}"), "no packed weights"),
         (("measure",), "argument 'models"),
         (("measure", "/absent"), "/absent"),
         (("measure", "{tiny}", "--data", "own=/absent/text"), "/absent/text"),

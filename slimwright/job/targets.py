@@ -110,7 +110,10 @@ def chosen(
     solver: str,
     note: Callable[[str], None],
 ) -> tuple[Allocation, str]:
-    """The best allocation in a form that others load where its loss is within 5 % of ``free``, the best of all; else that.
+    """The best allocation in a form that others load, where it loses at most 5 % more than ``free``; else that.
+
+    Args:
+        free: the best of all.
 
     Returns:
         The allocation and the target's name, ``slimwright`` where it is in no form of others.
