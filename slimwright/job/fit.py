@@ -265,7 +265,9 @@ class _Job:
         whole = layout_of(
             plan_units(source, structure, _keep_all(structure, "")), structure, self.asked.max_shard_bytes
         ).total_bytes  # fmt: skip
-        return (whole, True) if budget >= whole and not self.asked.rules else (budget, False)
+        # a checkpoint as it is loads everywhere but where it takes another container
+        copies = not self.asked.rules and self.asked.target != "gguf"
+        return (whole, True) if budget >= whole and copies else (budget, False)
 
     def _options(
         self,

@@ -110,6 +110,12 @@ def test_a_size_holds_in_the_targets_files(tmp_path: Path) -> None:
         assert again["hash"] == report["hash"] and "finished" in again["notes"][-1]
 
 
+def test_a_budget_above_the_source_is_written_in_the_targets_container(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    report = fitted(str(cached("qwen2", torch.bfloat16)), tmp_path / "out", size="24bit", target="gguf")
+    assert (tmp_path / "out" / "model.gguf").stat().st_size == report["size"]["after"] <= report["budget"]["bytes"]
+
+
 def test_auto_takes_what_others_load_where_it_costs_little(tmp_path: Path) -> None:
     model = str(cached("qwen2", torch.bfloat16))
     plain = fitted(model, tmp_path / "grid", grid="int4:g32:sym", rules=("embed: keep",), target="auto")
