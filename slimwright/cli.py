@@ -173,8 +173,8 @@ def fit(
         console.print(f"Note: {note}", highlight=False, markup=False)
     assert report.out is not None
     if "target" in report.data:
-        target = report.data["target"]
-        console.print(f"Written as {target['name']}; loaded in {target['program']}", highlight=False, markup=False)
+        form = report.data["target"]
+        console.print(f"Written as {form['name']}; loaded in {form['program']}", highlight=False, markup=False)
     console.print(f"Report: {report.out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"Load it with:\n{report.data['how_to_load']}", highlight=False, markup=False, soft_wrap=True)
 

@@ -148,7 +148,7 @@ def fit_for_target(asked: FitOptions, run: Callable[[FitOptions], FitReport]) ->
             return FitReport(data, held.out)
         inner = held.scratch / _SCRATCH
         try:
-            report = run(dataclasses.replace(asked, out=str(inner)))
+            report = run(dataclasses.replace(asked, out=str(inner), published_as=str(held.out)))
             made = open_source(str(inner))
             plan = Plan.load(inner / "plan.yaml")
             data = json.loads(json.dumps(report.data).replace(str(inner), str(held.out)))
@@ -183,7 +183,7 @@ def fit_for_target(asked: FitOptions, run: Callable[[FitOptions], FitReport]) ->
             "notes": [*data["notes"], *written.notes],
         }  # fmt: skip
         data.pop("kernels", None)
-        write_papers(held, data, source, copied.copied)
+        write_papers(held, data, source, copied.copied, held.out.name)
         held.publish()
         return FitReport(data, held.out)
 
