@@ -136,7 +136,7 @@ def fit(
     effort: Annotated[str | None, _later("--effort")] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="Who loads it: slimwright, compressed-tensors, gguf, or auto."),
+        typer.Option(hidden=True, help="Who loads it: slimwright, compressed-tensors, gguf, or auto."),
     ] = None,
     adapter: Annotated[list[str] | None, _later("--adapter")] = None,
     loss: Annotated[str | None, _later("--loss")] = None,
