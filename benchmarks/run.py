@@ -32,6 +32,7 @@ BENCHMARKS = {
     "embeddings": "embeddings per second of MiniLM, packed beside dense",
     "generate": "generation with caches of 16, 8, 4 and 2 bits, beside transformers'",
     "serving": "the server under load: answers, memory, hostile clients; beside llama-server where it is",
+    "exports": "exports in the programs that load them, beside slimwright.load",
     "gptq": "GPTQ beside llm-compressor's, and as a multiple of its floor",
 }
 

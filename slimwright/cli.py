@@ -147,13 +147,16 @@ def fit(
         str | None, typer.Option(hidden=True, help="Families that a search may use beside the default: drop.")
     ] = None,
     effort: Annotated[str | None, _later("--effort")] = None,
-    target: Annotated[str | None, _later("--target")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(hidden=True, help="Who loads it: slimwright, compressed-tensors, gguf, or auto."),
+    ] = None,
     adapter: Annotated[list[str] | None, _later("--adapter")] = None,
     ray: Annotated[str | None, _later("--ray")] = None,
 ) -> None:
     """Fit MODEL to a limit: quantize it, prove the result, publish it with a report."""
     _refuse(
-        latency=latency, effort=effort, target=target, adapter=adapter, ray=ray,
+        latency=latency, effort=effort, adapter=adapter, ray=ray,
     )  # fmt: skip
     from slimwright.job.fit import fit as run
     from slimwright.sizes import parse_bytes
@@ -162,8 +165,8 @@ def fit(
         model, out, size=size, memory=memory, context=context, batch=batch, keep=tuple(keep or ()),
         eval_tokens=eval_tokens, grid=grid, rules=tuple(rule or ()), plan=plan, job_memory=job_memory, dry_run=dry_run,
         data=data, eval_data=eval_data, calibration_tokens=calibration_tokens, calibration_length=calibration_length,
-        allow=tuple(allow.split(",")) if allow else (), method=method, folds=None if fold is None else tuple(fold),
-        activations=activations, cache=cache, search=search, loss=loss,
+        allow=tuple(allow.split(",")) if allow else (), method=method, target=target,
+        folds=None if fold is None else tuple(fold), activations=activations, cache=cache, search=search, loss=loss,
         job_time=None if job_time is None else _seconds(job_time), device=device, seed=seed,
         max_shard_bytes=parse_bytes(shard_size, "--shard-size"), statistics_cache=statistics_cache,
         trust_remote_code=trust_remote_code,
@@ -181,6 +184,9 @@ def fit(
     for note in report.data["notes"]:
         console.print(f"Note: {note}", highlight=False, markup=False)
     assert report.out is not None
+    if "target" in report.data:
+        form = report.data["target"]
+        console.print(f"Written as {form['name']}; loaded in {form['program']}", highlight=False, markup=False)
     console.print(f"Report: {report.out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"Load it with:\n{report.data['how_to_load']}", highlight=False, markup=False, soft_wrap=True)
 
@@ -206,19 +212,25 @@ def inspect(
 @app.command()
 def export(
     directory: Annotated[str, typer.Argument(help="A result of fit.")],
-    to: Annotated[str, typer.Option(help="safetensors: the dense model, loadable without slimwright.")] = "safetensors",
-    out: Annotated[str | None, typer.Option(help="Directory for the dense model.")] = None,
+    to: Annotated[
+        str, typer.Option(help="safetensors (the dense model), compressed-tensors, gguf or onnx.")
+    ] = "safetensors",
+    out: Annotated[str | None, typer.Option(help="Directory for what is written.")] = None,
     shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     as_json: Json = False,
     help_all: HelpAll = False,
+    trust_remote_code: Remote = False,
 ) -> None:
-    """Write a result in another form."""
+    """Write a result in the form that another program loads; nothing is rounded again."""
     import slimwright
     from slimwright.sizes import parse_bytes
 
     if out is None:
         raise InputError("Give --out, the directory to write to.")
-    report = slimwright.export(directory, to=to, out=out, max_shard_bytes=parse_bytes(shard_size, "--shard-size"))
+    report = slimwright.export(
+        directory, to=to, out=out, max_shard_bytes=parse_bytes(shard_size, "--shard-size"),
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(report.data))
     else:

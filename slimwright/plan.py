@@ -27,6 +27,8 @@ CALIBRATED_METHOD = "quantize/gptq"
 FACTORIZED_METHOD = "factorize/svd_llm"
 CORRECTED_METHOD = "factorize/corrected"
 """What solves where there is no data, and where there is, unless the user says."""
+TARGETS = ("slimwright", "compressed-tensors", "gguf", "safetensors")
+"""In whose form a result may be."""
 CAST = "cast"
 CAST_GRIDS = ("fp16", "bf16")
 """What a tensor that is no site may be stored as, beside ``keep``."""
@@ -159,7 +161,7 @@ class Plan(BaseModel):
                 raise NotBuiltError(
                     f"The plan {path} has '{name}', which this version of slimwright does not build yet."
                 )
-        if plan.target != "slimwright":
+        if plan.target not in TARGETS:
             raise NotBuiltError(f"The plan {path} has target '{plan.target}', which this version does not write yet.")
         return plan
 

@@ -79,7 +79,7 @@ def test_a_dry_run(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     ("option", "value"),
     [
         ("--latency", "30ms"),
-        ("--allow", "prune"), ("--effort", "best"), ("--target", "gguf"), ("--adapter", "a=b"), ("--ray", "auto"),
+        ("--allow", "prune"), ("--effort", "best"), ("--adapter", "a=b"), ("--ray", "auto"),
     ],
 )  # fmt: skip
 def test_options_that_are_not_built(run, option: str, value: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -117,7 +117,7 @@ def test_verbs_that_are_not_built(run, verb: str) -> None:  # type: ignore[no-un
         (("inspect", "/absent"), "/absent"),
         (("export", "{tiny}"), "--out"),
         (("export", "{tiny}", "--out", "{out}"), "plain weights already"),
-        (("export", "{tiny}", "--to", "gguf", "--out", "{out}"), "gguf"),
+        (("export", "{tiny}", "--to", "compressed-tensors", "--out", "{out}"), "no packed weights"),
         (("measure",), "argument 'models"),
         (("measure", "/absent"), "/absent"),
         (("measure", "{tiny}", "--data", "own=/absent/text"), "/absent/text"),

@@ -165,7 +165,7 @@ def test_a_wrong_plan_is_refused(tmp_path: Path, changes: dict[str, object], mes
 
 @pytest.mark.parametrize(
     "changes",
-    [{"heal": ["x"]}, {"adapters": {"a": "b"}}, {"target": "gguf"}],
+    [{"heal": ["x"]}, {"adapters": {"a": "b"}}, {"target": "mlx"}],
 )
 def test_what_later_versions_plan_is_refused_by_name(tmp_path: Path, changes: dict[str, object]) -> None:
     with pytest.raises(NotBuiltError, match=next(iter(changes))):

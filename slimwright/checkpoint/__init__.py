@@ -7,7 +7,7 @@ from slimwright.checkpoint.header import DTYPE_NAMES, DTYPES, TensorInfo
 from slimwright.checkpoint.journal import Journal, environment_key, job_key
 from slimwright.checkpoint.layout import Layout, TensorEntry, entry_cost, overhead_bound, plan_layout
 from slimwright.checkpoint.publish import Claim, claim, partial_directory
-from slimwright.checkpoint.reader import Checkpoint, refuse_foreign_quantization
+from slimwright.checkpoint.reader import Checkpoint
 from slimwright.checkpoint.side_files import SideFiles, copy_side_files
 from slimwright.checkpoint.writer import CheckpointWriter
 
@@ -34,7 +34,6 @@ __all__ = [
     "partial_directory",
     "plan_layout",
     "read_card_metadata",
-    "refuse_foreign_quantization",
     "source_state",
     "weights_hash",
     "write_bytes_atomic",

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,13 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 def weights_hash(directory: str | Path) -> str:
     """SHA-256 (hex) over all bytes of the weight files of a model directory, in the order of the reader's `files`."""
+    return files_hash(Checkpoint.open(directory).files)
+
+
+def files_hash(files: Iterable[Path]) -> str:
+    """SHA-256 (hex) over all bytes of files, in order."""
     digest = hashlib.sha256()
-    for path in Checkpoint.open(directory).files:
+    for path in files:
         with open(path, "rb", buffering=0) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)

@@ -151,20 +151,6 @@ class Checkpoint:
             return mapping
 
 
-def refuse_foreign_quantization(checkpoint: Checkpoint) -> None:
-    """InputError if the checkpoint is quantized by anything but slimwright: its weights are not plain numbers."""
-    quantization = checkpoint.quantization
-    if quantization is None:
-        return
-    method = quantization.get("quant_method")
-    if method != "slimwright":
-        named = f"by {shown(method)!r}" if isinstance(method, str) else "by a method it does not name"
-        raise InputError(
-            f"{shown(checkpoint.path)} is already quantized {named} (quantization_config in config.json), which cannot "
-            "be read here: start from the model before quantization."
-        )
-
-
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """A sort key under which numbers inside names count as numbers; equal only for equal names."""
     words: list[tuple[int, int, str]] = []

@@ -16,7 +16,7 @@ MAX_FILES = 2_000
 MAX_DEPTH = 5
 
 # Written anew for every result, so never taken from the source.
-_REWRITTEN = {JOB_FILE, "plan.yaml", "report.json", "report.html", "events.jsonl"}
+_REWRITTEN = {JOB_FILE, "plan.yaml", "export.json", "report.json", "report.html", "events.jsonl"}
 _OTHER_WEIGHTS = (
     *PICKLES, ".safetensors", ".safetensors.index.json", ".bin.index.json", ".h5", ".msgpack", ".onnx", ".onnx_data",
     ".gguf", ".ggml", ".ot", ".tflite", ".mlmodel", ".mlpackage", ".pb", ".npz", ".npy", ".engine", ".nemo", ".pte",

@@ -275,7 +275,7 @@ class Confirmed:
         job_time = None if asked.job_time is None else asked.job_time - (time.monotonic() - self.started)
         request = dataclasses.replace(
             asked, **limits, memory=None, context=None, batch=None, keep=(), out=str(directory), job_time=job_time,
-            published_as=str(held.out),
+            published_as=asked.published_as or str(held.out),
         )  # fmt: skip
         report = self.fit(request)
         data = report.data

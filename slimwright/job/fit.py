@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from slimwright.checkpoint import (
     source_state,
 )
 from slimwright.errors import InputError
+from slimwright.job.aim import Aim, substitute
 from slimwright.job.build import layout_of, plan_units
 from slimwright.job.caching import EVERYWHERE, cache_formats
 from slimwright.job.calibration import with_data
@@ -32,11 +33,12 @@ from slimwright.job.low_rank import scoring_work, solving_work
 from slimwright.job.memory import MemoryWatch, memory_cap
 from slimwright.job.open import open_source
 from slimwright.job.options import option_costs
-from slimwright.job.request import MAX_SHARD_BYTES, FitOptions, FitReport, check_options
+from slimwright.job.request import AUTO, FINISHED, MAX_SHARD_BYTES, OWN, FitOptions, FitReport, check_options
 from slimwright.job.result import (
     REPORT_VERSION,
     model_facts,
 )
+from slimwright.job.targets import TargetOptions, aim_at, aims_of_auto, fit_for_target, wants_target
 from slimwright.job.work import Target, Work
 from slimwright.methods import WeightSolver, parse_method
 from slimwright.model.discover import discover
@@ -71,7 +73,8 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
             with ``context`` and ``batch``), ``keep`` (floors on quality: ``kl:0.02``), ``grid`` (``int4:g128``
             everywhere), ``plan`` (a plan.yaml), ``rules`` (``'lm_head: keep'``), ``data`` (what to calibrate on, or
             ``none``), ``eval_data``, ``calibration_tokens``, ``calibration_length``, ``method`` (solver), ``folds``
-            (what is done before: ``fold/awq``, ``none``), ``allow`` (``drop``: sublayers and blocks too), ``cache``
+            (what is done before: ``fold/awq``, ``none``), ``allow`` (``drop``: sublayers and blocks too), ``target``
+            (whose form the result has: ``slimwright``, ``compressed-tensors``, ``gguf``, or ``auto``), ``cache``
             (``cache/kivi,bits=4``), ``search`` (``dp | milp | closed-form | rate-distortion | evolutionary``, with
             knobs), ``loss`` (the loss estimate), ``job_memory`` (``2GB``), ``job_time`` (seconds),
             ``statistics_cache`` (bytes of the cache for what walks find, or ``off``), ``seed``, ``dry_run``,
@@ -92,13 +95,19 @@ def fit(model: str, out: str | None = None, **options: Any) -> FitReport:
         if options.get(name) is not None:
             options[name] = tuple(options[name])
     asked = FitOptions(model=str(model), out=None if out is None else str(out), **options)
+    if asked.target is None and asked.given_plan is not None and asked.given_plan.target != OWN:
+        asked = dataclasses.replace(asked, target=asked.given_plan.target)
     check_options(asked)
     with MemoryWatch(memory_cap(asked.job_memory)) as watch:
-        if asked.keep or asked.memory is not None:
-            from slimwright.job.candidates import Confirmed
 
-            return Confirmed(asked, watch, lambda one: _Job(one, watch).run()).run()
-        return _Job(asked, watch).run()
+        def run(one: FitOptions) -> FitReport:
+            if one.keep or one.memory is not None:
+                from slimwright.job.candidates import Confirmed
+
+                return Confirmed(one, watch, lambda other: _Job(other, watch).run()).run()
+            return _Job(one, watch).run()
+
+        return fit_for_target(asked, run) if wants_target(asked) else run(asked)
 
 
 class _Job:
@@ -125,7 +134,11 @@ class _Job:
         named = asked.given_plan.drops if asked.given_plan is not None else {}
         source, structure = dropped(source, structure, named, trust_remote_code=asked.trust_remote_code)
         solver: WeightSolver = parse_method(asked.solver)
-        fixed = self._fixed_plan(source, structure, rules)
+        aim = aim_at(asked.target, source, structure, asked.activations) if asked.target else None
+        aims = []
+        if asked.target == AUTO:
+            aims = aims_of_auto(source, structure, asked.activations, self.notes.append)
+        fixed = self._fixed_plan(source, structure, rules, aim, aims)
         cached = fixed.cache if fixed is not None and fixed.cache else {EVERYWHERE: asked.cache} if asked.cache else {}
         formats = cache_formats(cached, source, structure, asked.trust_remote_code)
         bound = bind(rules, structure) if rules else {}
@@ -138,8 +151,9 @@ class _Job:
         if fixed is None and "drop" in asked.families:
             found_drops = droppable(*plain, asked.trust_remote_code)
         options, rest, nodes = (
-            self._options(source, structure, bound, budget, found_drops) if fixed is None else ({}, 0, [])
+            self._options(source, structure, bound, budget, found_drops, aim, aims) if fixed is None else ({}, 0, [])
         )
+        others = [self._alternative(source, structure, options, budget, each) for each in aims] if not fixed else []
         cap = self.watch.cap or 0
         usual = _representative(solver, fixed, structure)
         seen = (asked.calibration_tokens or 0) if asked.data != "none" else 0
@@ -175,24 +189,13 @@ class _Job:
         with claim(asked.out, job_key(source=state, recipe=asked.recipe())) as held:
             if held.status == "finished":
                 data = json.loads((held.out / "report.json").read_text(encoding="utf-8"))
-                data.setdefault("notes", []).append(f"{held.out} is the finished result of this same job.")
+                data.setdefault("notes", []).append(f"{held.out} {FINISHED}")
                 return FitReport(data, held.out)
             work = Work(asked, self.watch, self.started, self.notes)
             target = Target(
-                budget,
-                fixed,
-                options,
-                rest,
-                predicted,
-                state,
-                found,
-                edits,
-                ranges,
-                cached,
-                formats,
-                nodes,
-                found_drops,
-            )
+                budget, fixed, options, rest, predicted, state, found, edits, ranges, cached, formats, nodes,
+                found_drops, aim.profile.name if aim is not None else OWN, others,
+            )  # fmt: skip
             try:
                 return work.run(held, source, structure, target)
             except InputError:  # what was given cannot work, so nothing of it is worth keeping for another try
@@ -202,12 +205,19 @@ class _Job:
 
     # -- before work -----------------------------------------------------------------------------------------------
 
-    def _fixed_plan(self, source: Checkpoint, structure: Structure, rules: list[Rule]) -> Plan | None:
-        """The plan where nothing is left to search."""
+    def _fixed_plan(
+        self, source: Checkpoint, structure: Structure, rules: list[Rule], aim: Aim | None, aims: Sequence[Aim]
+    ) -> Plan | None:
+        """The plan where nothing is left to search.
+
+        Raises:
+            InputError: it is not legal in the target; says which sites, and what would be.
+        """
         asked = self.asked
         if asked.given_plan is not None:
             plan = asked.given_plan.without_dropped(structure)
             plan.check(structure)
+            plan.target = self._target_of(plan, structure, aim, aims)
             return plan
         if asked.grid is None:
             return None
@@ -216,7 +226,18 @@ class _Job:
         assignments = {}
         for group, sites in structure.choice_groups().items():
             illegal = next((r for s in sites if (r := cannot_hold(grid, s))), None)
-            if group in bound:
+            other = substitute(aim, sites, grid) if isinstance(grid, Grid) else None
+            if group not in bound and other is not None:
+                assignments[group] = Assignment(
+                    grid=other.spec, method=method_on(other.spec, asked.solver),
+                    reason=f"{aim.profile.name if aim else ''} has it for {grid}, which cannot hold it",
+                )  # fmt: skip
+            elif (
+                group not in bound and illegal is None and aim is not None and isinstance(grid, Grid)
+                and aim.outside(sites, grid)
+            ):  # fmt: skip
+                assignments[group] = Assignment(grid=KEEP, reason=f"dense in {aim.profile.name}")
+            elif group in bound:
                 assignments[group] = Assignment(
                     grid=bound[group], method=method_on(bound[group], asked.solver), reason="rule"
                 )  # fmt: skip
@@ -227,7 +248,47 @@ class _Job:
         plan = Plan(assignments=assignments, edits=asked.edits())
         if asked.activations is not None:
             plan.activations = rounded_groups(asked.activations, plan, structure)
+        plan.target = self._target_of(plan, structure, aim, aims)
         return plan
+
+    @staticmethod
+    def _target_of(plan: Plan, structure: Structure, aim: Aim | None, aims: Sequence[Aim]) -> str:
+        """In whose form a fixed plan is written: the target asked, else the first of ``auto``'s that takes it."""
+        grids = {name: assignment.grid for name, assignment in plan.by_site(structure).items()}
+        sites, rounded = list(structure.sites.values()), plan.roundings(structure)
+        if aim is not None:
+            aim.profile.check(grids, sites, rounded)
+            return aim.profile.name
+        for other in aims:
+            try:
+                other.profile.check(grids, sites, rounded)
+            except InputError:
+                continue
+            if any(grid != KEEP for grid in grids.values()):
+                return other.profile.name
+        return OWN
+
+    def _alternative(
+        self, source: Checkpoint, structure: Structure, options: Mapping[str, list[Option]], budget: int, aim: Aim
+    ) -> TargetOptions:
+        """What a target of ``auto``'s allows of the options of a free search."""
+        legal = option_costs(source, structure, {}, self.asked.solver, budget, 0, aim)
+        labels = {option.key: option.cost for found in legal.values() for option in found}
+        keys = {option.key for found in options.values() for option in found}
+        costs = {key: cost for key, cost in labels.items() if key in keys}
+        return TargetOptions(aim, costs, self._rest(source, structure, budget, aim))
+
+    def _rest(
+        self, source: Checkpoint, structure: Structure, limit: int, aim: Aim | None, voided: Collection[str] = ()
+    ) -> int:
+        """Bytes of everything that leaves no choice, headers included, but for what lies in what may be dropped."""
+        kept = plan_units(source, structure, _keep_all(structure, ""))
+        others = [unit for unit in kept if unit.site is None and unit.name not in structure.castable]
+        others = [unit for unit in others if unit.name not in voided]
+        entries = [entry for unit in others for entry in unit.entries]
+        if aim is not None:
+            return aim.kept_cost(entries, limit) + aim.profile.overhead(limit, self.asked.max_shard_bytes)
+        return sum(entry_cost(entry, limit) for entry in entries) + overhead_bound(limit, self.asked.max_shard_bytes)
 
     def _budget(self, source: Checkpoint, structure: Structure, fixed: Plan | None) -> tuple[int, bool]:
         """Bytes of the weight files, and whether that is at least what the source takes."""
@@ -241,7 +302,9 @@ class _Job:
         whole = layout_of(
             plan_units(source, structure, _keep_all(structure, "")), structure, self.asked.max_shard_bytes
         ).total_bytes  # fmt: skip
-        return (whole, True) if budget >= whole and not self.asked.rules else (budget, False)
+        # a checkpoint as it is loads everywhere but where it takes another container
+        copies = not self.asked.rules and self.asked.target != "gguf"
+        return (whole, True) if budget >= whole and copies else (budget, False)
 
     def _options(
         self,
@@ -250,6 +313,8 @@ class _Job:
         bound: Mapping[str, str],
         budget: int,
         found: Droppable | None,
+        aim: Aim | None,
+        aims: Sequence[Aim],
     ) -> tuple[dict[str, list[Option]], int, list[Node]]:
         """Options with their costs; the bytes of everything that leaves no choice, headers included; and what may be
         dropped, as ``found`` says.
@@ -257,17 +322,19 @@ class _Job:
         Raises:
             InputError: the budget is below the smallest possible, which is named.
         """
-        kept = plan_units(source, structure, _keep_all(structure, ""))
+        if aim is not None:
+            groups = structure.choice_groups()
+            for group, spec in bound.items():
+                if (reason := aim.illegal(groups[group], spec)) is not None:
+                    raise InputError(f"A rule puts '{group}' on {spec}, not legal as {aim.profile.name} ({reason}).")
 
         def costs(limit: int) -> tuple[dict[str, list[Option]], int, list[Node]]:
             trusted = self.asked.trust_remote_code
             nodes = [] if found is None else drop_nodes(source, structure, found, bound, limit, trusted)
-            others = [unit for unit in kept if unit.site is None and unit.name not in structure.castable]
-            others = [unit for unit in others if unit.name not in voided_tensors(nodes)]
-            rest = sum(entry_cost(entry, limit) for unit in others for entry in unit.entries)
-            rest += overhead_bound(limit, self.asked.max_shard_bytes)
+            rest = self._rest(source, structure, limit, aim, voided_tensors(nodes))
             solving = (self.watch.cap or 0) // (4 * torch.get_num_threads())  # each thread may be at a whole matrix
-            return option_costs(source, structure, bound, self.asked.solver, limit, solving), rest, nodes
+            options = option_costs(source, structure, bound, self.asked.solver, limit, solving, aim, aims)
+            return options, rest, nodes
 
         options, rest, nodes = costs(budget)
         smallest = smallest_tree_cost(options, nodes) + rest

@@ -13,6 +13,7 @@ import torch
 from slimwright.checkpoint import Checkpoint
 from slimwright.checkpoint.layout import TensorEntry, entry_cost
 from slimwright.errors import InputError
+from slimwright.job.aim import Aim
 from slimwright.job.low_rank import form_of, low_rank_choices, low_rank_losses
 from slimwright.job.parallel import in_order
 from slimwright.job.weights import ErrorSum, site_rows, survey, without_data
@@ -61,12 +62,17 @@ def cast_entry(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> TensorE
     return TensorEntry(name, dtype, checkpoint.tensors[name].shape)
 
 
-def group_cost(checkpoint: Checkpoint, sites: Sequence[Site], grid: str, budget: int) -> int:
-    """Bytes of a choice group's tensors on disk, header entries included."""
+def group_cost(checkpoint: Checkpoint, sites: Sequence[Site], grid: str, budget: int, aim: Aim | None = None) -> int:
+    """Bytes of a choice group's tensors on disk, header entries included; in the files of ``aim`` where it is given."""
     if grid == KEEP:
-        return sum(entry_cost(kept_entry(checkpoint, site.name), budget) for site in sites)
-    parsed = parse_form(grid)
-    entries = [e for site in sites for e in weight_entries(site, parsed, checkpoint.tensors[site.name].dtype)]
+        entries = [kept_entry(checkpoint, site.name) for site in sites]
+    else:
+        parsed = parse_form(grid)
+        if aim is not None and isinstance(parsed, Grid) and not parsed.plain:
+            return aim.packed_cost(sites, parsed, budget)
+        entries = [e for site in sites for e in weight_entries(site, parsed, checkpoint.tensors[site.name].dtype)]
+    if aim is not None:
+        return aim.kept_cost(entries, budget)
     return sum(entry_cost(entry, budget) for entry in entries)
 
 
@@ -215,6 +221,8 @@ def option_costs(
     solver: str,
     budget: int,
     memory: int = 1 << 30,
+    aim: Aim | None = None,
+    wider: Sequence[Aim] = (),
 ) -> dict[str, list[Option]]:
     """Options of every choice group and castable tensor with their costs; losses are 0 until :func:`score_options`.
 
@@ -222,19 +230,30 @@ def option_costs(
         bound: choice by group that the user's rules fix.
         solver: spec of the solver.
         budget: bytes, for the width of offsets in the header.
-        memory: bytes that solving one matrix may take, for forms that need it whole.
+        memory: bytes that solving one matrix may take, for forms that need it whole; 0: none of these.
+        aim: the target: its grids are the ladder, and costs are those of its files.
+        wider: targets whose grids are added to the ladder.
     """
     groups = structure.choice_groups()
     ladder = FINE_LADDER if len(groups) <= FEW_GROUPS else LADDER
+
+    def ladder_of(sites: Sequence[Site]) -> Sequence[Grid]:
+        if aim is not None:
+            return aim.grids(sites)
+        return list(dict.fromkeys([*ladder, *(grid for other in wider for grid in other.grids(sites))]))
+
     choices = {
         group: [Assignment(grid=bound[group], method=method_on(bound[group], solver), reason="rule")]
         if group in bound
-        else [*ladder_for(checkpoint, sites, solver, ladder), *low_rank_choices(sites, solver, memory)]
+        else [
+            *ladder_for(checkpoint, sites, solver, ladder_of(sites)),
+            *(low_rank_choices(sites, solver, memory) if aim is None else ()),
+        ]
         for group, sites in groups.items()
     }
     table = {
         group: [
-            Option(group, choice.grid, group_cost(checkpoint, sites, choice.grid, budget), 0.0, choice=choice)
+            Option(group, choice.grid, group_cost(checkpoint, sites, choice.grid, budget, aim), 0.0, choice=choice)
             for choice in choices[group]
         ]
         for group, sites in groups.items()
@@ -246,7 +265,7 @@ def option_costs(
             Option(
                 name,
                 grid,
-                entry_cost(entry, budget),
+                entry_cost(entry, budget) if aim is None else aim.kept_cost([entry], budget),
                 0.0,
                 choice=Assignment(grid=grid, method=None if grid == KEEP else CAST),
             )

@@ -29,6 +29,11 @@ FAMILIES = ("quantize", "lowrank")
 NAMED_FAMILIES = ("drop",)
 """What it may use only where it is named."""
 LATER_FAMILIES = ("prune", "share")
+FINISHED = "is the finished result of this same job."
+AUTO = "auto"
+OWN = "slimwright"
+TARGETS = (AUTO, OWN, "compressed-tensors", "gguf", "safetensors")
+"""What ``--target`` may say."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class FitOptions:
     plan: str | None = None
     rules: tuple[str, ...] = ()
     method: str | None = None
+    target: str | None = None
     folds: tuple[str, ...] | None = None
     activations: str | None = None
     cache: str | None = None
@@ -143,15 +149,16 @@ class FitOptions:
             "data": self.data, "eval_data": self.eval_data, "tokens": self.calibration_tokens,
             "length": self.calibration_length,
             "allow": sorted(self.families), "search": self.search, "loss": self.loss, "cache": self.cache,
-            "seed": self.seed,
-            "shard": self.max_shard_bytes,
+            "seed": self.seed, "shard": self.max_shard_bytes,
+            **({} if self.target in (None, OWN) else {"target": self.target}),
         }  # fmt: skip
 
     def command(self) -> str:
         """The command line that does this job again."""
         words = ["slimwright", "fit", self.model]
         for name in (
-            "size", "memory", "context", "batch", "grid", "plan", "activations", "cache", "data", "eval_data", "out",
+            "size", "memory", "context", "batch", "grid", "plan", "target", "activations", "cache", "data", "eval_data",
+            "out",
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
@@ -226,6 +233,16 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
         raise InputError(f"--eval-tokens must be at least 64, not {asked.eval_tokens}.")
     if asked.plan is not None and asked.rules:
         raise InputError("--plan fixes everything: edit the plan instead of giving --rule.")
+    if asked.target is not None and asked.target not in TARGETS:
+        near = difflib.get_close_matches(asked.target, TARGETS, n=1, cutoff=0.3)
+        hint = f"; did you mean '{near[0]}'?" if near else "."
+        raise InputError(f"Unknown target '{asked.target}'{hint} Known: {', '.join(TARGETS)}.")
+    if asked.target not in (None, OWN) and asked.cache is not None:
+        raise InputError(f"--cache is packed by slimwright only: leave it out with --target {asked.target}.")
+    if asked.target not in (None, OWN) and asked.memory is not None:
+        raise InputError(f"--memory is measured in slimwright's own runtime: give --size with --target {asked.target}.")
+    if asked.target == AUTO and (asked.keep or asked.predicted_loss is not None):
+        raise InputError("--target auto compares plans of one size: give --size instead of --keep, or name the target.")
     if asked.out is None and not asked.dry_run:
         raise InputError("Give --out, the directory to write the result to.")
     if asked.job_time is not None and not asked.job_time > 0:
@@ -254,6 +271,10 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
         raise InputError(
             "A search that evaluates models would do so for every candidate of --memory or --keep: give it a --size."
         )
+    if "drop" in asked.families and asked.target not in (None, OWN):
+        raise InputError(f"--allow drop and --target {asked.target}: only our own format knows dropped parts.")
+    if asked.target == AUTO and evaluates(asked.search, asked.loss):
+        raise InputError("--target auto searches once for every target: use a search that evaluates nothing.")
     if "drop" in asked.families and (asked.loss not in (None, "sensitivity") or evaluates(asked.search, asked.loss)):
         raise InputError(
             "--allow drop needs --loss sensitivity, which alone says what a drop costs, and a search that evaluates "

@@ -50,7 +50,7 @@ from slimwright.job.passes import Pass, run_passes
 from slimwright.job.probe import Probe
 from slimwright.job.progress import Reporter
 from slimwright.job.ranges import found_scales
-from slimwright.job.request import FitOptions, FitReport
+from slimwright.job.request import OWN, FitOptions, FitReport
 from slimwright.job.result import (
     REPORT_VERSION,
     how_to_load,
@@ -63,6 +63,8 @@ from slimwright.job.result import (
     write_papers,
 )
 from slimwright.job.reuse import Reuse, edits_key
+from slimwright.job.targets import TargetOptions
+from slimwright.job.targets import chosen as for_others
 from slimwright.job.walked import WalkedModel
 from slimwright.methods import WeightSolver, solver_for
 from slimwright.model.structure import Structure
@@ -87,8 +89,8 @@ COMMIT_SECONDS = 2.0
 class Target:
     """What the job works towards: bytes, the plan where it is fixed, else the options and the bytes of all that is no
     site, the forecast, the state of the source, the documents to calibrate on, what is done to the model first,
-    whether scales of activations are to be found, the plan's cache and its formats by layer, and what the search may
-    drop."""
+    whether scales of activations are to be found, the plan's cache and its formats by layer, what the search may drop,
+    in whose form the result is to be, and the forms of others that are taken where they lose little."""
 
     budget: int
     fixed: Plan | None
@@ -103,6 +105,8 @@ class Target:
     formats: Mapping[int, KvFormat] = field(default_factory=dict)
     nodes: Sequence[Node] = ()
     droppable: Droppable | None = None
+    name: str = OWN
+    alternatives: Sequence[TargetOptions] = ()
 
 
 @dataclass
@@ -351,9 +355,14 @@ class Work:
                 self.asked.seed,
             )  # fmt: skip
 
+        name = target.name
         nats = 1.0 if estimate.nats else DATA_FREE_NATS / structure.parameters
         if self.asked.predicted_loss is None:
             allocation = search_tree(table, nodes, budget, allocated)
+            if target.alternatives:
+                allocation, name = for_others(
+                    allocation, table, target.budget, target.alternatives, self.asked.search, self.notes.append
+                )
         else:
             allocation = smallest_for(joined, self.asked.predicted_loss / nats, allocated)
             if nodes:
@@ -382,7 +391,8 @@ class Work:
             )
         castable = set(state.structure.castable)
         state.plan = Plan(
-            edits=[*target.edits, *(Edit(drop=name, reason=why) for name, why in chosen.items())],
+            target=name,
+            edits=[*target.edits, *(Edit(drop=part, reason=why) for part, why in chosen.items())],
             assignments={
                 name: option.choice
                 for name, option in allocation.choices.items()
@@ -421,7 +431,7 @@ class Work:
         plan.cache = dict(state.target.cache)
         state.units = plan_units(source, state.structure, plan)
         layout = layout_of(state.units, state.structure, self.asked.max_shard_bytes)
-        if state.target.fixed is None and layout.total_bytes > state.target.budget:
+        if state.target.fixed is None and plan.target == OWN and layout.total_bytes > state.target.budget:
             raise SlimwrightError(
                 f"The plan takes {layout.total_bytes} bytes, more than the {state.target.budget} asked: this is a "
                 "defect of slimwright; nothing was published."

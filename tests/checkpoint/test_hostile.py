@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from slimwright.checkpoint import Checkpoint, copy_side_files, refuse_foreign_quantization
+from slimwright.checkpoint import Checkpoint, copy_side_files
 from slimwright.errors import InputError
 
 from .mutations import Step, apply, make, mutations, probe
@@ -225,27 +225,6 @@ def test_shards_must_be_there_and_agree(tmp_path: Path) -> None:
     del index["weight_map"]["absent"], index["weight_map"]["odd"]
     (three / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "odd" in Checkpoint.open(three).tensors, "a tensor of a shard counts, named by the index or not"
-
-
-@pytest.mark.parametrize(
-    ("config", "named"),
-    [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq'"),
-        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "'awq'"),
-        ({"quantization_config": {"bits": 4}}, "does not name"),
-        ({"quantization_config": []}, "not an object"),
-        ({"compression_config": {"quant_method": "compressed-tensors"}}, "'compressed-tensors'"),
-        ({"quantization_config": {"quant_method": "slimwright"}}, None),
-        ({"quantization_config": None}, None),
-    ],
-)
-def test_foreign_quantization_is_refused_by_name(tmp_path: Path, config: object, named: str | None) -> None:
-    checkpoint = Checkpoint.open(save_checkpoint(tmp_path, {"a": torch.ones(1)}, config=config))
-    if named is None:
-        refuse_foreign_quantization(checkpoint)
-    else:
-        with pytest.raises(InputError, match=named):
-            refuse_foreign_quantization(checkpoint)
 
 
 def test_names_that_are_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slimwright.errors import InputError, NotBuiltError
+from slimwright.errors import InputError
 from slimwright.job.export import export
 from slimwright.job.fit import FitReport, fit
 from tests.job.conftest import PLAIN, fitted, tiny
@@ -173,7 +173,7 @@ def test_export_refuses(result: FitReport, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(InputError, match="plain weights already"):
         export(tiny(), out=out)
-    with pytest.raises(NotBuiltError, match="gguf"):
+    with pytest.raises(InputError, match="cannot be written as gguf"):
         export(str(result.out), to="gguf", out=out)
     with pytest.raises(InputError, match="safetensors"):
         export(str(result.out), to="saftensors", out=out)

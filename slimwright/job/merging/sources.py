@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slimwright.checkpoint import Checkpoint, refuse_foreign_quantization, source_state
+from slimwright.checkpoint import Checkpoint, source_state
 from slimwright.checkpoint.files import exists, read_json_object, regular, shown
 from slimwright.checkpoint.header import read_header
 from slimwright.errors import InputError
@@ -332,9 +332,8 @@ def _open(path: str) -> Checkpoint:
     if is_adapter(path):
         raise InputError(f"{shown(path)} is an adapter: write BASE+{shown(path)}, with the model that it is for.")
     checkpoint = Checkpoint.open(Path(path) if os.path.isdir(path) else path)
-    refuse_foreign_quantization(checkpoint)
     if checkpoint.quantization is None:
         return checkpoint
-    from slimwright.job.open import DequantizedCheckpoint  # imports transformers, which plain inputs do not need
+    from slimwright.job.open import decoded  # imports transformers, which plain inputs do not need
 
-    return DequantizedCheckpoint(checkpoint)
+    return decoded(checkpoint)
