@@ -270,7 +270,7 @@ def _same_as_transformers(model: Any) -> bool:
     with attention_by_cache(model):
         got = decode(model, decoding, more, last).float()
         model.__dict__["_slimwright_numbered"] = decoding.numbered
-        if decoding.numbered:
+        if decoding.numbered and len(decoding.how) == len(ours.layers):  # else a layer has no attention: it was dropped
             again = Decoding(copy.deepcopy(before), start)
             again.steps[2] = None
             how = [decoding.how[index] for index in range(len(ours.layers))]
