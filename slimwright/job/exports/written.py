@@ -32,6 +32,7 @@ class Result:
         structure: of the model.
         grids: of packed weights, by disk name.
         rounded: how what enters weights is rounded, by disk name.
+        unlike: what it has that only slimwright writes otherwise than dense; empty: nothing.
         step: told weights done and weights in all.
     """
 
@@ -39,6 +40,7 @@ class Result:
     structure: Structure
     grids: Mapping[str, Grid]
     rounded: Mapping[str, Activations]
+    unlike: str = ""
     step: Callable[[int, int], None] = lambda done, total: None
 
     @classmethod
@@ -49,6 +51,7 @@ class Result:
             InputError: its plan packs the cache of keys and values, which no target of others carries.
         """
         grids: dict[str, Grid] = {}
+        unlike = ""
         rounded: Mapping[str, Activations] = {}
         if isinstance(checkpoint, DequantizedCheckpoint):
             settings = checkpoint.settings
@@ -58,22 +61,23 @@ class Result:
                     "--cache, and choose the cache's type in the other program."
                 )
             if read_dropped(settings).tensors:
-                raise InputError(
-                    f"{checkpoint.path} has dropped parts, which only slimwright leaves out: export it to safetensors, "
-                    "or fit without --allow drop."
-                )
+                unlike = f"{checkpoint.path} has dropped parts: export it to safetensors, or fit without --allow drop."
             for name, form in checkpoint.grids.items():
-                if not isinstance(form, Grid):
-                    raise InputError(
-                        f"'{name}' of {checkpoint.path} is of the form {form}, which only slimwright reads: keep low "
-                        "rank out with --target."
-                    )
-                grids[name] = form
+                if isinstance(form, Grid):
+                    grids[name] = form
+                else:
+                    unlike = f"'{name}' of {checkpoint.path} is of the form {form}: export it to safetensors."
             rounded = read_activations(settings)
-        return cls(checkpoint, structure, grids, rounded, *([step] if step else []))
+        return cls(checkpoint, structure, grids, rounded, unlike, *([step] if step else []))
 
     def plan(self) -> dict[str, str]:
-        """Grid or ``keep`` of every site."""
+        """Grid or ``keep`` of every site.
+
+        Raises:
+            InputError: it has what no target of others carries packed.
+        """
+        if self.unlike:
+            raise InputError(self.unlike)
         return {
             name: self.grids[name].spec if name in self.grids else KEEP
             for name in self.structure.sites
