@@ -17,6 +17,12 @@ class NotBuiltError(InputError):
     """An option, target or method that is designed but not built in this version: refused by name (exit code 2)."""
 
 
+class MetricError(SlimwrightError):
+    """A user's own metric gave no number: what was finished is kept for the next run (exit code 2)."""
+
+    exit_code = 2
+
+
 class QualityError(SlimwrightError):
     """A quality floor was missed (exit code 3)."""
 

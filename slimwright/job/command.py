@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from slimwright.errors import InputError
+from slimwright.errors import InputError, MetricError
 
 
 def words(text: str) -> list[str]:
@@ -33,7 +33,7 @@ def measured(command: Sequence[str], model: Path, seconds: float | None = None) 
         seconds: after which it is stopped; None: never.
 
     Raises:
-        InputError: it cannot be run, fails, takes longer, or prints no number last.
+        InputError: it cannot be run. MetricError: it fails, takes longer, or prints no number last.
     """
     written = shlex.join(command)
     try:
@@ -42,7 +42,7 @@ def measured(command: Sequence[str], model: Path, seconds: float | None = None) 
         why = getattr(error, "strerror", None) or error
         raise InputError(f"The metric {command[0]!r} cannot be run ({why}): name a command.") from error
     except subprocess.TimeoutExpired:
-        raise InputError(f"The metric '{written}' was stopped after {seconds:.0f} s: make it faster.") from None
+        raise MetricError(f"The metric '{written}' was stopped after {seconds:.0f} s: make it faster.") from None
     last = (ran.stdout.strip().splitlines() or [""])[-1].split()
     try:
         value = float(last[-1])
@@ -50,5 +50,5 @@ def measured(command: Sequence[str], model: Path, seconds: float | None = None) 
         value = math.nan
     if ran.returncode != 0 or not math.isfinite(value):
         said = (ran.stderr.strip().splitlines() or ["no message"])[-1][:200]
-        raise InputError(f"The metric '{written}' gave no number for {model} (exit {ran.returncode}: {said}).")
+        raise MetricError(f"The metric '{written}' gave no number for {model} (exit {ran.returncode}: {said}).")
     return value

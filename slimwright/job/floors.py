@@ -134,7 +134,8 @@ class Floor:
             seconds: that a command may take; None: :data:`LIMIT_SECONDS`.
 
         Raises:
-            InputError: the model has no such quality (those it has are named), or the command gives no number.
+            InputError: the model has no such quality (those it has are named), or the command cannot be run.
+            MetricError: the command gives no number.
         """
         if self.command:
             value = measured(words(self.name), model, seconds or LIMIT_SECONDS)

@@ -376,8 +376,8 @@ class Work:
             "nats": allocation.loss * nats,
             "exact": allocation.exact,
             "evaluations": 0 if state.evaluator is None else state.evaluator.evaluations,
-            "curve": curve(joined, rest),
-            "everywhere": everywhere(table, rest + kept_bytes(nodes)),
+            "curve": [list(point) for point in curve(joined, rest)],
+            "everywhere": [list(point) for point in everywhere(table, rest + kept_bytes(nodes))],
         }
         chosen = {
             name: f"predicted loss {option.loss:.3g} nats per token"

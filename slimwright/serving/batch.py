@@ -57,6 +57,9 @@ class _JointDecoding(decode.Decoding):
         super().__init__(_Joint(self), None)
         self._rows: list[tuple[KvLayer, ...]] = list(zip(*(cache.layers for cache in caches)))  # type: ignore[arg-type]
 
+    def fused(self, model: Any, batch: int) -> None:
+        """None: a step in one call of the kernels has one cache for all rows."""
+
     def attend(self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, **how: Any) -> Tensor:
         index, own_keys, own_values = self.offered.get(id(keys), (None, None, None))
         if index is None or own_keys is not keys or own_values is not values or query.shape[2] != 1:

@@ -16,6 +16,7 @@ from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.job.caching import cache_formats, check_cache
 from slimwright.model.discover import discover
+from slimwright.runtime import fused
 from slimwright.runtime.generate import Generation
 from slimwright.runtime.kv_cache import KvLayer, cache_nbytes
 from slimwright.runtime.kv_format import KvFormat
@@ -127,6 +128,7 @@ def test_verification_finds_a_wrong_cache(tmp_path: Path, monkeypatch: pytest.Mo
     own = KvLayer.attend
     with monkeypatch.context() as patch:
         patch.setattr(KvLayer, "attend", lambda self, *args, **how: own(self, *args, **how) * 1.01)
+        patch.setattr(fused, "why_not", lambda model, batch: "it does not ask the layers")
         assert "attention over the packed cache differs" in check_cache(model, planned, IDS)
     dense = KvLayer.dense
     with monkeypatch.context() as patch:

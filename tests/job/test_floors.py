@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from slimwright.errors import InputError
+from slimwright.errors import InputError, MetricError
 from slimwright.job.candidates import Candidate, first_loss, next_loss
 from slimwright.job.floors import Floor, Judged
 
@@ -97,8 +97,9 @@ def test_a_command_is_taken_as_it_is(tmp_path: Path) -> None:
 )
 def test_a_command_that_gives_nothing(tmp_path: Path, code: str, seconds: float | None, match: str) -> None:
     floor = Floor.parse(f"{script(tmp_path, code)}:0.5")
-    with pytest.raises(InputError, match=match):
+    with pytest.raises(MetricError, match=match) as raised:
         floor.judge({}, 0, tmp_path, seconds)
+    assert raised.value.exit_code == 2
 
 
 def test_a_floor_narrower_than_its_interval_is_refused_with_the_tokens_needed() -> None:
