@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Threads that wait sleep instead of spinning: see slimwright/cli.py.
 export OMP_WAIT_POLICY ?= PASSIVE
-JOBS ?= 2
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: install demo test lint bench clean
 
