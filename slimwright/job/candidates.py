@@ -35,7 +35,7 @@ from slimwright.job import verify as verification
 from slimwright.job.floors import Floor, Judged
 from slimwright.job.memory import MemoryWatch
 from slimwright.job.open import open_source
-from slimwright.job.request import FitOptions, FitReport
+from slimwright.job.request import FitOptions, FitReport, finished_report
 from slimwright.job.running import Running, check_running, first_guess, measure_running
 from slimwright.model.discover import discover
 from slimwright.report import render_report
@@ -134,17 +134,16 @@ def _measured(journal: Journal) -> list[Candidate]:
 
 def first_loss(floors: Sequence[Floor]) -> float:
     """Nats per token that the floors allow, roughly, before anything is measured."""
-    typical = {"kl": 1.0, "top1": 8.0, "ppl": 1.0, "bits_per_byte": 1.5, "ndcg@10": 1.0, "accuracy": 1.0, "cosine": 1.0}
     allowed = []
     for floor in floors:
         if floor.command:
             allowed.append(0.05)
         elif floor.name == "top1":  # of an LM at a KL of k, about the root of k/8 of the tokens flip
-            allowed.append(typical["top1"] * (1 - floor.limit) ** 2)
+            allowed.append(8 * (1 - floor.limit) ** 2)
         elif floor.name == "cosine":
             allowed.append(1 - floor.limit)
         else:
-            allowed.append(typical[floor.name] * floor.limit)
+            allowed.append((1.5 if floor.name == "bits_per_byte" else 1.0) * floor.limit)
     return FIRST_SHARE * min(allowed)
 
 
@@ -182,9 +181,7 @@ class Confirmed:
         state = source_state(source)
         with claim(asked.out, job_key(source=state, recipe=asked.recipe())) as held:
             if held.status == "finished":
-                data = json.loads((held.out / "report.json").read_text(encoding="utf-8"))
-                data.setdefault("notes", []).append(f"{held.out} is the finished result of this same job.")
-                return FitReport(data, held.out)
+                return finished_report(held.out)
             key = job_key(source=state, recipe=asked.recipe(), environment=environment_key())
             with Journal.open(held.scratch / "candidates", key, reset=True) as journal:
                 try:
@@ -264,7 +261,7 @@ class Confirmed:
             assert newest is not None
             if LEAST_MEMORY_USED <= newest.total / memory <= 1 or tried[-1].bytes >= source.total_bytes:
                 return None
-            left = int(0.985 * memory) - newest.above_weights
+            left = int(0.985 * memory) - newest.anonymous
         if left <= 0:
             raise InputError(
                 f"--memory {self.asked.memory} cannot hold this model: the KV cache and the workspace alone take about "
@@ -307,7 +304,7 @@ class Confirmed:
             raise InputError(
                 f"--memory {self.asked.memory} is too little: the smallest candidate ran in "
                 f"{best.running.total / 1e6:.0f} MB ({best.bytes / 1e6:.0f} MB of weights, "
-                f"{best.running.above_weights / 1e6:.0f} MB of KV cache and workspace)."
+                f"{best.running.anonymous / 1e6:.0f} MB of KV cache and workspace)."
             )
 
     def _missed(self, held: Claim, tried: Sequence[Candidate], best: Candidate) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -33,7 +32,15 @@ from slimwright.job.low_rank import scoring_work, solving_work
 from slimwright.job.memory import MemoryWatch, memory_cap
 from slimwright.job.open import open_source
 from slimwright.job.options import option_costs
-from slimwright.job.request import AUTO, FINISHED, MAX_SHARD_BYTES, OWN, FitOptions, FitReport, check_options
+from slimwright.job.request import (
+    AUTO,
+    MAX_SHARD_BYTES,
+    OWN,
+    FitOptions,
+    FitReport,
+    check_options,
+    finished_report,
+)
 from slimwright.job.result import (
     REPORT_VERSION,
     model_facts,
@@ -188,9 +195,7 @@ class _Job:
         state = source_state(source)
         with claim(asked.out, job_key(source=state, recipe=asked.recipe())) as held:
             if held.status == "finished":
-                data = json.loads((held.out / "report.json").read_text(encoding="utf-8"))
-                data.setdefault("notes", []).append(f"{held.out} {FINISHED}")
-                return FitReport(data, held.out)
+                return finished_report(held.out)
             work = Work(asked, self.watch, self.started, self.notes)
             target = Target(
                 budget, fixed, options, rest, predicted, state, found, edits, ranges, cached, formats, nodes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import shlex
 from dataclasses import dataclass
 from functools import cached_property
@@ -203,6 +204,13 @@ class FitReport:
 
     def __getitem__(self, key: str) -> Any:
         return self.data[key]
+
+
+def finished_report(out: Path) -> FitReport:
+    """The report of a result that this same job has published before, with a note that says so."""
+    data = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    data.setdefault("notes", []).append(f"{out} {FINISHED}")
+    return FitReport(data, out)
 
 
 def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:

@@ -53,10 +53,6 @@ class Running:
     anonymous: int
 
     @property
-    def above_weights(self) -> int:
-        return self.anonymous
-
-    @property
     def total(self) -> int:
         """What the machine needs."""
         return self.weights + self.anonymous

@@ -26,7 +26,7 @@ from slimwright.job.export import WRITERS
 from slimwright.job.exports.gguf import gguf_profile
 from slimwright.job.exports.written import Result
 from slimwright.job.open import open_source
-from slimwright.job.request import AUTO, FINISHED, FitOptions, FitReport
+from slimwright.job.request import AUTO, FINISHED, FitOptions, FitReport, finished_report
 from slimwright.job.result import write_papers
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
@@ -143,9 +143,7 @@ def fit_for_target(asked: FitOptions, run: Callable[[FitOptions], FitReport]) ->
     source = open_source(asked.model)
     with claim(asked.out, job_key(source=source_state(source), recipe=asked.recipe(), target=asked.target)) as held:
         if held.status == "finished":
-            data = json.loads((held.out / "report.json").read_text(encoding="utf-8"))
-            data.setdefault("notes", []).append(f"{held.out} {FINISHED}")
-            return FitReport(data, held.out)
+            return finished_report(held.out)
         inner = held.scratch / _SCRATCH
         try:
             report = run(dataclasses.replace(asked, out=str(inner), published_as=str(held.out)))

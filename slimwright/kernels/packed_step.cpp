@@ -8,6 +8,7 @@
 // Hidden states stay in float32 from layer to layer; what a product multiplies, and keys and values, are rounded to the
 // model's dtype first, as in the model's own forward.
 
+#include "common.h"
 #include "packed_step.h"
 #include "packed_threads.h"
 
@@ -33,9 +34,6 @@ using Product = SlimwrightProduct;
 
 const Rows& rows = ISA::rows;
 
-float from_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
-uint32_t to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
-
 // To nearest, ties to even, as torch rounds.
 inline uint16_t bfloat_of(float x) {
     const uint32_t bits = to_bits(x);
@@ -46,21 +44,6 @@ inline uint16_t bfloat_of(float x) {
 void store_row(const float* from, int64_t count, int64_t type, void* to) {
     if (type == FLOAT32) memcpy(to, from, size_t(count) * 4);
     else for (int64_t i = 0; i < count; i++) static_cast<uint16_t*>(to)[i] = bfloat_of(from[i]);
-}
-
-// e**x for x <= 0, to about 2 units of the last place; below -87 it is that of -87.
-inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    const float n = __builtin_rintf(x * 1.44269504f);
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * from_bits(uint32_t(int32_t(n) + 127) << 23);
 }
 
 // x * sigmoid(x) * factor; NaN stays NaN.

@@ -145,7 +145,8 @@ def search_tree(
     """
     if not nodes:
         return solve(table, budget)
-    first = solve(reduced(table, nodes), budget)
+    joined = reduced(table, nodes)
+    first = solve(joined, budget)
     names = {node.drop.scope for node in nodes}
     chosen: list[Option] = []
     for scope, option in first.choices.items():
@@ -166,5 +167,5 @@ def search_tree(
         {option.scope: option for option in chosen},
         kept + sum(option.cost for option in chosen),
         math.fsum(option.loss for option in chosen),
-        first.exact and all(len(options) < JOINED for options in reduced(table, nodes).values()),
+        first.exact and all(len(options) < JOINED for options in joined.values()),
     )
