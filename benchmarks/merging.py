@@ -2,7 +2,8 @@
 
 ``agreement``: every method of mergekit's on small models in float32 and bfloat16, element by element. ``speed``: a 0.5B
 Qwen2 shape (two fine-tunes and a base of 1 GB each), alternated with mergekit, the page cache warm for both.
-``memory``: the same, and a shape of 13 GB, inside a cgroup of a bare import plus 1 GB and 1.5 GB.
+``memory``: the same, and a shape of 13 GB, inside a cgroup of a bare import plus 1 GB and 1.5 GB. ``random``: methods
+that draw masks, over 200 seeds: the same statistics entry by entry.
 
 Names of methods behind these words (``speed ties``) restrict them to those methods.
 
@@ -34,6 +35,7 @@ from slimwright.checkpoint import Checkpoint, CheckpointWriter, TensorEntry, pla
 SMALL = QWEN2_05B | {
     "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 2_000,
 }  # fmt: skip
+TINY = SMALL | {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "vocab_size": 200}
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {}, "task_arithmetic": {}, "slerp": {"t": 0.4}, "ties": {"density": 0.5},
     "dare_linear": {"density": 0.5}, "dare_ties": {"density": 0.5}, "nuslerp": {}, "multislerp": {}, "karcher": {},
@@ -49,6 +51,7 @@ KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "cast": torch.bfl
 NOISE = 1 << 22
 """Random numbers that a fine-tune repeats: how it is made must not take longer than what is measured."""
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
+SEEDS = 200
 ELEMENTWISE = (
     "linear", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "nearswap", "ram", "ties slices",
     "linear modules",
@@ -64,9 +67,10 @@ _RUN_PEER = """
 import json, sys, yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
-for text, out in json.load(open(sys.argv[1])):
+for seed, text, out in json.load(open(sys.argv[1])):
+    options = MergeOptions(quiet=True, random_seed=seed)
     try:
-        run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), out, MergeOptions(quiet=True, random_seed=0))
+        run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), out, options)
     except Exception as error:
         print(out, repr(error), file=sys.stderr)
 """
@@ -195,7 +199,7 @@ def agreement(folder: Path, methods: Sequence[str]) -> list[Row]:
                 config["out_dtype"] = "bfloat16"
             work.append((method, kind, config, models))
     jobs = [
-        (yaml.safe_dump(config), str(folder / f"theirs-{method}-{kind}".replace(" ", "-")))
+        (0, yaml.safe_dump(config), str(folder / f"theirs-{method}-{kind}".replace(" ", "-")))
         for method, kind, config, _ in work
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -231,6 +235,82 @@ def _agrees(method: str, kind: str, found: Row) -> bool:
     if method == "sce" and kind == "cast":  # variances tie too
         return bool(found["relative_error"] < 0.01)
     return bool(found["relative_error"] < 2e-6 if kind == "float32" else found["within_1_ulp"] > 0.9999)
+
+
+# -- random masks ------------------------------------------------------------------------------------------------------
+
+
+def random_masks(folder: Path, methods: Sequence[str], seeds: int = SEEDS) -> list[Row]:
+    """Merges under many seeds in both programs: what an entry is on average, how it varies, how often it is dropped.
+
+    ``z``: root mean square, over the entries, of the difference of the two means in its standard errors, 1 where both
+    programs draw from one distribution. ``deviation``: the same ratio for ours alone between odd and even seeds, which
+    is 1 where draws of different seeds do not depend on each other. ``neighbours``: correlation of entries beside each
+    other, 0 where their draws do not depend on each other.
+    """
+    python = peer()
+    if python is None:
+        print("mergekit is not here (SLIMWRIGHT_PEERS): no statistics of random masks compared.")
+        return []
+    import slimwright
+
+    seedling = make(dict(TINY), folder / "tiny-source")
+    models = [fine_tune(seedling, folder / f"tiny-{i}", i, 5_000_000_000, torch.float32) for i in range(3)]
+    configs = {method: configuration(method, models, "float32") for method in methods}
+    jobs = [
+        (seed, yaml.safe_dump(config), str(folder / f"theirs-{method}-{seed}"))
+        for method, config in configs.items()
+        for seed in range(seeds)
+    ]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    subprocess.run([str(python), "-c", _RUN_PEER, str(folder / "jobs.json")], check=True)
+    rows = []
+    for method, config in configs.items():
+        for seed in range(seeds):
+            slimwright.merge(config, folder / f"ours-{method}-{seed}", seed=seed, verify=False, quiet=True)
+        ours, theirs = (
+            torch.stack([changes(folder / f"{side}-{method}-{seed}", models[0]) for seed in range(seeds)])
+            for side in ("ours", "theirs")
+        )
+        rows.append({"method": method, "seeds": seeds, "entries": ours.shape[1], **statistics_of(ours, theirs)})
+    return rows
+
+
+def changes(merged: Path, base: Path) -> torch.Tensor:
+    """float64: the differences of a merge's matrices to the base's, a row after the other."""
+    a, b = Checkpoint.open(merged), Checkpoint.open(base)
+    return torch.cat(
+        [
+            (a.read(name).double() - b.read(name).double()).flatten()
+            for name in sorted(b.tensors)
+            if len(b.tensors[name].shape) == 2
+        ]
+    )
+
+
+def statistics_of(ours: torch.Tensor, theirs: torch.Tensor) -> Row:
+    """What two sets of draws [seeds, entries] have in common."""
+
+    def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+        errors = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
+        drawn = errors > 0
+        return float(((a.mean(0) - b.mean(0))[drawn] / errors[drawn]).square().mean().sqrt())
+
+    centred = ours - ours.mean(0)
+    neighbours = float((centred[:, 1:] * centred[:, :-1]).sum() / centred[:, 1:].square().sum())
+    row: Row = {
+        "z": apart(ours, theirs), "deviation": apart(ours[::2], ours[1::2]), "neighbours": neighbours,
+        "variance_ratio": float(ours.var(0).sum() / theirs.var(0).sum()),
+        "dropped": float((ours == 0).double().mean()), "dropped_mergekit": float((theirs == 0).double().mean()),
+    }  # fmt: skip
+    row["ok"] = (
+        abs(row["z"] - 1) < 0.05
+        and abs(row["deviation"] - 1) < 0.05
+        and abs(row["variance_ratio"] - 1) < 0.02
+        and abs(row["neighbours"]) < 0.01
+        and abs(row["dropped"] - row["dropped_mergekit"]) < 0.002
+    )
+    return row
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
@@ -346,7 +426,7 @@ def limited(file: Path, out: Path, cap: int) -> Row:
 
 def main() -> int:
     started = time.time()
-    parts = ("agreement", "speed", "memory")
+    parts = ("agreement", "random", "speed", "memory")
     only = [word for word in sys.argv[1:] if word not in parts]
     wanted = [word for word in sys.argv[1:] if word in parts] or parts
     with scratch("merging") as folder:
@@ -357,6 +437,12 @@ def main() -> int:
                        "relative_error": "relative error", "change_ratio": "size of change", "note": "note",
                        "ok": "ok"}  # fmt: skip
             found += publish("merging-agreement", agreement(folder, only or list(METHODS)), columns, started)
+        if "random" in wanted:
+            columns = {"method": "method", "seeds": "seeds", "entries": "entries", "z": "z of means",
+                       "deviation": "z, odd and even seeds", "variance_ratio": "variances",
+                       "neighbours": "neighbours", "dropped": "dropped", "dropped_mergekit": "dropped by mergekit",
+                       "ok": "ok"}  # fmt: skip
+            found += publish("merging-random", random_masks(folder, only or RANDOM), columns, started)
         if "speed" in wanted:
             columns = {"method": "method", "seconds": "s", "verified_seconds": "s verified", "copy_seconds": "s copy",
                        "limit_seconds": "s limit", "mergekit_seconds": "s mergekit", "multiple": "multiple",

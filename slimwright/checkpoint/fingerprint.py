@@ -29,9 +29,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     for name in sorted(checkpoint.tensors):
         info = checkpoint.tensors[name]
-        content = hashlib.sha256()
-        for page in checkpoint.read_pages(name, _sampled(info.nbytes)):
-            content.update(page)
+        content = hashlib.sha256(b"".join(checkpoint.read_pages(name, _sampled(info.nbytes))))
         record = [name, DTYPE_NAMES[info.dtype], list(info.shape), content.hexdigest()]
         digest.update(json.dumps(record).encode() + b"\n")
     return digest.hexdigest()

@@ -173,6 +173,10 @@ class Engine:
 
         return (yield survey, list(tile_ranges(unit)), add_sums)
 
+    def _settling(self, method: MergeMethod, sums: Mapping[str, Sums], state: State) -> Steps:
+        """One survey's end, on a thread too: the main thread has the tiles of other tensors to hand out."""
+        return (yield lambda start, stop: method.settle(sums, state), [(0, 0)], _last)
+
     def _merging(self, unit: Unit, state: State | None) -> Steps:
         method = unit.method
         if method is not None and state is None:
@@ -182,7 +186,7 @@ class Engine:
                 if state.get("done"):
                     break
                 sums = yield from self._surveying(unit, state)
-                state = method.settle({name: sums}, state)
+                state = yield from self._settling(method, {name: sums}, state)
         settled = state or {}
         blend = None
         if method is not None and method.extent == "element":
@@ -304,6 +308,10 @@ class _Task:
 
 def _nothing(total: Any, more: Any) -> None:
     return None
+
+
+def _last(total: Any, more: Any) -> Any:
+    return more
 
 
 def merged_tile(method: MergeMethod, unit: Unit, start: int, stop: int, state: State, seed: int) -> Tensor:
