@@ -2,7 +2,8 @@
 
 Small checkpoints of several families, some with tokenizers, and results of ours are damaged (headers, offsets, shapes,
 JSON, sizes, links, config.json, quantization_config, plan.yaml) and given to ``inspect``, ``fit`` or
-``slimwright.load``, each in a forked child. A case holds if the exit code is 0, 1 or 2, stderr has one sentence and no
+``slimwright.load``, each in a forked child; so are checkpoints that others quantized, and adapters and configurations
+of merges. A case holds if the exit code is 0, 1 or 2, stderr has one sentence and no
 traceback, no error was unforeseen, it takes at most 20 s and 300 MB of anonymous memory more than its parent, and no
 file appears or changes but OUT. Children verify in their own process and on few tokens, so that a case costs little.
 """
@@ -39,13 +40,17 @@ from slimwright.job import verify as verification
 from slimwright.job.memory import anonymous_bytes
 from slimwright.job.work import Work
 from tests.checkpoint.mutations import Step, damage, mutations
-from tests.families import FAMILIES
+from tests.families import FAMILIES, HIDDEN
 
 SEED = 11
 SECONDS, GROWTH = 20.0, 300_000_000
 SOURCES = ("llama", "qwen2", "gemma3", "mixtral", "gpt_oss", "gpt2", "mamba", "bert", "t5", "vit")
 RESULTS = ("llama", "mixtral", "bert", "gpt2")
-KINDS = ("files", "config", "both", "result files", "result config", "result both", "plan")
+OTHERS = ("gptq", "awq", "compressed-tensors", "fp8", "mxfp4", "bitsandbytes")
+KINDS = (
+    "files", "config", "both", "result files", "result config", "result both", "plan", "others' files",
+    "others' config", "merge", "adapter",
+)  # fmt: skip
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 VALUES: tuple[Any, ...] = (
@@ -148,14 +153,17 @@ def edit_plan(file: Path, choose: random.Random) -> None:
 
 def prepare(kind: str, directory: Path, bases: Path, choose: random.Random, steps: list[Step]) -> tuple[str, list[str]]:
     """Lay a damaged checkpoint into ``directory``; what was done, and the command to try."""
-    family = choose.choice(RESULTS if kind.startswith("result") or kind == "plan" else SOURCES)
+    if kind in ("merge", "adapter"):
+        return "llama", prepare_merge(kind, directory, bases, choose)
+    others = kind.startswith("others")
+    family = choose.choice(OTHERS if others else RESULTS if kind.startswith("result") or kind == "plan" else SOURCES)
     packed = kind.startswith("result")
     model, out = directory / "model", str(directory / "out")
     shutil.copytree(bases / (f"{family}-result" if packed else family), model)
     if "files" in kind or "both" in kind:
         damage(model, steps)
     if "config" in kind or "both" in kind:
-        inside = "quantization_config" if packed and choose.random() < 0.7 else None
+        inside = "quantization_config" if (packed or others) and choose.random() < 0.7 else None
         edit_json(model / "config.json", choose, inside)
         if choose.random() < 0.2:
             edit_json(model / choose.choice(TOKENIZER), choose)
@@ -172,6 +180,34 @@ def prepare(kind: str, directory: Path, bases: Path, choose: random.Random, step
     elif packed and choose.random() < 0.6:
         command = ["load", str(model)]
     return family, command
+
+
+def prepare_merge(kind: str, directory: Path, bases: Path, choose: random.Random) -> list[str]:
+    """A merge of two models whose configuration is damaged, or of a model and a damaged adapter; the command to try."""
+    for name in ("one", "two"):
+        shutil.copytree(bases / "llama", directory / name)
+    file, out = directory / "merge.yaml", str(directory / "out")
+    value: dict[str, Any] = {"method": "ties", "base": "one", "models": [{"model": "one"}, {"model": "two"}]}
+    if choose.random() < 0.5:
+        sources = [{"model": name, "layer_range": [0, 2]} for name in ("one", "two")]
+        value = {"merge_method": "slerp", "base_model": "one", "slices": [{"sources": sources}]}
+        value["parameters"] = {"t": [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"value": 0.5}]}
+    if kind == "merge":
+        file.write_text(yaml.safe_dump(value))
+        edit_plan(file, choose)
+    else:
+        shutil.copytree(bases / "adapter", directory / "adapter")
+        edit_json(directory / "adapter" / "adapter_config.json", choose)
+        if choose.random() < 0.6:
+            weights = directory / "adapter" / "adapter_model.safetensors"
+            content = bytearray(weights.read_bytes())
+            header = int.from_bytes(content[:8], "little")
+            for _ in range(choose.randint(1, 4)):
+                content[choose.randrange(choose.choice((8, 8 + header, len(content))))] = choose.randrange(256)
+            weights.write_bytes(bytes(content[: choose.choice((len(content), choose.randrange(len(content))))]))
+        adapted = {"method": "linear", "models": ["one+adapter", "two"]}
+        file.write_text(yaml.safe_dump(adapted))
+    return ["merge", str(file), "--out", out, *choose.choice(([], ["--no-verify"], ["--dry-run"]))]
 
 
 # -- one case ------------------------------------------------------------------------------------------------------
@@ -260,7 +296,7 @@ def case(number: int, seed: int, bases: Path, directory: Path, steps: list[Step]
             problem = f"touched {sorted(before.items() ^ after.items())[0][0]}"
         elif status and (work / "out").exists():
             problem = "failed but OUT exists"
-        elif status == 0 and command[0] == "fit" and not (work / "out" / "report.json").exists():
+        elif status == 0 and command[0] in ("fit", "merge") and "--dry-run" not in command and not _result(work):
             problem = "succeeded without a result"
     message = (said or stderr.strip().splitlines()[-1:] or [""])[0][:300]
     if problem is None:
@@ -272,8 +308,70 @@ def case(number: int, seed: int, bases: Path, directory: Path, steps: list[Step]
     }  # fmt: skip
 
 
+def _result(work: Path) -> bool:
+    return any((work / "out" / name).exists() for name in ("report.json", "adapter_config.json"))
+
+
+def quantized_by_others(source: Path, method: str, experts: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(tensors, quantization_config) of a checkpoint as another program stores it, in that program's own layout."""
+    from safetensors.torch import load_file
+
+    from tests.formats.test_quantized import stream
+
+    def words(codes: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([stream(row, 4) for row in codes.tolist()], dtype=torch.int32)
+
+    files = sorted((experts if method == "mxfp4" else source).glob("*.safetensors"))
+    tensors: dict[str, Any] = {}
+    for name, tensor in (pair for file in files for pair in load_file(file).items()):
+        inside = name.endswith(("gate_up_proj", "down_proj") if method == "mxfp4" else "_proj.weight")
+        if not inside:
+            tensors[name] = tensor
+            continue
+        base, weight = name.removesuffix(".weight"), tensor.float()
+        out = weight.shape[0]
+        codes = (weight * 32 + 8).round().clamp(0, 15).int()
+        if method == "gptq":
+            tensors[f"{base}.qweight"] = words(codes).t().contiguous()
+            tensors[f"{base}.qzeros"] = torch.full((1, out // 8), 0x77777777, dtype=torch.int32)
+            tensors[f"{base}.scales"] = torch.full((1, out), 1 / 32, dtype=torch.float16)
+            tensors[f"{base}.g_idx"] = torch.zeros(weight.shape[1], dtype=torch.int32)
+        elif method == "awq":
+            order = torch.tensor((0, 2, 4, 6, 1, 3, 5, 7))
+            tensors[f"{base}.qweight"] = words(codes.t().unflatten(1, (-1, 8))[..., order].flatten(1))
+            tensors[f"{base}.qzeros"] = torch.full((1, out // 8), -0x77777778, dtype=torch.int32)
+            tensors[f"{base}.scales"] = torch.full((1, out), 1 / 32, dtype=torch.float16)
+        elif method == "compressed-tensors":
+            tensors[f"{base}.weight_packed"] = words(codes)
+            tensors[f"{base}.weight_scale"] = torch.full((out, 1), 1 / 32)
+            tensors[f"{base}.weight_shape"] = torch.tensor(weight.shape)
+        elif method == "fp8":
+            tensors[f"{base}.weight"] = weight.to(torch.float8_e4m3fn)
+            tensors[f"{base}.weight_scale_inv"] = torch.ones(-(-out // 32), -(-weight.shape[1] // 32))
+        elif method == "mxfp4":
+            codes = codes.transpose(1, 2).contiguous().unflatten(2, (-1, 16, 2))
+            tensors[f"{name}_blocks"] = (codes[..., 0] | (codes[..., 1] << 4)).to(torch.uint8)
+            tensors[f"{name}_scales"] = torch.full(codes.shape[:3], 120, dtype=torch.uint8)
+        else:
+            flat = codes.flatten()
+            state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+            tensors[name] = (flat[0::2] << 4 | flat[1::2]).to(torch.uint8)[:, None]
+            tensors[f"{name}.absmax"] = torch.full((flat.numel() // 64,), 0.25)
+            tensors[f"{name}.quant_map"] = torch.linspace(-1, 1, 16)
+            tensors[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(state).encode())).byte()
+    settings: dict[str, Any] = {"quant_method": method, "bits": 4, "group_size": -1 if method == "gptq" else HIDDEN}
+    settings |= {
+        "awq": {"version": "gemm", "zero_point": True}, "fp8": {"weight_block_size": [32, 32]},
+        "compressed-tensors": {"format": "pack-quantized", "config_groups": {}}, "bitsandbytes": {"load_in_4bit": True},
+    }.get(method, {})  # fmt: skip
+    return tensors, settings
+
+
 def make_bases(directory: Path) -> None:
     """Sources in two shards with a tokenizer of as many tokens as they have embeddings, and results of some."""
+    from huggingface_hub import save_torch_state_dict
+    from peft import LoraConfig, get_peft_model
+
     from tests.families import VOCABULARY, make
 
     words = Tokenizer(models.BPE())
@@ -287,6 +385,17 @@ def make_bases(directory: Path) -> None:
         half = sum(t.nbytes for t in model.state_dict().values()) * 11 // 20
         model.save_pretrained(directory / name, max_shard_size=half)
         tokenizer.save_pretrained(directory / name)
+    for name in OTHERS:
+        source = directory / ("gpt_oss" if name == "mxfp4" else "llama")
+        tensors, settings = quantized_by_others(source, name, directory / "gpt_oss")
+        shutil.copytree(source, directory / name, ignore=shutil.ignore_patterns("model*"))
+        save_torch_state_dict(
+            tensors, directory / name, max_shard_size=sum(t.nbytes for t in tensors.values()) * 11 // 20
+        )
+        config = json.loads((source / "config.json").read_text()) | {"quantization_config": settings}
+        (directory / name / "config.json").write_text(json.dumps(config))
+    adapted = get_peft_model(make("llama", torch.bfloat16), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    adapted.save_pretrained(directory / "adapter")
     for name in RESULTS:
         total = sum(f.stat().st_size for f in (directory / name).glob("*.safetensors"))
         fit_module.fit(

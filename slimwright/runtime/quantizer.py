@@ -184,12 +184,37 @@ class SlimwrightQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Leave out the converters of packed experts, which keep their names on disk."""
-        return [
+        """Leave out the converters of packed experts, which keep their names; rename parts as their payloads."""
+        kept = [
             entry
             for entry in weight_conversions
             if (getattr(entry, "source_patterns", None), getattr(entry, "target_patterns", None)) not in self.dropped
         ]
+        return kept + self._part_renamings(kept)
+
+    def _part_renamings(self, conversions: list[Any]) -> list[Any]:
+        """A pattern that ends with a whole name renames a payload, but not the parts beside it: the same for these."""
+        from slimwright.runtime.transformers_private import WeightRenaming
+
+        found = []
+        for entry in conversions:
+            if not isinstance(entry, WeightRenaming) or len(entry._original_source_patterns) != 1:
+                continue
+            source, target = entry._original_source_patterns[0], entry._original_target_patterns[0]
+            suffixes = {
+                part
+                for disk, form in self.grids.items()
+                if (match := entry.compiled_sources.search(disk)) and match.end() == len(disk)
+                for part in form.parts_of((256, 256))
+                if part and not entry.compiled_sources.search(disk + part)
+            }
+            if not (source[-1:].isalnum() and target[-1:].isalnum()):
+                continue
+            for part in sorted(suffixes):
+                renaming = WeightRenaming([source + part], [target + part])
+                renaming.scope_prefix, renaming.base_model_prefix = entry.scope_prefix, entry.base_model_prefix
+                found.append(renaming)
+        return found
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         files = kwargs.get("checkpoint_files")

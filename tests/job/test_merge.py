@@ -429,6 +429,7 @@ def test_bad_inputs_are_refused_in_one_sentence(models: dict[str, str], tmp_path
         ({"method": "linear", "modules": {"vision_tower": {"models": [a]}}}, "has no module 'vision_tower'"),
         ({"method": "linear", "modules": {"default": {"models": [a], "x": 1}}}, "default: unknown key 'x'"),
         ({"method": "linear", "models": []}, "at least one"),
+        ({"method": "linear", "models": [{"model": None}]}, "'model' of one of 'models' is empty"),
         ({"models": [a]}, "give 'method'"),
         ({"method": "passthrough", "slices": [one]}, "has 4 layers"),
         ({"method": "linear", "slices": [unequal]}, "same number of layers"),

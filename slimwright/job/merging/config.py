@@ -312,7 +312,8 @@ def _model(item: Any, method: str, dialect: MergekitMethod | None, where: str, n
             "Parameters of a model stand under 'parameters'."
         )
     reference = read_reference(item["model"], "a model", where)
-    assert reference is not None
+    if reference is None:
+        raise InputError(f"{where}: 'model' of one of 'models' is empty: give a path or a hub id.")
     return SliceSource(
         reference, parameters=_parameters(item.get("parameters"), method, dialect, f"{where}: {reference}", notes)
     )

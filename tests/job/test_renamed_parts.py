@@ -1,0 +1,32 @@
+"""Checkpoints whose tensors transformers renames by patterns that end with a whole name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AriaTextConfig, AriaTextForCausalLM
+
+from tests.job.conftest import fitted
+
+
+def test_the_parts_of_a_renamed_weight_are_renamed_with_it(tmp_path: Path) -> None:
+    """Aria stores fused experts as ``experts.fc1.weight``, which the model has as ``experts.gate_up_proj``."""
+    config = AriaTextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, moe_num_experts=2, moe_topk=1, moe_num_shared_experts=1, initializer_range=0.1,
+        max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AriaTextForCausalLM(config).save_pretrained(tmp_path / "model")
+    report = fitted(str(tmp_path / "model"), tmp_path / "out", size="40%")
+    assert report.data["verified"]["ok"] and report.data["verified"]["logits_error"] <= 1e-4
+
+    model = AriaTextForCausalLM.from_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again")
+    names = [set(safe_open(tmp_path / d / "model.safetensors", "pt").keys()) for d in ("out", "again")]
+    assert names[0] == names[1] and "model.layers.0.mlp.experts.fc1.weight_scale" in names[0]
+    tokens = torch.arange(3, 19)[None]
+    again = AriaTextForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
