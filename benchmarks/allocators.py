@@ -28,7 +28,7 @@ from benchmarks.common import Row, exit_code, publish, scratch
 from slimwright.checkpoint import Checkpoint, CheckpointWriter, Journal, entry_cost, overhead_bound, write_config_atomic
 from slimwright.evaluate.bootstrap import interval, paired_interval
 from slimwright.evaluate.divergence import compare_logits
-from slimwright.job.build import build, layout_of, plan_units
+from slimwright.job.build import build
 from slimwright.job.calibration import calibrate, with_data
 from slimwright.job.evaluator import Evaluator
 from slimwright.job.held_out import held_out
@@ -39,9 +39,10 @@ from slimwright.job.probe import Probe
 from slimwright.job.request import FitOptions
 from slimwright.job.reuse import Reuse
 from slimwright.job.source import plain_sources
+from slimwright.job.units import keep_all, layout_of, plan_units
 from slimwright.job.walked import WalkedModel, WrittenSource
 from slimwright.model.discover import discover
-from slimwright.plan import KEEP, Assignment, Plan, parse_size
+from slimwright.plan import Assignment, Plan, parse_size
 from slimwright.runtime.streamed import load_streamed
 from slimwright.search import Option, prune_dominated, search
 
@@ -78,9 +79,8 @@ class Subject:
             self.asked, self.source, self.structure, found, 4 << 30, folder, lambda sentence: None
         )  # fmt: skip
         budget = self.bytes_of(BITS)
-        groups = self.structure.choice_groups()
         self.options = option_costs(self.source, self.structure, {}, self.asked.solver, budget)
-        kept = plan_units(self.source, self.structure, Plan(assignments={g: Assignment(grid=KEEP) for g in groups}))
+        kept = plan_units(self.source, self.structure, keep_all(self.structure, ""))
         rest = [unit for unit in kept if unit.site is None and unit.name not in self.structure.castable]
         self.rest = sum(entry_cost(entry, budget) for unit in rest for entry in unit.entries)
         self.rest += overhead_bound(budget, self.asked.max_shard_bytes)

@@ -20,8 +20,10 @@ from slimwright.job.low_rank import Work as LowRankWork
 from slimwright.job.options import FEW_GROUPS, FINE_LADDER, LADDER, sampling
 from slimwright.job.parallel import in_order
 from slimwright.job.probe import REVERSE_LOGITS, REVERSE_TOKENS, SCORED_PRODUCTS
-from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, SAMPLED_TILES, logits_width, spare_bytes, tokens_for
-from slimwright.job.walked import SOLVED_ELEMENTS, walk_dtype
+from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, logits_width, spare_bytes, tokens_for
+from slimwright.job.verify_files import SAMPLED_TILES
+from slimwright.job.walked import walk_dtype
+from slimwright.job.walked_build import SOLVED_ELEMENTS
 from slimwright.job.weights import TILE_ELEMENTS, plain_rounding
 from slimwright.kernels import attend, packed, switched_off
 from slimwright.methods import GroupFold, SiteStatistics, WeightSolver
