@@ -29,38 +29,41 @@ EXPERT_TOKENS = 64
 """Tokens below which an expert is solved without data."""
 
 
-APART_SHARE, APART_MOST, APART_TOKENS = 1 / 8, 1 / 4, 2048
-"""What is kept apart: about so much of the data, never more, and of large data so many tokens."""
+APART_SHARE, APART_TOKENS = 1 / 6, 4096
+"""What is kept apart: so much of the data, of large data so many tokens; at most half as much more."""
 
 
 def apart_documents(batches: Sequence[Batch]) -> frozenset[str]:
-    """Names of the documents that are kept apart to judge solvers on, drawn by hash: an eighth of the rows; none where
-    each of few documents is more than a quarter."""
+    """Names of the documents that are kept apart to judge solvers on, drawn by hash; none where no document is small
+    enough to be one of them."""
     lengths: dict[str, int] = {}
     for batch in batches:
         first = next(iter(batch.inputs.values()))
-        for name in batch.documents:
-            lengths[name] = lengths.get(name, 0) + (first.shape[1] if first.ndim == 2 else 1)
-    total = sum(lengths.values())
-    wanted = min(APART_SHARE * total, APART_TOKENS)
+        whole = first.shape[1] if first.ndim == 2 else 1
+        pieces = batch.pieces or tuple(((name, whole),) for name in batch.documents)
+        for name, tokens in (piece for row in pieces for piece in row):
+            lengths[name] = lengths.get(name, 0) + tokens
+    wanted = min(APART_SHARE * sum(lengths.values()), APART_TOKENS)
     chosen, size = list[str](), 0
     for name in sorted(lengths, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        if size < wanted and size + lengths[name] <= APART_MOST * total:
+        if size < wanted and size + lengths[name] <= 1.5 * wanted:
             chosen.append(name)
             size += lengths[name]
     return frozenset(chosen)
 
 
-def tokens_of(batch: Batch, x: Tensor, documents: Collection[str]) -> Tensor:
+def inputs_of(batch: Batch, x: Tensor, documents: Collection[str]) -> Tensor:
     """(tokens, in), of the inputs ``x`` (..., in) those that count and are of some documents: none where ``x`` is not
-    the batch's rows one by one."""
-    rows = torch.tensor([name in documents for name in batch.documents], dtype=torch.bool)
-    if not rows.any() or x.ndim < 2 or x.shape[0] % len(rows) or (x.ndim > 2 and x.shape[0] != len(rows)):
-        return x.new_empty(0, x.shape[-1])
-    x = x.reshape(len(rows), -1, x.shape[-1])
-    mask = batch.masks.get(tuple(x.shape[:2]))
-    chosen = rows[:, None].expand(x.shape[:2])
-    return x[chosen if mask is None else chosen & mask]
+    the batch's tokens one by one."""
+    chosen = batch.tokens_of(documents)
+    rows = len(chosen)
+    if rows and x.ndim >= 2 and (x.shape[0] == rows or (x.ndim == 2 and x.shape[0] % rows == 0)):
+        x = x.reshape(rows, -1, x.shape[-1])
+        if chosen.shape[1] in (1, x.shape[1]):
+            mask = batch.masks.get(tuple(x.shape[:2]))
+            chosen = chosen.expand(x.shape[:2])
+            return x[chosen if mask is None else chosen & mask]
+    return x.new_empty(0, x.shape[-1])
 
 
 def bf16_is_fast() -> bool:
@@ -272,7 +275,7 @@ class Collector:
         if weights is None:
             sums.add(self._batch.counted(x))
             if self._apart and site.kind != "experts":
-                sums.keep_apart(tokens_of(self._batch, x, self._apart))
+                sums.keep_apart(inputs_of(self._batch, x, self._apart))
         elif x.shape[:-1] in (weights.shape, (weights.numel(),)):
             sums.add(x.reshape(-1, x.shape[-1]), weights.reshape(-1))
         else:
