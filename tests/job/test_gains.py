@@ -15,6 +15,7 @@ from slimwright.job.options import option_costs
 from slimwright.job.walked import WalkedModel
 from slimwright.methods import SiteStatistics, method
 from slimwright.plan import Assignment
+from slimwright.search import prune_dominated
 from slimwright.weights import Int
 from tests.job.conftest import tiny
 from tests.job.test_evaluator import setting
@@ -93,7 +94,8 @@ def test_measured_losses_have_the_solvers_gain(tmp_path):
     table = {name: options if name == group else options[-1:] for name, options in table.items()}
     given = Scoring(source, structure, table, 30_000, {}, lambda *_: None, calibration, None, lambda: evaluator)
     scored = loss_estimate("measured,levels=1,evaluated=512").score(given).table[group]
-    coarse = next(option for option in scored if option.label == "int2:row")
+    front = [option for option in prune_dominated(given.rounded()[group]) if option.loss > 0]
+    coarse = next(option for option in scored if option.label == front[0].label)
     plain = evaluator({group: coarse.choice}, 512).loss
     ((_, collector),) = WalkedModel(source, structure, calibration).collected(
         lambda unit: [site for site in unit.sites if site.choice_group == group], judged=True
