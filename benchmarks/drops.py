@@ -1,5 +1,9 @@
 """What can be dropped of every family of tests/families.py, and the proof: ``python -m benchmarks.drops [NAME ...]``.
 
+NAME is a family, or ``bundled``: of the bundled language model plans of drops, low rank and mixed grids together, given
+and searched for (under a size, a floor, a memory, and with a packed cache), each generating alike cached and uncached,
+compiled as one graph, and saved again unchanged.
+
 Each family is written without some of its sublayers (the first attention and the last MLP of every stack), without all
 of them, and without its last block; plain ``from_pretrained`` of each must equal the dense model whose output
 projections are zero: uncached, cached, padded, with a static cache, and generating. The table of docs/families.md is
@@ -11,19 +15,28 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+import slimwright
 from benchmarks.common import Row, exit_code, publish, scratch
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.model.discover import discover
 from slimwright.model.shorten import shortened
 from slimwright.model.surgery import Droppable
+from slimwright.plan import CALIBRATED_METHOD, method_on
+from slimwright.sizes import parse_bytes
+from slimwright.zoo import bundled_path
 from tests.families import FAMILIES, cached
 from tests.runtime import dropping
 
+BUNDLED = "bundled"
 DOCUMENT = Path("docs/families.md")
 BEGIN, END = "<!-- drops: begin -->", "<!-- drops: end -->"
 
@@ -80,12 +93,87 @@ def _blocks(name: str, found: Droppable) -> str:
     return f"{good} of {total}" + (f" ({(reasons + refused)[0]})" if good < total and reasons + refused else "")
 
 
+FORMS = ("int4:g64", "int2:g64+lowrank:r16:int4:g64", "int3:g64", "lowrank:r64:int4:g64", "int8:g64", "keep")
+"""Of the given plan, one group after another."""
+SEARCHES: dict[str, dict[str, Any]] = {
+    "searched, --size 2.2bit": {"size": "2.2bit"},
+    "searched, --keep kl:0.4": {"keep": ("kl:0.4",)},
+    "searched, --memory 85MB": {"memory": "85MB", "context": 256},
+    "searched, --size 2.2bit --cache": {"size": "2.2bit", "cache": "cache/kivi,bits=4"},
+}
+CALIBRATION_TOKENS = 8192
+
+
+def combined() -> list[Row]:
+    """The bundled model: a given plan, and what searches find."""
+    source = str(bundled_path())
+    groups = discover(Checkpoint.open(source)).choice_groups()
+    plan = {
+        "assignments": {
+            name: {"grid": form, "method": method_on(form, CALIBRATED_METHOD)}
+            for name, form in zip(groups, FORMS * len(groups))
+        },
+        "edits": [{"drop": "model.layers.1.self_attn"}, {"drop": "model.layers.3.mlp"}, {"drop": "model.layers.2"}],
+    }
+    rows = []
+    with scratch("drops") as folder:
+        (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+        given: dict[str, Any] = {"plan": str(folder / "plan.yaml")}
+        for number, (name, options) in enumerate({"given": given, **SEARCHES}.items()):
+            out = folder / str(number)
+            options = options if "plan" in options else {**options, "allow": ("drop",)}
+            report = slimwright.fit(source, str(out), calibration_tokens=CALIBRATION_TOKENS, quiet=True, **options)
+            assigned = yaml.safe_load((out / "plan.yaml").read_text())
+            problems = _alike(out, folder / f"{number}-again", packed_cache="cache" in options)
+            running, memory = report.data.get("running"), options.get("memory")
+            if running and not 0.93 * parse_bytes(memory, "") <= running["total"] <= parse_bytes(memory, ""):
+                problems.append(f"it runs in {running['total']} bytes")
+            rows.append(
+                {
+                    "family": f"bundled, {name}",
+                    "attention": ", ".join(edit["drop"] for edit in assigned.get("edits", ())),
+                    "forms": len({own["grid"] for own in assigned["assignments"].values()}),
+                    "lowrank": sum("lowrank" in own["grid"] for own in assigned["assignments"].values()),
+                    "bits": report["size"]["bits_per_weight"],
+                    "kl": report["quality"]["kl"]["value"],
+                    "problems": "; ".join(problems),
+                    "ok": report["verified"]["ok"] and not problems,
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+@torch.no_grad()
+def _alike(directory: Path, again: Path, packed_cache: bool) -> list[str]:
+    """What differs between the ways to run a result, and between it and what it is saved as."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    ids, length = torch.arange(10, 42)[None], {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    problems = []
+    if not packed_cache:  # which rounds keys and values
+        uncached = model.generate(ids, **length, use_cache=False)
+        for how in ("dynamic", "static"):
+            if not torch.equal(model.generate(ids, **length, cache_implementation=how), uncached):
+                problems.append(f"generates otherwise with a {how} cache")
+    found = torch.compile(model, fullgraph=True, backend="eager")(ids).logits
+    if not torch.allclose(found, model(ids).logits, atol=1e-4):
+        problems.append("compiled, it gives something else")
+    model.save_pretrained(again)
+    before, after = (load_file(folder / "model.safetensors") for folder in (directory, again))
+    if before.keys() != after.keys() or any(not torch.equal(tensor, after[name]) for name, tensor in before.items()):
+        problems.append("saved again, it is another model")
+    return problems
+
+
 def main() -> int:
-    started, names = time.time(), sys.argv[1:] or list(FAMILIES)
-    rows = [check(name) for name in names]
-    if len(names) == len(FAMILIES):
+    started, names = time.time(), sys.argv[1:] or [*FAMILIES, BUNDLED]
+    rows = [check(name) for name in names if name != BUNDLED]
+    if len(rows) == len(FAMILIES):
         _write_document(rows)
-    columns = {name: name for name in ("family", "attention", "mlp", "blocks", "problems", "ok")}
+    rows += combined() if BUNDLED in names else []
+    columns = {
+        name: name for name in ("family", "attention", "mlp", "blocks", "lowrank", "bits", "kl", "problems", "ok")
+    }  # fmt: skip
     publish("drops", rows, columns, started)
     return exit_code(rows)
 

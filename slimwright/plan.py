@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,8 @@ from slimwright.weights.activations import Activations
 
 PLAN_VERSION = 1
 KEEP = "keep"
+ZERO = "zero"
+"""Of no plan: stands in the table of options for weights at zero, which is what a drop loses."""
 DEFAULT_METHOD = "quantize/rtn"
 CALIBRATED_METHOD = "quantize/gptq"
 FACTORIZED_METHOD = "factorize/svd_llm"
@@ -52,6 +53,11 @@ class Assignment(BaseModel):
     @property
     def kept(self) -> bool:
         return self.grid == KEEP
+
+    @property
+    def solved(self) -> bool:
+        """Whether a solver puts the weights into another form: they are neither kept nor at zero."""
+        return self.grid not in (KEEP, ZERO)
 
     def parsed_grid(self) -> Form:
         return parse_form(self.grid)
@@ -303,101 +309,6 @@ def _check_cast(name: str, assignment: Assignment) -> None:
         )
     if assignment.method not in (None, CAST):
         raise InputError(f"The plan's assignment of '{name}' is wrong: its method can only be '{CAST}'.")
-
-
-class Rule(BaseModel):
-    """``PATTERN: CHOICE``: binds the groups that the pattern names to ``keep`` or to a form."""
-
-    model_config = ConfigDict(frozen=True)
-    pattern: str
-    choice: str
-
-    @classmethod
-    def parse(cls, text: str) -> Rule:
-        """Read ``'lm_head: keep'``, ``'*.down_proj: int8:g64'`` or ``'mlp: lowrank:r64'``.
-
-        Raises:
-            InputError: not of that form, or an unknown grid.
-        """
-        pattern, colon, choice = text.partition(":")
-        pattern, choice = pattern.strip(), choice.strip().lower()
-        if not colon or not pattern or not choice:
-            raise InputError(f"The rule '{text}' is not of the form 'PATTERN: keep' or 'PATTERN: GRID'.")
-        if choice != KEEP:
-            parse_form(choice)
-        return cls(pattern=pattern, choice=choice)
-
-    def matches(self, name: str, role: str) -> bool:
-        """Whether the pattern names a weight: its disk name, with or without ``.weight``, its role, or a dotted tail,
-        head or middle of its name (``lm_head``, ``layers.3.mlp``); ``*`` and ``?`` are wildcards."""
-        base = name.removesuffix(".weight")
-        forms = (self.pattern, f"*.{self.pattern}", f"{self.pattern}.*", f"*.{self.pattern}.*")
-        return (
-            fnmatch.fnmatchcase(name, self.pattern)
-            or role == self.pattern
-            or any(fnmatch.fnmatchcase(base, form) for form in forms)
-        )
-
-    @property
-    def specificity(self) -> tuple[int, int]:
-        """Most letters that are not wildcards win; then fewest wildcards."""
-        wild = sum(self.pattern.count(mark) for mark in "*?[")
-        return len(self.pattern) - wild, -wild
-
-
-def bind(rules: list[Rule], structure: Structure) -> dict[str, str]:
-    """Choice of every group that a rule binds; the most specific wins, among equals the last.
-
-    Raises:
-        InputError: a rule names no weight; two sites of one group are bound to different choices (they cannot differ,
-            because runtimes fuse them); a grid cannot hold a weight.
-    """
-    bound: dict[str, str] = {}
-    used: set[int] = set()
-    tied: dict[str, list[str]] = {}
-    for alias, owner in structure.ties.items():
-        tied.setdefault(owner, []).append(alias)
-    for group, sites in structure.choice_groups().items():
-        chosen: dict[str, str] = {}
-        for site in sites:
-            names = [(site.name, site.role), *((alias, "head") for alias in tied.get(site.name, []))]
-            candidates = [
-                (rule.specificity, index)
-                for index, rule in enumerate(rules)
-                if any(rule.matches(name, role) for name, role in names)
-            ]
-            used.update(index for _, index in candidates)
-            if candidates:
-                rule = rules[max(candidates)[1]]
-                chosen[site.name] = rule.choice
-                reason = None if rule.choice == KEEP else cannot_hold(parse_form(rule.choice), site)
-                if reason:
-                    raise InputError(
-                        f"The rule '{rule.pattern}: {rule.choice}' cannot hold for '{site.name}': {reason}."
-                    )
-        if not chosen:
-            continue
-        choices = sorted(set(chosen.values()))
-        if len(choices) > 1:
-            raise InputError(
-                f"The rules give {' and '.join(choices)} to weights of '{group}', which runtimes fuse: bind all alike."
-            )
-        other = next((site.name for site in sites if site.name not in chosen), None)
-        if other is not None:
-            raise InputError(
-                f"A rule binds '{next(iter(chosen))}' but not '{other}', which runtimes fuse with it: bind both alike."
-            )
-        bound[group] = choices[0]
-    for index, rule in enumerate(rules):
-        if index not in used:
-            every = [site.name for site in structure.sites.values()] + list(structure.ties)
-            bases = sorted({name.removesuffix(".weight") for name in every})
-            near = difflib.get_close_matches(
-                rule.pattern, bases + [base.rsplit(".", 1)[-1] for base in bases], n=1, cutoff=0.4
-            )
-            hint = f"; did you mean '{near[0]}'?" if near else "; `slimwright inspect` lists the names."
-            raise InputError(f"The rule '{rule.pattern}: {rule.choice}' names no weight of this model{hint}")
-    return bound
 
 
 def parse_size(text: str, parameters: int) -> int:

@@ -14,7 +14,8 @@ from slimwright.errors import InputError, NotBuiltError, SlimwrightError
 from slimwright.job.open import open_source
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
-from slimwright.plan import KEEP, PLAN_VERSION, Assignment, Plan, Rule, bind, parse_bytes, parse_size
+from slimwright.plan import KEEP, PLAN_VERSION, Assignment, Plan, parse_bytes, parse_size
+from slimwright.rules import Rule, bind
 from tests.families import cached
 
 

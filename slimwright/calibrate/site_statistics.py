@@ -20,6 +20,19 @@ REVERSED_ELEMENTS = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Apart:
+    """Inputs of documents on which is judged what a solver makes of all the others.
+
+    Args:
+        inputs: (tokens, in) of any float dtype; they are in the Gram too.
+        share: of the Gram's tokens that they are.
+    """
+
+    inputs: Tensor
+    share: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class SiteStatistics:
     """What the calibration knows of one site. Without data: :meth:`none`.
 
@@ -30,6 +43,7 @@ class SiteStatistics:
         absmax: (in,) float32, the largest magnitude of each input; None without data.
         absmean: (in,) float32, the mean magnitude of each input; None without data.
         mean: (in,) float32, the mean of each input; None without data.
+        apart: inputs of some documents, where a solver is to be judged on what it did not see; None: there are none.
     """
 
     tokens: int = 0
@@ -38,6 +52,7 @@ class SiteStatistics:
     absmax: Tensor | None = None
     absmean: Tensor | None = None
     mean: Tensor | None = None
+    apart: Apart | None = None
     _factors: dict[Any, tuple[Tensor, float]] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
@@ -95,7 +110,7 @@ class SiteStatistics:
         """The same with another survey; factors found by one are known to both."""
         return dataclasses.replace(self, survey=survey)
 
-    def factor(self, damp: float, order: Tensor | None = None) -> tuple[Tensor, float]:
+    def factor(self, damp: float, order: Tensor | None = None, rest: bool = False) -> tuple[Tensor, float]:
         """Upper-triangular ``R`` with ``R Rᵀ = H + damping * I``, H the Gram in the given order of inputs. With
         ``U = R⁻¹``, ``(H + damping * I)⁻¹ = Uᵀ U``: the factor that GPTQ works with, at a third of the cost.
 
@@ -105,6 +120,7 @@ class SiteStatistics:
         Args:
             damp: first damping, as a fraction of the diagonal's mean.
             order: (in,) permutation of the inputs; None is their own order.
+            rest: of the Gram without what is :attr:`apart`, where anything is.
 
         Returns:
             ((in, in) float32, damping). Kept, so that sites which share these statistics factorize once.
@@ -114,26 +130,35 @@ class SiteStatistics:
         """
         if self.gram is None:
             raise InputError("There is no Gram to factorize: give data.")
-        key = (damp, None if order is None else hash(order.numpy().tobytes()))
+        apart = self.apart if rest else None
+        key = (damp, None if order is None else hash(order.numpy().tobytes()), apart is not None)
         if key not in self._factors:
-            self._factors[key] = _factor(self.gram, damp, order)
+            self._factors[key] = _factor(self.gram, damp, order, apart)
         return self._factors[key]
 
 
-def _factor(gram: Tensor, damp: float, order: Tensor | None) -> tuple[Tensor, float]:
+def _factor(gram: Tensor, damp: float, order: Tensor | None, apart: Apart | None = None) -> tuple[Tensor, float]:
     """:meth:`SiteStatistics.factor`, in the memory of one matrix beside the Gram."""
-    mean = float(gram.diagonal().mean())
+    without = None
+    diagonal = gram.diagonal().clone()
+    if apart is not None:
+        without = apart.inputs.float() * math.sqrt(apart.share / apart.inputs.shape[0])
+        diagonal -= without.square().sum(0)
+    mean = float(diagonal.mean())
     if not math.isfinite(mean):
         raise InputError("The Gram holds NaN or Inf.")
     mean = mean if mean > 0 else 1.0
     backwards = torch.arange(gram.shape[0]) if order is None else order
     backwards = backwards.flip(0)  # a lower factor of the reversed matrix is an upper one of the matrix itself
-    diagonal = gram.diagonal()[backwards]
+    diagonal = diagonal[backwards]
     diagonal[diagonal <= 0] = mean
+    without = None if without is None else without[:, backwards]
     damping = damp * mean
     failed = torch.empty((), dtype=torch.int32)
     for _ in range(60):
         lower = _reordered(gram, backwards).t()  # symmetric; stored by columns it is factorized where it lies
+        if without is not None:
+            lower.t().addmm_(without.t(), without, alpha=-1)
         lower.diagonal().copy_(diagonal + damping)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed and torch.isfinite(lower.diagonal()).all():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from slimwright.calibrate.site_statistics import SiteStatistics
+from slimwright.calibrate.site_statistics import Apart, SiteStatistics
 from slimwright.calibrate.walk import Batch
 from slimwright.errors import InputError
 from slimwright.kernels.gram import add_gram as add_gram_compiled
@@ -26,6 +27,43 @@ SUMMED_TOKENS = 1024
 
 EXPERT_TOKENS = 64
 """Tokens below which an expert is solved without data."""
+
+
+APART_SHARE, APART_TOKENS = 1 / 6, 4096
+"""What is kept apart: so much of the data, of large data so many tokens; at most half as much more."""
+
+
+def apart_documents(batches: Sequence[Batch]) -> frozenset[str]:
+    """Names of the documents that are kept apart to judge solvers on, drawn by hash; none where no document is small
+    enough to be one of them."""
+    lengths: dict[str, int] = {}
+    for batch in batches:
+        first = next(iter(batch.inputs.values()))
+        whole = first.shape[1] if first.ndim == 2 else 1
+        pieces = batch.pieces or tuple(((name, whole),) for name in batch.documents)
+        for name, tokens in (piece for row in pieces for piece in row):
+            lengths[name] = lengths.get(name, 0) + tokens
+    wanted = min(APART_SHARE * sum(lengths.values()), APART_TOKENS)
+    chosen, size = list[str](), 0
+    for name in sorted(lengths, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if size < wanted and size + lengths[name] <= 1.5 * wanted:
+            chosen.append(name)
+            size += lengths[name]
+    return frozenset(chosen)
+
+
+def inputs_of(batch: Batch, x: Tensor, documents: Collection[str]) -> Tensor:
+    """(tokens, in), of the inputs ``x`` (..., in) those that count and are of some documents: none where ``x`` is not
+    the batch's tokens one by one."""
+    chosen = batch.tokens_of(documents)
+    rows = len(chosen)
+    if rows and x.ndim >= 2 and (x.shape[0] == rows or (x.ndim == 2 and x.shape[0] % rows == 0)):
+        x = x.reshape(rows, -1, x.shape[-1])
+        if chosen.shape[1] in (1, x.shape[1]):
+            mask = batch.masks.get(tuple(x.shape[:2]))
+            chosen = chosen.expand(x.shape[:2])
+            return x[chosen if mask is None else chosen & mask]
+    return x.new_empty(0, x.shape[-1])
 
 
 def bf16_is_fast() -> bool:
@@ -110,6 +148,18 @@ class InputSums:
         self._abssum = torch.zeros(columns)
         self._sum_of_inputs = torch.zeros(columns)
         self._columns = columns
+        self._apart: list[Tensor] = []
+
+    def keep_apart(self, x: Tensor) -> None:
+        """Keep inputs (tokens, in) that were added, to judge on."""
+        if x.shape[0]:
+            self._apart.append(x.detach().clone())
+
+    def keep_last_apart(self) -> None:
+        """Keep the last of the inputs, where all are kept: what routing picked has no rows to tell documents by."""
+        if self._kept:
+            together = torch.cat(self._kept)
+            self._apart = [together[-max(1, min(int(APART_SHARE * len(together)), APART_TOKENS)) :]]
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Add inputs (tokens, in), which count in the Gram and the mean by their weights (tokens,); those that weigh
@@ -160,9 +210,14 @@ class InputSums:
         if not self.tokens or not self._absmax.any():
             return SiteStatistics(self.tokens)
         gram = self.gram_sum().div_(self._weight) if self._gram else None
+        apart = None
+        if self._apart and gram is not None:
+            inputs = torch.cat(self._apart)
+            apart = Apart(inputs, inputs.shape[0] / self._weight)
+        self._apart = []
         return SiteStatistics(
             self.tokens, gram, absmax=self._absmax, absmean=self._abssum / self.tokens,
-            mean=self._sum_of_inputs / self._weight,
+            mean=self._sum_of_inputs / self._weight, apart=apart,
         )  # fmt: skip
 
 
@@ -174,13 +229,20 @@ class Collector:
         sites: those to watch; of a Gram group one is watched for all.
         grams: whether Grams are wanted.
         magnitudes: whether the inputs' magnitudes are to be counted (:meth:`magnitudes`).
+        apart: documents whose inputs are kept beside, to judge solvers on; of experts, which do not know documents, the
+            last inputs are, if there are any.
     """
 
     def __init__(
-        self, sources: Mapping[str, WeightSource], sites: Sequence[Site], grams: bool = True, magnitudes: bool = False
+        self,
+        sources: Mapping[str, WeightSource],
+        sites: Sequence[Site],
+        grams: bool = True,
+        magnitudes: bool = False,
+        apart: Collection[str] = (),
     ) -> None:
         self._sources = sources
-        self._grams, self._counted = grams, magnitudes
+        self._grams, self._counted, self._apart = grams, magnitudes, apart
         self._leaders: dict[str, Site] = {}
         for site in sites:
             self._leaders.setdefault(_key(site), site)
@@ -212,6 +274,8 @@ class Collector:
         weights = self._weights
         if weights is None:
             sums.add(self._batch.counted(x))
+            if self._apart and site.kind != "experts":
+                sums.keep_apart(inputs_of(self._batch, x, self._apart))
         elif x.shape[:-1] in (weights.shape, (weights.numel(),)):
             sums.add(x.reshape(-1, x.shape[-1]), weights.reshape(-1))
         else:
@@ -247,11 +311,16 @@ class Collector:
             if sums is None or sums.tokens < EXPERT_TOKENS:
                 found.append(SiteStatistics.none())
                 continue
+            if self._apart:
+                sums.keep_last_apart()
             own = sums.statistics()
             lacking = 2 * site.columns - own.tokens
             if lacking > 0 and own.gram is not None:
                 gram = (own.gram * own.tokens + layer * lacking) / (own.tokens + lacking)
-                own = dataclasses.replace(own, gram=gram, _factors={})
+                part = own.apart
+                if part is not None:
+                    part = Apart(part.inputs, part.share * own.tokens / (own.tokens + lacking))
+                own = dataclasses.replace(own, gram=gram, apart=part, _factors={})
             found.append(own)
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -178,9 +179,17 @@ def _packed(
     count = min(-(-tokens // length), len(stream) // length)
     rows = torch.tensor(stream[: count * length]).view(count, length)
     names = tuple(owners[row * length] for row in range(count))
+    pieces = [
+        tuple((name, len(list(own))) for name, own in groupby(owners[row * length : (row + 1) * length]))
+        for row in range(count)
+    ]
     step = max(1, batch_tokens // length)
     batches = [
-        Batch({"input_ids": rows[first : first + step]}, documents=names[first : first + step])
+        Batch(
+            {"input_ids": rows[first : first + step]},
+            documents=names[first : first + step],
+            pieces=tuple(pieces[first : first + step]),
+        )
         for first in range(0, count, step)
     ]
     return batches, count * length, _example(tokenizer, stream[:length]) if count else {}

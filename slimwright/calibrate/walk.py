@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,12 +41,24 @@ class Batch:
         documents: name of each row's document.
         outputs: (rows, length) positions whose output counts, where these are not those of the sequence: of a text with
             an image in it, the text's.
+        pieces: of each row (document, tokens) in the order of its tokens, where rows are joined from pieces of several;
+            empty: a row is of its document alone.
     """
 
     inputs: dict[str, Tensor]
     masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     documents: tuple[str, ...] = ()
     outputs: Tensor | None = None
+    pieces: tuple[tuple[tuple[str, int], ...], ...] = ()
+
+    def tokens_of(self, documents: Collection[str]) -> Tensor:
+        """(rows, tokens) bool: which tokens are of these documents; (rows, 1) where each row is of one document."""
+        if not self.pieces:
+            return torch.tensor([[name in documents] for name in self.documents], dtype=torch.bool)
+        rows = [
+            torch.cat([torch.full((tokens,), name in documents) for name, tokens in pieces]) for pieces in self.pieces
+        ]  # fmt: skip
+        return torch.stack(rows)
 
     def counted(self, x: Tensor) -> Tensor:
         """The rows (tokens, in) of ``x`` (..., in) whose tokens count, padding left out."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import shlex
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,19 +39,33 @@ def measured(command: Sequence[str], model: Path, seconds: float | None = None) 
         InputError: it cannot be run. MetricError: it fails, takes longer, or prints no number last.
     """
     written = shlex.join(command)
-    try:
-        ran = subprocess.run([*command, str(model)], capture_output=True, text=True, check=False, timeout=seconds)
+    try:  # a session of its own, so that what it starts can be stopped with it
+        child = subprocess.Popen(
+            [*command, str(model)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
     except (OSError, ValueError) as error:  # a ValueError of a character that no command has
         why = getattr(error, "strerror", None) or error
         raise InputError(f"The metric {command[0]!r} cannot be run ({why}): name a command.") from error
-    except subprocess.TimeoutExpired:
-        raise MetricError(f"The metric '{written}' was stopped after {seconds:.0f} s: make it faster.") from None
-    last = (ran.stdout.strip().splitlines() or [""])[-1].split()
+    with child:
+        try:
+            printed, said = child.communicate(timeout=seconds)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise MetricError(
+                    f"The metric '{written}' was stopped after {seconds:.0f} s: make it faster."
+                ) from None
+            if isinstance(error, UnicodeDecodeError):
+                raise MetricError(f"The metric '{written}' gave no number for {model}: it prints no text.") from None
+            raise
+    last = (printed.strip().splitlines() or [""])[-1].split()
     try:
         value = float(last[-1])
     except (IndexError, ValueError):
         value = math.nan
-    if ran.returncode != 0 or not math.isfinite(value):
-        said = (ran.stderr.strip().splitlines() or ["no message"])[-1][:200]
-        raise MetricError(f"The metric '{written}' gave no number for {model} (exit {ran.returncode}: {said}).")
+    if child.returncode != 0 or not math.isfinite(value):
+        why = (said.strip().splitlines() or ["no message"])[-1][:200]
+        raise MetricError(f"The metric '{written}' gave no number for {model} (exit {child.returncode}: {why}).")
     return value

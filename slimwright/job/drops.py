@@ -19,11 +19,11 @@ from slimwright.job.options import kept_entry
 from slimwright.model.shorten import shortened
 from slimwright.model.structure import Structure
 from slimwright.model.surgery import Drop, Droppable
-from slimwright.plan import Assignment
+from slimwright.plan import ZERO, Assignment
 from slimwright.search.options import Option
 from slimwright.search.tree import DROP, Node
 
-DROPPED = Assignment(grid=DROP)
+ZEROED = Assignment(grid=ZERO)
 """The choice that stands for a group's output projections at zero while losses are found."""
 
 
@@ -130,7 +130,7 @@ def with_drop_choices(
     groups = structure.choice_groups()
     holding = {group for group, sites in groups.items() if any(site.name in zeroed for site in sites)}
     return {
-        group: [*options, Option(group, DROP, 0, 0.0, choice=DROPPED)] if group in holding else options
+        group: [*options, Option(group, ZERO, 0, 0.0, choice=ZEROED)] if group in holding else options
         for group, options in table.items()
     }
 
@@ -139,8 +139,8 @@ def with_drop_losses(
     table: Mapping[str, list[Option]], nodes: Sequence[Node]
 ) -> tuple[dict[str, list[Option]], list[Node]]:
     """The table as it was before :func:`with_drop_choices`, and the nodes with their losses."""
-    losses = {group: option.loss for group, options in table.items() for option in options if option.label == DROP}
-    plain = {group: [option for option in options if option.label != DROP] for group, options in table.items()}
+    losses = {group: option.loss for group, options in table.items() for option in options if option.label == ZERO}
+    plain = {group: [option for option in options if option.label != ZERO] for group, options in table.items()}
 
     def known(node: Node) -> Node:
         children = tuple(known(child) for child in node.children)

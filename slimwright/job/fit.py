@@ -20,12 +20,12 @@ from slimwright.checkpoint import (
     source_state,
 )
 from slimwright.errors import InputError
-from slimwright.job.aim import Aim, substitute
-from slimwright.job.build import layout_of, plan_units
+from slimwright.job.aim import Aim
 from slimwright.job.caching import EVERYWHERE, cache_formats
 from slimwright.job.calibration import with_data
 from slimwright.job.drops import drop_nodes, voided_tensors
 from slimwright.job.edits import dropped, rotated
+from slimwright.job.fixed import fixed_plan
 from slimwright.job.forecast import Evaluations, Forecast, forecast, measure_rates
 from slimwright.job.losses import check_allocator, loss_estimate
 from slimwright.job.low_rank import scoring_work, solving_work
@@ -45,27 +45,25 @@ from slimwright.job.result import (
     REPORT_VERSION,
     model_facts,
 )
+from slimwright.job.state import Target
 from slimwright.job.targets import TargetOptions, aim_at, aims_of_auto, fit_for_target, wants_target
-from slimwright.job.work import Target, Work
+from slimwright.job.units import Unit, keep_all, layout_of, plan_units
+from slimwright.job.work import Work
 from slimwright.methods import WeightSolver, parse_method
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
 from slimwright.model.surgery import Droppable, droppable
 from slimwright.plan import (
-    KEEP,
     Assignment,
     Plan,
-    Rule,
-    bind,
-    cannot_hold,
     group_folds,
     method_on,
     parse_size,
-    rounded_groups,
 )
+from slimwright.rules import bind
 from slimwright.search import Option, check_solver
 from slimwright.search.tree import Node, smallest_tree_cost
-from slimwright.weights import Grid, parse_form
+from slimwright.weights import Grid
 
 __all__ = ["MAX_SHARD_BYTES", "FitOptions", "FitReport", "fit"]
 
@@ -145,22 +143,25 @@ class _Job:
         aims = []
         if asked.target == AUTO:
             aims = aims_of_auto(source, structure, asked.activations, self.notes.append)
-        fixed = self._fixed_plan(source, structure, rules, aim, aims)
+        fixed = fixed_plan(asked, structure, rules, aim, aims)
         cached = fixed.cache if fixed is not None and fixed.cache else {EVERYWHERE: asked.cache} if asked.cache else {}
         formats = cache_formats(cached, source, structure, asked.trust_remote_code)
         bound = bind(rules, structure) if rules else {}
-        budget, copied = self._budget(source, structure, fixed)
+        kept = plan_units(source, structure, keep_all(structure, ""))
+        budget, copied = self._budget(source, structure, fixed, kept)
         if copied:
             edits, ranges, (source, structure) = (), False, plain
-            fixed = _keep_all(structure, "the budget is above the source")
+            fixed = keep_all(structure, "the budget is above the source")
             self.notes.append("The budget is above the size of the source: it was copied as it is.")
         found_drops = None
         if fixed is None and "drop" in asked.families:
             found_drops = droppable(*plain, asked.trust_remote_code)
         options, rest, nodes = (
-            self._options(source, structure, bound, budget, found_drops, aim, aims) if fixed is None else ({}, 0, [])
+            self._options(source, structure, kept, bound, budget, found_drops, aim, aims)
+            if fixed is None
+            else ({}, 0, [])
         )
-        others = [self._alternative(source, structure, options, budget, each) for each in aims] if not fixed else []
+        others = [self._alternative(source, structure, kept, options, budget, each) for each in aims if not fixed]
         cap = self.watch.cap or 0
         usual = _representative(solver, fixed, structure)
         seen = (asked.calibration_tokens or 0) if asked.data != "none" else 0
@@ -210,84 +211,31 @@ class _Job:
 
     # -- before work -----------------------------------------------------------------------------------------------
 
-    def _fixed_plan(
-        self, source: Checkpoint, structure: Structure, rules: list[Rule], aim: Aim | None, aims: Sequence[Aim]
-    ) -> Plan | None:
-        """The plan where nothing is left to search.
-
-        Raises:
-            InputError: it is not legal in the target; says which sites, and what would be.
-        """
-        asked = self.asked
-        if asked.given_plan is not None:
-            plan = asked.given_plan.without_dropped(structure)
-            plan.check(structure)
-            plan.target = self._target_of(plan, structure, aim, aims)
-            return plan
-        if asked.grid is None:
-            return None
-        grid = parse_form(asked.grid)
-        bound = bind(rules, structure) if rules else {}
-        assignments = {}
-        for group, sites in structure.choice_groups().items():
-            illegal = next((r for s in sites if (r := cannot_hold(grid, s))), None)
-            other = substitute(aim, sites, grid) if isinstance(grid, Grid) else None
-            if group not in bound and other is not None:
-                assignments[group] = Assignment(
-                    grid=other.spec, method=method_on(other.spec, asked.solver),
-                    reason=f"{aim.profile.name if aim else ''} has it for {grid}, which cannot hold it",
-                )  # fmt: skip
-            elif (
-                group not in bound and illegal is None and aim is not None and isinstance(grid, Grid)
-                and aim.outside(sites, grid)
-            ):  # fmt: skip
-                assignments[group] = Assignment(grid=KEEP, reason=f"dense in {aim.profile.name}")
-            elif group in bound:
-                assignments[group] = Assignment(
-                    grid=bound[group], method=method_on(bound[group], asked.solver), reason="rule"
-                )  # fmt: skip
-            elif illegal:
-                assignments[group] = Assignment(grid=KEEP, reason=f"{grid} cannot hold it: {illegal}")
-            else:
-                assignments[group] = Assignment(grid=grid.spec, method=method_on(grid.spec, asked.solver))
-        plan = Plan(assignments=assignments, edits=asked.edits())
-        if asked.activations is not None:
-            plan.activations = rounded_groups(asked.activations, plan, structure)
-        plan.target = self._target_of(plan, structure, aim, aims)
-        return plan
-
-    @staticmethod
-    def _target_of(plan: Plan, structure: Structure, aim: Aim | None, aims: Sequence[Aim]) -> str:
-        """In whose form a fixed plan is written: the target asked, else the first of ``auto``'s that takes it."""
-        grids = {name: assignment.grid for name, assignment in plan.by_site(structure).items()}
-        sites, rounded = list(structure.sites.values()), plan.roundings(structure)
-        if aim is not None:
-            aim.profile.check(grids, sites, rounded)
-            return aim.profile.name
-        for other in aims:
-            try:
-                other.profile.check(grids, sites, rounded)
-            except InputError:
-                continue
-            if any(grid != KEEP for grid in grids.values()):
-                return other.profile.name
-        return OWN
-
     def _alternative(
-        self, source: Checkpoint, structure: Structure, options: Mapping[str, list[Option]], budget: int, aim: Aim
+        self,
+        source: Checkpoint,
+        structure: Structure,
+        kept: Sequence[Unit],
+        options: Mapping[str, list[Option]],
+        budget: int,
+        aim: Aim,
     ) -> TargetOptions:
         """What a target of ``auto``'s allows of the options of a free search."""
         legal = option_costs(source, structure, {}, self.asked.solver, budget, 0, aim)
         labels = {option.key: option.cost for found in legal.values() for option in found}
         keys = {option.key for found in options.values() for option in found}
         costs = {key: cost for key, cost in labels.items() if key in keys}
-        return TargetOptions(aim, costs, self._rest(source, structure, budget, aim))
+        return TargetOptions(aim, costs, self._rest(structure, kept, budget, aim))
 
     def _rest(
-        self, source: Checkpoint, structure: Structure, limit: int, aim: Aim | None, voided: Collection[str] = ()
+        self, structure: Structure, kept: Sequence[Unit], limit: int, aim: Aim | None, voided: Collection[str] = ()
     ) -> int:
-        """Bytes of everything that leaves no choice, headers included, but for what lies in what may be dropped."""
-        kept = plan_units(source, structure, _keep_all(structure, ""))
+        """Bytes of everything that leaves no choice, headers included, but for what lies in what may be dropped.
+
+        Args:
+            kept: every tensor as it is.
+            limit: bytes, for the width of offsets in the header.
+        """
         others = [unit for unit in kept if unit.site is None and unit.name not in structure.castable]
         others = [unit for unit in others if unit.name not in voided]
         entries = [entry for unit in others for entry in unit.entries]
@@ -295,18 +243,17 @@ class _Job:
             return aim.kept_cost(entries, limit) + aim.profile.overhead(limit, self.asked.max_shard_bytes)
         return sum(entry_cost(entry, limit) for entry in entries) + overhead_bound(limit, self.asked.max_shard_bytes)
 
-    def _budget(self, source: Checkpoint, structure: Structure, fixed: Plan | None) -> tuple[int, bool]:
+    def _budget(
+        self, source: Checkpoint, structure: Structure, fixed: Plan | None, kept: list[Unit]
+    ) -> tuple[int, bool]:
         """Bytes of the weight files, and whether that is at least what the source takes."""
         if fixed is not None:
             units = plan_units(source, structure, fixed)
             return layout_of(units, structure, self.asked.max_shard_bytes).total_bytes, False
+        whole = layout_of(kept, structure, self.asked.max_shard_bytes).total_bytes
         if self.asked.size is None:  # as few bytes as the loss allows
-            units = plan_units(source, structure, _keep_all(structure, ""))
-            return layout_of(units, structure, self.asked.max_shard_bytes).total_bytes, False
+            return whole, False
         budget = parse_size(self.asked.size, structure.parameters)
-        whole = layout_of(
-            plan_units(source, structure, _keep_all(structure, "")), structure, self.asked.max_shard_bytes
-        ).total_bytes  # fmt: skip
         # a checkpoint as it is loads everywhere but where it takes another container
         copies = not self.asked.rules and self.asked.target != "gguf"
         return (whole, True) if budget >= whole and copies else (budget, False)
@@ -315,6 +262,7 @@ class _Job:
         self,
         source: Checkpoint,
         structure: Structure,
+        kept: Sequence[Unit],
         bound: Mapping[str, str],
         budget: int,
         found: Droppable | None,
@@ -336,7 +284,7 @@ class _Job:
         def costs(limit: int) -> tuple[dict[str, list[Option]], int, list[Node]]:
             trusted = self.asked.trust_remote_code
             nodes = [] if found is None else drop_nodes(source, structure, found, bound, limit, trusted)
-            rest = self._rest(source, structure, limit, aim, voided_tensors(nodes))
+            rest = self._rest(structure, kept, limit, aim, voided_tensors(nodes))
             solving = (self.watch.cap or 0) // (4 * torch.get_num_threads())  # each thread may be at a whole matrix
             options = option_costs(source, structure, bound, self.asked.solver, limit, solving, aim, aims)
             return options, rest, nodes
@@ -421,7 +369,3 @@ def _representative(solver: WeightSolver, fixed: Plan | None, structure: Structu
 
 _USUAL_GRID = "int4:g128"
 """Of the solver whose speed stands for a job's that has no weight on a grid."""
-
-
-def _keep_all(structure: Structure, reason: str) -> Plan:
-    return Plan(assignments={group: Assignment(grid=KEEP, reason=reason) for group in structure.choice_groups()})

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from slimwright.calibrate.statistics import APART_SHARE, APART_TOKENS
 from slimwright.calibrate.tokens import BATCH_TOKENS
 from slimwright.calibrate.walk import walk_units
 from slimwright.checkpoint import Checkpoint
@@ -20,8 +21,10 @@ from slimwright.job.low_rank import Work as LowRankWork
 from slimwright.job.options import FEW_GROUPS, FINE_LADDER, LADDER, sampling
 from slimwright.job.parallel import in_order
 from slimwright.job.probe import REVERSE_LOGITS, REVERSE_TOKENS, SCORED_PRODUCTS
-from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, SAMPLED_TILES, logits_width, spare_bytes, tokens_for
-from slimwright.job.walked import SOLVED_ELEMENTS, walk_dtype
+from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, logits_width, spare_bytes, tokens_for
+from slimwright.job.verify_files import SAMPLED_TILES
+from slimwright.job.walked import walk_dtype
+from slimwright.job.walked_build import SOLVED_ELEMENTS
 from slimwright.job.weights import TILE_ELEMENTS, plain_rounding
 from slimwright.kernels import attend, packed, switched_off
 from slimwright.methods import GroupFold, SiteStatistics, WeightSolver
@@ -328,6 +331,10 @@ def walk_cost(
     peak = base + max(solving, collecting)
     movable = states
     if searched:
+        apart = int(1.5 * min(APART_SHARE * tokens, APART_TOKENS))
+        widths = max([sum(group.values()) for group in grams] or [0])
+        widest = max([n for group in grams for n in group.values()] or [0])
+        peak = max(peak, base + max(solving, collecting) + apart * (size * widths + 4 * widest))
         backwards = min(tokens, BATCH_TOKENS, max(512, REVERSE_LOGITS // max(1, logits_width(structure))))
         graph = backwards * (size * 2 * (4 * tallest + 8 * hidden) + 24 * hidden)
         peak = max(peak, base + graph + 6 * 4 * REVERSE_LOGITS)

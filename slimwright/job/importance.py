@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from slimwright.calibrate.walk import Batch
 from slimwright.job.losses import LossEstimate, Scored, Scoring
 from slimwright.job.options import chosen_rows, sampling
 from slimwright.job.walked import WalkedModel
@@ -61,35 +60,8 @@ class InputModification(RankedBlocks):
 
     def importance(self, given: Scoring) -> Mapping[str, float]:
         assert given.calibration is not None
-        walked = WalkedModel(given.source, given.structure, given.calibration)
-        sums: dict[str, tuple[float, int]] = {
-            block.module: (0.0, 0) for stack in given.structure.stacks for block in stack.blocks
-        }
-        for step in walked.walk():
-            unit = step.unit
-            if unit.block:
-                walked.hold(unit)
-            for index in step.indices:
-                if not unit.block:
-                    continue
-                entered, output = step.hidden(index), step.output(index)
-                found = modification(step.batch(index), entered, output)
-                if found is not None:
-                    total, tokens = sums.get(unit.module, (0.0, 0))
-                    sums[unit.module] = total + found[0], tokens + found[1]
-                step.advance(index, output)
-            walked.release(unit)
-        return {block: total / tokens for block, (total, tokens) in sums.items() if tokens}
-
-
-def modification(batch: Batch, entered: Tensor, output: object) -> tuple[float, int] | None:
-    """Minus the summed cosines of a block's input and output, and the tokens that count; None where their shapes
-    differ."""
-    left = output[0] if isinstance(output, (tuple, list)) else output
-    if not isinstance(left, Tensor) or left.shape != entered.shape or left.ndim < 2:
-        return None
-    x, y = (batch.counted(tensor).float() for tensor in (entered, left))
-    return -float(torch.nn.functional.cosine_similarity(x, y, dim=-1).sum(dtype=torch.float64)), x.shape[0]
+        found = WalkedModel(given.source, given.structure, given.calibration).block_cosines()
+        return {block: -similarity.block for block, similarity in found.items()}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from slimwright.methods.feedback import FeedbackSolver
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import Assignment, Plan, cannot_hold, method_on
 from slimwright.search.options import Option
-from slimwright.search.tree import DROP
 from slimwright.weights import Int, LowRankForm
 
 FACTORS = Int(4, group=64)
@@ -83,7 +82,7 @@ def low_rank_choices(sites: Sequence[Site], solver: str, memory: int) -> list[As
 
 def form_of(choice: Assignment) -> LowRankForm | None:
     """The choice's low-rank form; None where it has none."""
-    form = None if choice.kept or choice.grid == DROP else choice.parsed_grid()
+    form = choice.parsed_grid() if choice.solved else None
     return form if isinstance(form, LowRankForm) else None
 
 
@@ -129,7 +128,7 @@ def low_rank_losses(
 def noise_profile(solver: WeightSolver, stats: SiteStatistics, columns: int) -> Tensor:
     """(columns,) the relative size of what the solver leaves of each input's error, as the outputs feel it."""
     if isinstance(solver, FeedbackSolver) and stats.gram is not None:
-        return stats.factor(solver.damp, solver.column_order(stats))[0].diagonal()
+        return stats.factor(solver.damp, solver.column_order(stats), rest=True)[0].diagonal()
     return torch.ones(columns)
 
 

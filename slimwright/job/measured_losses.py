@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimwright.job.evaluator import Evaluator
+from slimwright.job.gains import walked_gains
 from slimwright.job.losses import LossEstimate, Options, Scored, Scoring
 from slimwright.job.options import with_losses
+from slimwright.job.walked import WalkedModel
 from slimwright.methods.registry import knob
 from slimwright.plan import Assignment
 from slimwright.search import solve_dp
@@ -28,7 +30,7 @@ class MeasuredLoss(LossEstimate):
     """Each group alone at a few of its options, the others as they are: the measured KL, taken to add up over groups.
 
     Between the measured options the logarithm of the loss follows that of the error of the weights; beyond them it has
-    the slope 1. Weights are rounded plainly; what a solver with data gains over that is taken from the walk's
+    the slope 1. Weights are rounded plainly; what a solver with data gains over that is a factor from a walk's
     statistics, as in ``sensitivity``.
     """
 
@@ -46,7 +48,8 @@ class MeasuredLoss(LossEstimate):
 
     def score(self, given: Scoring) -> Scored:
         assert given.evaluator is not None
-        return Scored(with_losses(given.options, self.curves(given, given.evaluator())))
+        curves = self.curves(given, given.evaluator())
+        return Scored(with_losses(given.options, gained(curves, gains_of(given))))
 
     def curves(self, given: Scoring, evaluator: Evaluator) -> dict[str, list[float | None]]:
         """Losses of every option by group, in nats; None for one that cannot hold the values."""
@@ -72,6 +75,26 @@ class MeasuredLoss(LossEstimate):
                 by_label = {option.label: option.loss * rate for option in options}
                 found[group] = [by_label.get(option.label) for option in given.options[group]]
         return found
+
+
+def gains_of(given: Scoring) -> dict[str, list[float]]:
+    """What the solver of every option is expected to leave of plain rounding's error, by group."""
+    assert given.calibration is not None
+    groups = given.structure.choice_groups()
+    choices = {group: [o.choice for o in own] for group, own in given.options.items() if group in groups}
+    return walked_gains(WalkedModel(given.source, given.structure, given.calibration), groups, choices)
+
+
+def gained(
+    losses: Mapping[str, Sequence[float | None]], gains: Mapping[str, Sequence[float]]
+) -> dict[str, list[float | None]]:
+    """Losses of plain rounding as those of solvers; of groups without gains as they are."""
+    return {
+        group: [None if loss is None else loss * gain for loss, gain in zip(own, gains[group], strict=True)]
+        if group in gains
+        else list(own)
+        for group, own in losses.items()
+    }
 
 
 def _lossy(options: Sequence[Option]) -> int:
@@ -109,9 +132,9 @@ class PairLoss(LossEstimate):
     """The measured curves, and what two groups cost together beyond the sum of both: ``D_ij = L_ij - L_i - L_j``.
 
     Each group is taken once alone and once with every other (of blocks at most ``window`` apart, where that is given)
-    at its coarsest measured option. What options at other losses add follows ``D_ij (l_i l_j / L_i L_j)^½``: the cross
-    term of a quadratic form. The table is cut to ``kept`` options a group around the best allocation without pairs,
-    which a milp of pairs can still solve.
+    at its coarsest measured option, plainly rounded. What options at other losses add follows
+    ``D_ij (l_i l_j / L_i L_j)^½``: the cross term of a quadratic form. The table is cut to ``options_kept`` options a
+    group around the best allocation without pairs, which a milp of pairs can still solve.
     """
 
     name = "pairs"
@@ -135,7 +158,9 @@ class PairLoss(LossEstimate):
         assert given.evaluator is not None
         evaluator = given.evaluator()
         curves = MeasuredLoss(levels=self.levels, evaluated=self.evaluated).curves(given, evaluator)
-        table = with_losses(given.options, curves)
+        plain, table = (
+            with_losses(given.options, losses) for losses in (curves, gained(curves, gains_of(given)))
+        )  # fmt: skip
         groups = given.structure.choice_groups()
         places = {
             block.module: place
@@ -147,7 +172,7 @@ class PairLoss(LossEstimate):
             for group, options in table.items()
             if group in groups and (front := [o for o in options if o.loss > 0]) and len(options) > 1
         }
-        names = list(coarse)
+        names, rounded = list(coarse), {option.key: option.loss for own in plain.values() for option in own}
         pairs: dict[tuple[str, str], float] = {}
         for place, first in enumerate(names):
             for second in names[place + 1 :]:
@@ -155,7 +180,7 @@ class PairLoss(LossEstimate):
                     continue
                 both: dict[str, Assignment] = {first: coarse[first].choice, second: coarse[second].choice}
                 loss = evaluator(both, self.evaluated).loss
-                alone = coarse[first].loss, coarse[second].loss
+                alone = tuple(rounded[coarse[group].key] for group in (first, second))
                 if math.isfinite(loss) and min(alone) > LEAST:
                     strength = (loss - sum(alone)) / math.sqrt(alone[0] * alone[1])
                     for a in table[first]:

@@ -3,7 +3,8 @@ the original model.
 
 An option's loss is half the mean of ``gradient² * change²`` over a site's outputs, summed over its rows: ``sum_r g_r
 (Δ_r H Δ_rᵀ) / 2`` nats of KL per token, with g the sensitivity of each output and H the Gram of the inputs. Rounding
-on the option's grid gives Δ; what the solver is expected to gain over rounding is a factor from the same statistics.
+on the option's grid gives Δ; what the solver is expected to gain over rounding is a factor: what its feedback, made of
+all but some documents, leaves on those.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.job.build import Calibration
 from slimwright.job.evaluator import outputs_a_token, small_batches
+from slimwright.job.gains import expected_gains
 from slimwright.job.low_rank import form_of, low_rank_losses
 from slimwright.job.options import chosen_rows, evenly_spaced, matrix_of, score_casts
 from slimwright.job.parallel import in_order
@@ -30,9 +32,8 @@ from slimwright.job.walked import WalkedModel
 from slimwright.job.weights import survey, without_data
 from slimwright.methods import SiteStatistics
 from slimwright.model.structure import Site, Structure
-from slimwright.plan import Assignment
+from slimwright.plan import KEEP, Assignment
 from slimwright.search.options import Option
-from slimwright.search.tree import DROP
 
 SCORED_PRODUCTS = 5e10
 """Multiply-adds of one option over the whole model: larger models are scored on a share of every matrix's rows."""
@@ -45,6 +46,8 @@ REVERSE_TOKENS = 8192
 
 REVERSE_LOGITS = 1 << 23
 """Logits of one of its batches at most."""
+
+KEPT = Assignment(grid=KEEP)
 
 Losses = list[float | None]
 
@@ -102,7 +105,7 @@ class Probe:
         for name, source in walked.sources.items():
             if source.site.kind == "embedding":
                 self._score([source.site], {name: [SiteStatistics.none()]}, sensitivities, lookup=True)
-        for sites, collector in walked.collected(self._open):
+        for sites, collector in walked.collected(self._open, judged=True):
             self._score(sites, {site.name: collector.statistics(site) for site in sites}, sensitivities)
         self._settle_rest(sensitivities)
         return self.losses
@@ -154,15 +157,10 @@ class Probe:
         ]
         prepared = []
         for site, statistics, own in work:
-            grids = (o.choice for o in self.table[site.choice_group] if not o.choice.kept and o.label != DROP)
-            solver = next((choice.solver() for choice in grids), None)
-            gain = 1.0
-            if solver is not None and not lookup and any(stats.gram is not None for stats in statistics):
-                gains = [solver.expected_gain(stats) for stats in statistics if stats.gram is not None]
-                gain = sum(gains) / len(gains)
-            prepared.append((site, statistics, own, gain))
+            gains = expected_gains(self._rounded(site), [] if lookup else statistics)
+            prepared.append((site, statistics, own, gains))
 
-        def losses(item: tuple[Site, list[SiteStatistics], list[Sensitivity], float]) -> list[float]:
+        def losses(item: tuple[Site, list[SiteStatistics], list[Sensitivity], list[float]]) -> list[float]:
             return self._site_losses(*item)
 
         for item, values in in_order(losses, prepared):
@@ -183,10 +181,19 @@ class Probe:
         totals = [math.fsum(values) for values in zip(*self._parts.pop(group).values(), strict=True)]
         return [total if math.isfinite(total) else None for total in totals]
 
+    def _rounded(self, site: Site) -> list[Assignment]:
+        """A site's choices as they are scored by rounding: what has another form stands for itself, at no gain."""
+        choices = [option.choice for option in self.table[site.choice_group]]
+        return [choice if form_of(choice) is None else KEPT for choice in choices]
+
     def _site_losses(
-        self, site: Site, statistics: list[SiteStatistics], own: list[Sensitivity], gain: float
+        self, site: Site, statistics: list[SiteStatistics], own: list[Sensitivity], gains: Sequence[float]
     ) -> list[float]:
-        """Loss of every choice for one site, in nats per token."""
+        """Loss of every choice for one site, in nats per token.
+
+        Args:
+            gains: of every choice, what its solver leaves of plain rounding's error.
+        """
         choices = [option.choice for option in self.table[site.choice_group]]
         losses = [0.0] * len(choices)
         matrices = len(statistics)
@@ -220,10 +227,9 @@ class Probe:
                 else:
                     assert gram is not None
                     error = ((change @ gram) * change).sum(1).clamp_(min=0)
-                    by_solver = 1.0 if choice.grid == DROP else gain
-                    losses[index] += float((error * outputs[rows]).sum()) * share * by_solver * out / len(rows) / 2
+                    losses[index] += float((error * outputs[rows]).sum()) * share * gains[index] * out / len(rows) / 2
             if any(form_of(choice) is not None for choice in choices):  # never of embeddings or experts
-                solver, each = next(choice.solver() for choice in choices if not choice.kept), outputs * share / 2
+                solver, each = next(choice.solver() for choice in choices if choice.solved), outputs * share / 2
                 read = partial(matrix_of, self.source, site)
                 found = low_rank_losses(choices, losses, solver, site.weight_shape, read, stats, each)
                 for index, loss in found.items():
@@ -235,8 +241,8 @@ class Probe:
         return evenly_spaced(out, max(LEAST_ROWS, int(out * self.share)))
 
     def _change(self, site: Site, weight: Tensor, choice: Assignment) -> Tensor:
-        """What rounding on the choice's grid, or a drop, does to some rows."""
-        if choice.grid == DROP:
+        """What rounding on the choice's grid, or being dropped, does to some rows."""
+        if not choice.solved:
             return -weight if site.name in self.zeroed else torch.zeros_like(weight)
         solver = without_data(choice.solver())
         stats = SiteStatistics(survey=survey(self.source, site, solver.form))

@@ -17,7 +17,8 @@ from slimwright.job.floors import Floor
 from slimwright.job.losses import check_allocator, evaluates
 from slimwright.methods import GroupFold, WeightSolver, parse_method
 from slimwright.methods.rotation import RotationFold
-from slimwright.plan import DEFAULT_METHOD, Edit, Plan, Rule, group_folds
+from slimwright.plan import DEFAULT_METHOD, Edit, Plan, group_folds
+from slimwright.rules import Rule
 from slimwright.sizes import parse_bytes
 from slimwright.weights import Grid, parse_form
 from slimwright.weights.activations import Activations

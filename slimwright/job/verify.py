@@ -21,42 +21,36 @@ import torch
 import transformers
 from torch import Tensor
 
-from slimwright.checkpoint import Checkpoint, TensorEntry
+from slimwright.checkpoint import Checkpoint
 from slimwright.errors import SlimwrightError
-from slimwright.job.build import Unit, plan_units
 from slimwright.job.caching import cache_facts, check_cache, outputs_with_cache
 from slimwright.job.edits import WrittenCheckpoint, dropped, folded, rotated
 from slimwright.job.gathering import Gathering
 from slimwright.job.held_out import held_out, load_tokenizer, retrieval_quality
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of, open_source
-from slimwright.job.parallel import in_order
 from slimwright.job.source import (
     ParallelSource,
     edited_tensors,
     plain_sources,
-    planned_source,
     planned_sources,
     planned_tensors,
 )
-from slimwright.job.walked import WrittenSource, written_checksum
-from slimwright.job.weights import site_rows, site_tiles, solve_rows
-from slimwright.methods import SiteStatistics
+from slimwright.job.units import plan_units
+from slimwright.job.verify_files import compare_files
+from slimwright.job.walked import WrittenSource
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
 from slimwright.plan import Plan
 from slimwright.runtime.kv_format import KvFormat
 from slimwright.runtime.streamed import WeightSource, load_streamed
-from slimwright.weights import Grid, disk_shapes, matrix_ranges, unpack_rows
+from slimwright.weights import Grid
 
 TOLERANCE = 1e-4
 """Largest difference of an output, relative to the largest output, in float32."""
 
 EDIT_TOLERANCE = 2e-2
 """The same of edits alone, before anything is put on a grid: gains and biases are stored in the source's dtype."""
-
-SAMPLED_TILES = 2
-"""Tiles of a tensor that are compared one by one (tensors of up to this many tiles are compared whole)."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +136,8 @@ def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
     names = [entry.name for unit in units for entry in unit.entries]
     written = WrittenCheckpoint(Checkpoint.open(spec.written), structure, names)
     started = time.monotonic()
-    _compare_files(spec, source, written, structure, units, outcome, step)
+    outcome.tensors_compared, problem = compare_files(source, written, structure, units, spec.checksums, step)
+    outcome.problems += [problem] if problem else []
     outcome.seconds["tensors"] = time.monotonic() - started
     trim()
     if outcome.ok:
@@ -151,117 +146,6 @@ def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
             _compare_outputs(spec, source, structure, plan, before, unfolded, outcome, step)
         outcome.seconds["outputs"] = time.monotonic() - started
     return outcome
-
-
-# -- files ---------------------------------------------------------------------------------------------------------
-
-
-def _compare_files(
-    spec: Spec,
-    source: Checkpoint,
-    written: Checkpoint,
-    structure: Structure,
-    units: list[Unit],
-    outcome: Outcome,
-    step: Callable[[int, int], None],
-) -> None:
-    """The files hold exactly the planned tensors, under their new names; sampled tiles equal what plain-tensor code
-    makes of the source, and every value of what was solved with data is what the solver returned."""
-    planned = {entry.name: entry for unit in units for entry in unit.entries}
-    found = {name: TensorEntry(name, info.dtype, info.shape) for name, info in written.tensors.items()}
-    strangers = Checkpoint.open(spec.written).tensors.keys() - {structure.written_name(name) for name in planned}
-    if strangers:
-        outcome.problems.append(f"'{min(strangers)}' is in the files but not in the plan")
-        return
-    for name in sorted(planned.keys() | found.keys()):
-        if planned.get(name) != found.get(name):
-            outcome.problems.append(f"'{name}' is {found.get(name)} in the files but {planned.get(name)} in the plan")
-            return
-
-    def compare(unit: Unit) -> str | None:
-        if unit.solved:
-            assert unit.site is not None and unit.assignment is not None
-            if unit.name in spec.checksums:
-                return _compare_checksum(written, unit, spec.checksums[unit.name])
-            if not isinstance(unit.assignment.parsed_grid(), Grid):
-                return _compare_factors(source, written, unit)
-            return _compare_site(written, unit, planned_source(source, unit.site, unit.assignment))
-        if unit.dropped:
-            return None
-        return _compare_cast(source, written, unit) if unit.cast else _compare_kept(source, written, unit)
-
-    for _, problem in in_order(compare, units):
-        if problem:
-            outcome.problems.append(problem)
-            return
-        outcome.tensors_compared += 1
-        step(outcome.tensors_compared, 2 * len(units))
-
-
-def _sampled(tiles: list[slice]) -> list[slice]:
-    """Evenly spaced tiles, the first and the last among them."""
-    if len(tiles) <= SAMPLED_TILES:
-        return tiles
-    return [tiles[round(i * (len(tiles) - 1) / (SAMPLED_TILES - 1))] for i in range(SAMPLED_TILES)]
-
-
-def _compare_site(written: Checkpoint, unit: Unit, expected: WeightSource) -> str | None:
-    site, assignment = unit.site, unit.assignment
-    assert site is not None and assignment is not None
-    grid = assignment.parsed_grid()
-    assert isinstance(grid, Grid)
-    plain = grid.plain
-    parts = {} if plain else {s: written.read(site.name + s) for s in disk_shapes(grid, site.weight_shape)}
-    for suffix, part in parts.items():
-        if part.is_floating_point() and not torch.isfinite(part.float()).all():
-            return f"'{site.name}{suffix}' holds NaN or Inf"
-    for rows in _sampled(list(site_tiles(site, grid))):
-        if plain:
-            values = site_rows(written, site, rows).float()
-        else:
-            values = grid.decode(*unpack_rows(grid, parts, site.weight_shape, rows))
-        if not torch.equal(values, expected.rows(rows).to(values.dtype)):
-            return f"'{site.name}' in the files differs from the plan applied to the source (rows {rows.start}...)"
-    return None
-
-
-def _compare_factors(source: Checkpoint, written: Checkpoint, unit: Unit) -> str | None:
-    """Every value of every matrix of a low-rank form, against a solution of the source made again."""
-    site, solver = unit.site, unit.solver()
-    assert site is not None
-    found = WrittenSource(written, site, solver.form)
-    for rows in matrix_ranges(slice(0, site.rows), site.weight_shape[-2]):
-        _, value = solve_rows(source, site, solver, rows, SiteStatistics.none())
-        for expected, values in zip(value.matrices(), found.matrices(rows), strict=True):
-            if not torch.equal(expected.dense(), values):
-                return f"'{site.name}' in the files differs from the plan applied to the source (rows {rows.start}...)"
-    return None
-
-
-def _compare_checksum(written: Checkpoint, unit: Unit, checksum: str) -> str | None:
-    """Every value, as the grid's reference code reads it, against the digest that was taken before packing."""
-    assert unit.site is not None
-    if written_checksum(written, unit.site, unit.solver()) != checksum:
-        return f"'{unit.name}' in the files differs from what its solver returned"
-    return None
-
-
-def _compare_kept(source: Checkpoint, written: Checkpoint, unit: Unit) -> str | None:
-    for entry in unit.entries:
-        for rows in _sampled(list(source.tiles(entry.name))):
-            old, new = source.read(entry.name, rows), written.read(entry.name, rows)
-            if not torch.equal(old.reshape(-1).view(torch.uint8), new.reshape(-1).view(torch.uint8)):
-                return f"'{entry.name}' was to be kept but differs from the source"
-    return None
-
-
-def _compare_cast(source: Checkpoint, written: Checkpoint, unit: Unit) -> str | None:
-    entry = unit.entries[0]
-    for rows in _sampled(list(source.tiles(unit.name))):
-        expected, new = source.read(unit.name, rows).to(entry.dtype), written.read(unit.name, rows)
-        if not torch.equal(expected.reshape(-1).view(torch.uint8), new.reshape(-1).view(torch.uint8)):
-            return f"'{unit.name}' was to be cast to {entry.dtype} but differs from the source so cast"
-    return None
 
 
 # -- outputs -------------------------------------------------------------------------------------------------------

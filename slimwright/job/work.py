@@ -9,14 +9,12 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from slimwright.calibrate.data import GENERIC, Document
+from slimwright.calibrate.data import GENERIC
 from slimwright.calibrate.tokens import RANDOM
 from slimwright.checkpoint import (
     Checkpoint,
@@ -32,22 +30,18 @@ from slimwright.checkpoint import (
     write_bytes_atomic,
     write_config_atomic,
 )
-from slimwright.errors import InputError, SlimwrightError
+from slimwright.errors import SlimwrightError
 from slimwright.job import verify as verification
-from slimwright.job.build import Calibration, Unit, build, grids_written, layout_of, plan_units
+from slimwright.job.build import Calibration, build
 from slimwright.job.caching import written_formats
 from slimwright.job.calibration import calibrate, notes_on
-from slimwright.job.drops import kept_bytes, with_drop_choices, with_drop_losses, with_drops, zeroed_sites
+from slimwright.job.choosing import Choosing
 from slimwright.job.edits import dropped_view, dropped_written, folded, original, save_scales
-from slimwright.job.evaluator import Evaluator
 from slimwright.job.fold_walk import FoldWalk, usual_grid
-from slimwright.job.forecast import Forecast
-from slimwright.job.ledger import Entry, check_complete, dead_inputs
-from slimwright.job.losses import Scoring, loss_estimate
+from slimwright.job.ledger import dead_inputs
 from slimwright.job.memory import MemoryWatch, trim
 from slimwright.job.open import model_of
 from slimwright.job.passes import Pass, run_passes
-from slimwright.job.probe import Probe
 from slimwright.job.progress import Reporter
 from slimwright.job.ranges import found_scales
 from slimwright.job.request import OWN, FitOptions, FitReport
@@ -62,122 +56,15 @@ from slimwright.job.result import (
     versions,
     write_papers,
 )
-from slimwright.job.reuse import Reuse, edits_key
-from slimwright.job.targets import TargetOptions
-from slimwright.job.targets import chosen as for_others
+from slimwright.job.state import CHECKS, State, Target
+from slimwright.job.units import Unit, grids_written, layout_of, plan_units
 from slimwright.job.walked import WalkedModel
 from slimwright.methods import WeightSolver, solver_for
 from slimwright.model.structure import Structure
-from slimwright.model.surgery import Droppable
-from slimwright.plan import Edit, Plan, group_folds, method_on, rounded_groups
+from slimwright.plan import Plan, group_folds, method_on
 from slimwright.runtime.format import DenseForm, write_config
 from slimwright.runtime.kv_format import KvFormat
-from slimwright.search import Allocation, Option, Table, search
-from slimwright.search.curve import curve, everywhere, smallest_for
-from slimwright.search.tree import Node, reduced, search_tree
 from slimwright.weights import parse_grid
-
-DATA_FREE_NATS = 6.0
-"""Nats of KL that a relative squared error of 1 in every weight is taken for where a loss in nats is asked of a job
-without data: a first guess (seen at 4 bits on small models), which the measured candidate then corrects."""
-
-COMMIT_SECONDS = 2.0
-"""Scores that a crash may lose."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the job works towards: bytes, the plan where it is fixed, else the options and the bytes of all that is no
-    site, the forecast, the state of the source, the documents to calibrate on, what is done to the model first,
-    whether scales of activations are to be found, the plan's cache and its formats by layer, what the search may drop,
-    in whose form the result is to be, and the forms of others that are taken where they lose little."""
-
-    budget: int
-    fixed: Plan | None
-    options: Mapping[str, list[Option]]
-    rest: int
-    predicted: Forecast
-    state: str
-    documents: Sequence[Document] = ()
-    edits: Sequence[Edit] = ()
-    ranges: bool = False
-    cache: Mapping[str, str] = field(default_factory=dict)
-    formats: Mapping[int, KvFormat] = field(default_factory=dict)
-    nodes: Sequence[Node] = ()
-    droppable: Droppable | None = None
-    name: str = OWN
-    alternatives: Sequence[TargetOptions] = ()
-
-
-@dataclass
-class _State:
-    """What the passes work on."""
-
-    held: Claim
-    directory: Path
-    source: Checkpoint
-    structure: Structure
-    target: Target
-    journal: Journal
-    reporter: Reporter
-    plan: Plan | None = None
-    units: list[Unit] = field(default_factory=list)
-    entries: list[Entry] = field(default_factory=list)
-    side_files: tuple[str, ...] = ()
-    outcome: verification.Outcome | None = None
-    data: dict[str, Any] = field(default_factory=dict)
-    calibration: Calibration | None = None
-    calibrated_on: dict[str, Any] = field(default_factory=dict)
-    searched: dict[str, Any] = field(default_factory=dict)
-    scales: list[Path] = field(default_factory=list)
-    evaluator: Evaluator | None = None
-
-    def planned(self) -> Plan:
-        """The plan, which the passes' order guarantees."""
-        assert self.plan is not None
-        return self.plan
-
-
-def _plan_fits(state: _State) -> str | None:
-    """The plan says something legal of every group, and the same of weights that runtimes fuse."""
-    try:
-        state.planned().check(state.structure)
-    except InputError as error:
-        return str(error)
-    return None
-
-
-def _ties_hold(state: _State) -> str | None:
-    """A tied weight owns no bytes."""
-    owners = [unit.name for unit in state.units if unit.name in state.structure.ties and unit.entries]
-    return f"the tied weight '{owners[0]}' was written a second time" if owners else None
-
-
-def _files_whole(state: _State) -> str | None:
-    """The weight files hold the planned tensors under the source's names."""
-    planned = {state.structure.written_name(entry.name) for unit in state.units for entry in unit.entries}
-    found = set(Checkpoint.open(state.held.partial).tensors)
-    return None if planned == found else f"the files' tensors differ from the plan: {sorted(planned ^ found)[:3]}"
-
-
-def _ledger_complete(state: _State) -> str | None:
-    """Every tensor of the source is accounted for, and so is every byte."""
-    try:
-        check_complete(state.entries, state.source, sum(e.nbytes for u in state.units for e in u.entries))
-    except SlimwrightError as error:
-        return str(error).rstrip(".")
-    return None
-
-
-_CHECKS: dict[str, Callable[[_State], str | None]] = {
-    "dense": lambda state: "weights are packed already" if state.entries else None,
-    "ties": _ties_hold,
-    "plan": _plan_fits,
-    "files": _files_whole,
-    "ledger": _ledger_complete,
-    "verified": lambda state: None if state.outcome is not None and state.outcome.ok else "it was not verified",
-}
-"""What must hold for each property that the passes name."""
 
 
 class Work:
@@ -214,13 +101,13 @@ class Work:
                     )  # fmt: skip
                     for file in directory.glob("*.safetensors"):
                         file.unlink()
-            state = _State(held, directory, source, structure, target, journal, reporter, target.fixed)
+            state = State(held, directory, source, structure, target, journal, reporter, target.fixed)
             holding = frozenset({"dense", "ties"} | ({"plan"} if state.plan else set()))
-            run_passes(self._passes(target), state, holding, _CHECKS, reporter.begin)
+            run_passes(self._passes(target), state, holding, CHECKS, reporter.begin)
             reporter.step(1, 1)
         return FitReport(state.data, held.out)
 
-    def _passes(self, target: Target) -> list[Pass[_State]]:
+    def _passes(self, target: Target) -> list[Pass[State]]:
         """The passes of a data-free fit in the default order; a given plan leaves nothing to score."""
         score = Pass("score", self._search, gives=frozenset({"plan"}))
         passes = [
@@ -239,7 +126,7 @@ class Work:
             passes.insert(build, Pass("ranges", self._ranges, requires=frozenset({"dense", "plan"})))
         return passes
 
-    def _step(self, state: _State) -> Callable[[int, int], None]:
+    def _step(self, state: State) -> Callable[[int, int], None]:
         """Reports progress, and stops a job that passes its memory or its time."""
 
         def step(done: int, total: int) -> None:
@@ -251,7 +138,7 @@ class Work:
 
         return step
 
-    def _fold(self, state: _State) -> None:
+    def _fold(self, state: State) -> None:
         """Find the scales of each fold in turn, on the model that those before it left."""
         for index, (edit, fold) in enumerate(group_folds(state.target.edits)):
             path = state.held.scratch / f"scales-{index}.safetensors"
@@ -266,7 +153,7 @@ class Work:
             state.scales.append(path)
             state.source = folded(state.source, state.structure, [edit], [path])
 
-    def _ranges(self, state: _State) -> None:
+    def _ranges(self, state: State) -> None:
         """Find the scales of activations that have one for all tokens."""
         plan, journal = state.planned(), state.journal
         if "ranges" not in journal.done:
@@ -275,7 +162,7 @@ class Work:
             journal.commit()
         plan.activations = dict(journal.done["ranges"])
 
-    def _solvers(self, state: _State) -> dict[str, WeightSolver]:
+    def _solvers(self, state: State) -> dict[str, WeightSolver]:
         """What will put each site on a grid; where that is still to be searched, the method on a grid of about as many
         bits as the budget has."""
         sites = state.structure.sites
@@ -289,142 +176,16 @@ class Work:
             for grid in [usual_grid(site.columns, bits)]
         }
 
-    def _search(self, state: _State) -> None:
+    def _search(self, state: State) -> None:
         """Score every option on the weights and choose the best that fits."""
-        journal, target = state.journal, state.target
-        total = len(target.options) + target.predicted.evaluations
-        found = {k.removeprefix("score:"): v for k, v in journal.done.items() if k.startswith("score:")}
-        last, step = time.monotonic(), self._step(state)
+        chosen = Choosing(
+            self.asked, state, lambda: self._calibration(state), self.watch.cap or (1 << 30), self._step(state),
+            self.notes.append,
+        ).run()  # fmt: skip
+        state.plan, state.source, state.structure = chosen.plan, chosen.source, chosen.structure
+        state.searched = chosen.searched
 
-        def told() -> None:
-            done = len(found) + (state.evaluator.evaluations if state.evaluator is not None else 0)
-            step(min(done, total), total)
-
-        def record(group: str, losses: list[float | None]) -> None:
-            nonlocal last
-            journal.append(f"score:{group}", losses)
-            found[group] = losses
-            if time.monotonic() - last > COMMIT_SECONDS:
-                journal.commit()
-                last = time.monotonic()
-            told()
-
-        target, nodes, rest = state.target, state.target.nodes, state.target.rest
-        structure = state.structure
-        calibration = None if self.asked.data == "none" and not nodes else self._calibration(state)
-        apart = calibration is not None and calibration.apart
-        estimate = loss_estimate(self.asked.loss or ("sensitivity" if apart else "weight-error"))
-        if estimate.needs_walks and not apart:
-            raise InputError(
-                f"--loss {estimate.name} walks over the blocks, and those of this model give other outputs when they "
-                "are run apart: use measured or weight-error."
-            )
-        if nodes and not apart:
-            nodes, rest = (), rest + kept_bytes(nodes)
-            self.notes.append(
-                "Nothing was dropped: what a drop costs is found block by block, and this model runs whole."
-            )
-        budget = target.budget - rest
-        options = with_drop_choices(target.options, structure, nodes)
-
-        def evaluator() -> Evaluator:
-            if state.evaluator is None:
-                assert calibration is not None
-                cap = (self.watch.cap or (1 << 30)) // 4
-                state.evaluator = Evaluator(
-                    state.source, state.structure, calibration, cap, journal, told, self.asked.seed
-                )  # fmt: skip
-            return state.evaluator
-
-        def evaluate(choices: Mapping[str, Option], tokens: int, draw: int) -> float:
-            return evaluator()({group: option.choice for group, option in choices.items()}, tokens, draw).loss
-
-        scored = estimate.score(
-            Scoring(
-                state.source, structure, options, budget, dict(found), record, calibration,
-                lambda: self._probed(state, options, found, record, zeroed_sites(nodes)), evaluator,
-            )
-        )  # fmt: skip
-        journal.commit()
-        table, nodes = with_drop_losses(scored.table, nodes)
-        joined = reduced(table, nodes)
-
-        def allocated(some: Table, limit: int) -> Allocation:
-            return search(
-                some, limit, self.asked.search, scored.pairs, None if calibration is None else evaluate,
-                self.asked.seed,
-            )  # fmt: skip
-
-        name = target.name
-        nats = 1.0 if estimate.nats else DATA_FREE_NATS / structure.parameters
-        if self.asked.predicted_loss is None:
-            allocation = search_tree(table, nodes, budget, allocated)
-            if target.alternatives:
-                allocation, name = for_others(
-                    allocation, table, target.budget, target.alternatives, self.asked.search, self.notes.append
-                )
-        else:
-            allocation = smallest_for(joined, self.asked.predicted_loss / nats, allocated)
-            if nodes:
-                allocation = search_tree(table, nodes, allocation.cost, allocated)
-        journal.commit()
-        state.searched = {
-            "solver": self.asked.search,
-            "loss": estimate.spec,
-            "unit": "nats per token" if estimate.nats else "relative squared error × parameters",
-            "predicted": allocation.loss,
-            "nats": allocation.loss * nats,
-            "exact": allocation.exact,
-            "evaluations": 0 if state.evaluator is None else state.evaluator.evaluations,
-            "curve": [list(point) for point in curve(joined, rest)],
-            "everywhere": [list(point) for point in everywhere(table, rest + kept_bytes(nodes))],
-        }
-        chosen = {
-            name: f"predicted loss {option.loss:.3g} nats per token"
-            for name, option in allocation.choices.items()
-            if name not in table
-        }
-        if chosen:
-            assert target.droppable is not None
-            state.source, state.structure, chosen = with_drops(
-                state.source, state.structure, target.droppable, chosen, self.asked.trust_remote_code
-            )
-        castable = set(state.structure.castable)
-        state.plan = Plan(
-            target=name,
-            edits=[*target.edits, *(Edit(drop=part, reason=why) for part, why in chosen.items())],
-            assignments={
-                name: option.choice
-                for name, option in allocation.choices.items()
-                if name in table
-                and not (name in castable and option.choice.kept)  # a plan need not speak of what is no site and stays
-            },
-        )
-        if self.asked.activations is not None:
-            state.plan.activations = rounded_groups(self.asked.activations, state.plan, state.structure)
-
-    def _probed(
-        self,
-        state: _State,
-        options: Mapping[str, list[Option]],
-        found: Mapping[str, list[float | None]],
-        record: Callable[[str, list[float | None]], None],
-        zeroed: Collection[str] = (),
-    ) -> Mapping[str, Sequence[float | None]]:
-        """Losses of every option, from the walks or from those of an earlier job on the same data."""
-        calibration = self._calibration(state)
-        edits = edits_key(state.target.edits, state.scales)
-        reuse = Reuse(state.source, calibration, self.asked.statistics_cap, self.asked.model, edits)
-        kept = {group: losses for group, losses in reuse.losses(options).items() if group not in found}
-        if kept:
-            state.reporter.log(f"Losses of {len(kept)} groups are known from an earlier job on this model and data.")
-        done = {**found, **kept}
-        losses = Probe(state.source, state.structure, calibration, options, done, record, reuse, zeroed).run()
-        groups = [group for group in state.structure.choice_groups() if len(options[group]) > 1]
-        reuse.keep_losses(options, {group: losses[group] for group in groups})
-        return losses
-
-    def _build(self, state: _State) -> None:
+    def _build(self, state: State) -> None:
         """Solve and write every tensor; then everything else that belongs into the directory."""
         plan, source, held = state.planned(), state.source, state.held
         plan.source, plan.fingerprint = self.asked.model, fingerprint(original(source))
@@ -459,7 +220,7 @@ class Work:
                 self.notes.append(f"Not copied: {name} ({reason}).")
         trim()
 
-    def _calibration(self, state: _State) -> Calibration:
+    def _calibration(self, state: State) -> Calibration:
         """The data as batches, made once."""
         if state.calibration is None:
             state.calibration, facts = calibrate(
@@ -476,11 +237,11 @@ class Work:
                 )
         return state.calibration
 
-    def _formats(self, state: _State) -> dict[int, KvFormat]:
+    def _formats(self, state: State) -> dict[int, KvFormat]:
         """Format of the keys and values by layer of the result."""
         return written_formats(state.target.formats, state.source, state.structure, self.asked.trust_remote_code)
 
-    def _write_config(self, state: _State, source: Checkpoint, units: list[Unit], plan: Plan) -> None:
+    def _write_config(self, state: State, source: Checkpoint, units: list[Unit], plan: Plan) -> None:
         view = dropped_view(source)
         base = source.config if view is None else view.written
         config = {key: value for key, value in base.items() if key != "quantization_config"}
@@ -504,7 +265,7 @@ class Work:
             config["dtype"] = str(first).removeprefix("torch.")
         write_config_atomic(state.directory / "config.json", config)
 
-    def _verify(self, state: _State) -> None:
+    def _verify(self, state: State) -> None:
         """Prove what was written; a fresh process reads it back wherever the model's class can be imported."""
         structure = state.structure
         spare = verification.spare_bytes(self.watch.cap)
@@ -572,7 +333,7 @@ class Work:
         found.pop("ok")
         return verification.Outcome(**found)
 
-    def _publish(self, state: _State) -> None:
+    def _publish(self, state: State) -> None:
         """Write the report and the card, and let the result appear under its name."""
         held, source, outcome, plan = state.held, state.source, state.outcome, state.planned()
         assert outcome is not None

@@ -7,7 +7,7 @@ from torch import Tensor
 from slimwright.errors import InputError
 from slimwright.methods.registry import SiteStatistics, WeightSolver
 from slimwright.weights import Quantized
-from slimwright.weights.feedback import feedback_gain, round_with_feedback
+from slimwright.weights.feedback import feedback_gain, held_out_gain, round_with_feedback
 from slimwright.weights.ranges import fit_params
 
 
@@ -46,7 +46,11 @@ class FeedbackSolver(WeightSolver):
     def expected_gain(self, stats: SiteStatistics) -> float:
         if stats.gram is None:
             return 1.0
-        return feedback_gain(stats.gram, *stats.factor(self.damp, self.column_order(stats)))
+        order = self.column_order(stats)
+        if stats.apart is None:
+            return feedback_gain(stats.gram, *stats.factor(self.damp, order))
+        inputs = stats.apart.inputs if order is None else stats.apart.inputs[:, order]
+        return held_out_gain(stats.factor(self.damp, order, rest=True)[0], inputs)
 
 
 def importance_order(stats: SiteStatistics) -> Tensor:

@@ -181,7 +181,8 @@ class WeightSolver(Method):
         return None
 
     def expected_gain(self, stats: SiteStatistics) -> float:
-        """The output error expected of this solver, relative to plain rounding's on the same grid and data."""
+        """The output error expected of this solver, relative to plain rounding's on the same grid and data: on what is
+        kept apart in the statistics, solved without it, where they have any."""
         return 1.0
 
     def prepare(self, stats: SiteStatistics) -> None:

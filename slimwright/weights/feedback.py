@@ -21,6 +21,9 @@ from slimwright.weights.grid import Grid, Levels, Params
 _TILE_ELEMENTS = 1 << 24
 """Elements of the rows that are solved together."""
 
+HELD_OUT_TOKENS = 512
+"""Inputs that are judged at once."""
+
 Fit = Callable[[Tensor, slice], Params]
 """Parameters for some columns (rows, n) as they have become, and which positions of the order they are."""
 
@@ -65,6 +68,26 @@ def feedback_gain(gram: Tensor, factor: Tensor, damping: float) -> float:
     """
     plain = float(gram.diagonal().sum()) + damping * factor.shape[0]
     return float(factor.diagonal().square().sum()) / plain
+
+
+def held_out_gain(factor: Tensor, inputs: Tensor) -> float:
+    """:func:`feedback_gain` on inputs that the factor knows nothing of.
+
+    Errors ``e`` of equal size on every column become ``e D R⁻¹`` where the factor R, with the pivots D, feeds them
+    back: on a Gram ``X Xᵀ`` of other inputs that costs ``tr(D² R⁻¹ X Xᵀ R⁻ᵀ)`` instead of ``tr(X Xᵀ)``. What feedback
+    gains on the Gram that it was made of, it gains in part by fitting that Gram's noise.
+
+    Args:
+        factor: (in, in) float32.
+        inputs: (tokens, in) in the factor's order, of any float dtype.
+    """
+    pivots, plain, left = factor.diagonal()[:, None], 0.0, 0.0
+    for part in inputs.split(HELD_OUT_TOKENS):
+        x = part.float().t()
+        plain += float(x.square().sum(dtype=torch.float64))
+        x = torch.linalg.solve_triangular(factor, x, upper=True).mul_(pivots)
+        left += float(x.square().sum(dtype=torch.float64))
+    return left / plain if plain else 1.0
 
 
 def _round_tile(

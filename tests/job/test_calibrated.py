@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from slimwright.calibrate import walk
 from slimwright.calibrate.walk import Walk
 from slimwright.errors import InputError
-from slimwright.job import work
-from slimwright.job.build import Tile
+from slimwright.job import choosing
 from slimwright.job.probe import Probe
+from slimwright.job.tiles import Tile
 from slimwright.zoo import bundled_path
 from tests.families import FAMILIES
 from tests.job.conftest import files, fitted, tiny
@@ -172,7 +172,7 @@ def test_a_crash_in_the_probe_resumes_to_the_same_bytes(tmp_path: Path, monkeypa
         settled.append(group)
         original(self, group, losses)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(work, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(choosing, "COMMIT_SECONDS", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(Probe, "_settle", fail_late)
         with pytest.raises(KeyboardInterrupt):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from slimwright.checkpoint import weights_hash
+from slimwright.checkpoint import faults, weights_hash
 from slimwright.errors import InputError, QualityError
 from slimwright.job import candidates, parallel
 from slimwright.job.candidates import CANDIDATES, Candidate
@@ -75,24 +75,33 @@ def test_a_users_command_gets_the_candidate(tmp_path: Path) -> None:
         kept(tmp_path / "other", f"{script}:19", size="30%")
 
 
-@pytest.mark.parametrize("point", ["journal:1", "rename:1", "publish:1", "publish:2", "publish:6"])
-def test_killed_and_started_again_it_ends_with_the_same_bytes(
-    point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def floored(out: Path) -> FitReport:
+    return fitted(tiny(), out, keep=("kl:0.05",), data="none", eval_tokens=128)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The weights and the plan of a job that was not killed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    floored(out)
+    return written(out)
+
+
+def written(out: Path) -> dict[str, bytes]:
+    return {name: content for name, content in files(out).items()} | {"plan.yaml": (out / "plan.yaml").read_bytes()}
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(
+    tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In the first candidate, between candidates, and while the best one is adopted; each run goes on from there."""
     monkeypatch.setattr(parallel, "_pool", None)  # threads do not survive a fork
-    model = tiny()
-
-    def job() -> None:
-        fitted(model, tmp_path / "out", keep=("kl:0.05",), data="none", eval_tokens=256)
-
-    assert in_forked_child(job, SLIMWRIGHT_CRASH_AT=point) == 137
-    assert in_forked_child(job) == 0
-    whole = tmp_path / "whole"
-    fitted(model, whole, keep=("kl:0.05",), data="none", eval_tokens=256)
-    assert {n: c for n, c in files(tmp_path / "out").items() if n.endswith((".safetensors", "plan.yaml"))} == {
-        n: c for n, c in files(whole).items() if n.endswith((".safetensors", "plan.yaml"))
-    }
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    out = tmp_path / "out"
+    for point in ("journal:1", "rename:1", "publish:1", "publish:2", "publish:6"):
+        assert in_forked_child(lambda: floored(out), SLIMWRIGHT_CRASH_AT=point) == faults.CRASH_STATUS, point
+    assert in_forked_child(lambda: floored(out)) == 0
+    assert written(out) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_memory_of_the_running_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

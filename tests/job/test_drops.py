@@ -16,22 +16,24 @@ from transformers import AutoModelForCausalLM
 import slimwright
 from slimwright.checkpoint import Checkpoint, faults
 from slimwright.errors import InputError
-from slimwright.job import parallel
+from slimwright.job import candidates, parallel
 from slimwright.job.fit import FitReport, fit
 from slimwright.job.open import open_source
+from slimwright.job.running import Running
 from slimwright.model.discover import discover
+from slimwright.plan import method_on
 from tests.families import cached
 from tests.job.conftest import files, fitted, in_forked_child
 
 LENGTH: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-GRIDS = ("int4:g32", "int8:g64", "keep")
+GRIDS = ("int4:g32", "lowrank:r8:int8:g32", "int8:g64", "int3:g32+lowrank:r8:int8:g32", "keep")
 
 
 def plan_file(path: Path, source: str, drops: list[str], grids: tuple[str, ...] = GRIDS, **more: Any) -> str:
-    """A plan of mixed grids with drops."""
+    """A plan of mixed grids and low rank with drops."""
     groups = discover(open_source(source)).choice_groups()
     assignments = {
-        name: {"grid": grid} if grid == "keep" else {"grid": grid, "method": "quantize/rtn,clip=none"}
+        name: {"grid": grid, "method": method_on(grid, "quantize/rtn,clip=none")}
         for name, grid in zip(groups, grids * len(groups))
     }
     path.write_text(yaml.safe_dump({"assignments": assignments, "edits": [{"drop": d} for d in drops], **more}))
@@ -79,6 +81,16 @@ def test_the_ledger_accounts_for_what_is_gone(mixed: FitReport) -> None:
     assert yaml.safe_load((mixed.out / "plan.yaml").read_text())["edits"] == [
         {"drop": "model.layers.0.self_attn"}, {"drop": "model.layers.1.mlp"}
     ]  # fmt: skip
+
+
+def test_is_compiled_as_one_graph(mixed: FitReport) -> None:
+    assert mixed.out is not None
+    model, ids = AutoModelForCausalLM.from_pretrained(mixed.out, dtype=torch.float32), torch.arange(3, 30)[None]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(ids)
+        torch.testing.assert_close(compiled.logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert compiled.past_key_values.get_seq_length() == ids.shape[1]
 
 
 def test_saves_again_unchanged(mixed: FitReport, tmp_path: Path) -> None:
@@ -211,9 +223,8 @@ def idle_attention(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def searched(source: str, out: Path, **options: Any) -> FitReport:
-    return fitted(
-        source, out, size="25%", allow=("drop",), method=None, calibration_tokens=512, calibration_length=32, **options
-    )  # fmt: skip
+    asked = {"size": "25%", "allow": ("drop",), "method": None, "calibration_tokens": 512, "calibration_length": 32}
+    return fitted(source, out, **{**asked, **options})
 
 
 @pytest.mark.parametrize("solver", ["dp", "milp"])
@@ -227,6 +238,28 @@ def test_a_search_drops_what_gives_nothing(idle_attention: str, tmp_path: Path, 
     model = AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32)
     ids = torch.arange(10, 22)[None]
     assert torch.equal(model.generate(ids, **LENGTH), model.generate(ids, **LENGTH, use_cache=False))
+
+
+def test_a_search_drops_under_a_floor_and_a_memory_with_a_packed_cache(
+    idle_attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The idle attention goes whatever limits the result; what the cache packs are the layers that are left."""
+
+    def running(directory: Path, asked: Any, watch: Any) -> Running:
+        return Running(64, 1, Checkpoint.open(directory).total_bytes, 1000, 1_000_000)
+
+    monkeypatch.setattr(candidates, "measure_running", running)
+    monkeypatch.setattr(candidates, "first_guess", lambda source, asked: 1_000_000)
+    policy = "cache/kivi,bits=4,residual_length=32"
+    for name, limit in {"floor": {"keep": ("kl:0.5",)}, "memory": {"memory": "1.05MB", "context": 64}}.items():
+        report = searched(idle_attention, tmp_path / name, size=None, cache=policy, **limit)
+        assert report.out is not None and report["verified"]["ok"]
+        plan = yaml.safe_load((report.out / "plan.yaml").read_text())
+        assert {edit["drop"] for edit in plan["edits"]} & {"model.layers.1.self_attn", "model.layers.1"}
+        assert plan["cache"] == {"*": policy}
+        assert len(report["cache"]["layers"]) == 1
+        model = AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32)
+        assert torch.isfinite(model(torch.arange(10, 22)[None]).logits).all()
 
 
 def test_a_rule_keeps_what_it_binds(idle_attention: str, tmp_path: Path) -> None:

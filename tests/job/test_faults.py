@@ -33,7 +33,7 @@ COMMIT_BYTES = 8_000
 @pytest.fixture(autouse=True)
 def many_commits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimwright.job.build.COMMIT_BYTES", COMMIT_BYTES)
-    monkeypatch.setattr("slimwright.job.work.COMMIT_SECONDS", -1.0)
+    monkeypatch.setattr("slimwright.job.choosing.COMMIT_SECONDS", -1.0)
     monkeypatch.setattr(parallel, "_pool", None)  # threads do not survive a fork
 
 
@@ -49,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], C
     tiny("llama")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("slimwright.job.build.COMMIT_BYTES", COMMIT_BYTES)
-        patch.setattr("slimwright.job.work.COMMIT_SECONDS", -1.0)
+        patch.setattr("slimwright.job.choosing.COMMIT_SECONDS", -1.0)
         patch.setattr(parallel, "_pool", None)
         assert in_child(folder / "out", SLIMWRIGHT_COUNT_POINTS=str(folder / "points")) == 0
     return files(folder / "out"), Counter((folder / "points").read_text().split())

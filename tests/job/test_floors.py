@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,7 @@ def test_a_command_is_taken_as_it_is(tmp_path: Path) -> None:
         ("raise SystemExit('no luck')", None, r"gave no number .*exit 1: no luck"),
         ("print('a lot')", None, "gave no number"),
         ("print('nan')", None, "gave no number"),
+        ("import os; os.write(1, b'\\xff\\xfe')", None, "prints no text"),
         ("import threading; threading.Event().wait()", 0.2, "was stopped after"),
     ],
 )
@@ -100,6 +103,21 @@ def test_a_command_that_gives_nothing(tmp_path: Path, code: str, seconds: float 
     with pytest.raises(MetricError, match=match) as raised:
         floor.judge({}, 0, tmp_path, seconds)
     assert raised.value.exit_code == 2
+
+
+def test_a_command_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) -> None:
+    """A script's own child holds a pipe open as long as it lives."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    code = (
+        f"import subprocess, sys\nheld = open({str(tmp_path / 'pipe')!r}, 'w')\n"
+        "subprocess.run([sys.executable, '-c', 'import threading; threading.Event().wait()'], pass_fds=[held.fileno()])"
+    )
+    with pytest.raises(MetricError, match="was stopped after 1 s"):
+        Floor.parse(f"{script(tmp_path, code)}:0.5").judge({}, 0, tmp_path, 1)
+    ended, _, _ = select.select([reader], [], [], 30)
+    assert ended and os.read(reader, 1) == b""
+    os.close(reader)
 
 
 def test_a_floor_narrower_than_its_interval_is_refused_with_the_tokens_needed() -> None:

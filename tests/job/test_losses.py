@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from slimwright.errors import InputError
 from slimwright.job.evaluator import Evaluator
-from slimwright.job.importance import modification, outliers, ranks
+from slimwright.job.importance import outliers, ranks
 from slimwright.job.losses import Scoring, check_allocator, estimates, loss_estimate
 from slimwright.job.measured_losses import interpolated, narrowed, spread
 from slimwright.job.options import option_costs
@@ -23,16 +24,26 @@ def options(scope, pairs):
 # -- importance --------------------------------------------------------------------------------------------------------
 
 
-def test_lim_is_minus_the_mean_cosine_of_tokens_that_count():
-    from slimwright.calibrate.walk import Batch
+def test_lim_is_minus_the_mean_cosine_of_what_enters_and_leaves_a_block(tmp_path):
+    source, structure, calibration = setting(tiny(), tmp_path, tokens=256, length=32)
+    given = Scoring(source, structure, {}, 0, {}, lambda *_: None, calibration)
+    model = AutoModelForCausalLM.from_pretrained(tiny(), dtype=torch.float32).eval()
+    cosines = {f"model.layers.{place}": [] for place in range(len(model.model.layers))}
 
-    x = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [5.0, 5.0]]])
-    y = torch.tensor([[[3.0, 0.0], [4.0, 0.0], [-1.0, -1.0]]])
-    mask = torch.tensor([[True, True, False]])
-    batch = Batch({"input_ids": torch.zeros(1, 3)}, {(1, 3): mask})
-    assert modification(batch, x, (y,)) == (pytest.approx(-1.0), 2)  # -(1 + 0)
-    assert modification(batch, x, x) == (pytest.approx(-2.0), 2)  # the identity: -1 each
-    assert modification(batch, x, y[:, :2]) is None
+    def seen(name):
+        def hook(module, args, output):
+            left = output[0] if isinstance(output, tuple) else output
+            cosines[name].append(torch.cosine_similarity(args[0], left, dim=-1).flatten())
+
+        return hook
+
+    for name in cosines:
+        model.get_submodule(name).register_forward_hook(seen(name))
+    with torch.no_grad():
+        for batch in calibration.samples.batches:
+            model(**batch.inputs)
+    expected = {name: -float(torch.cat(own).mean()) for name, own in cosines.items()}
+    assert loss_estimate("lim").importance(given) == pytest.approx(expected, rel=1e-5)
 
 
 def test_zd_counts_what_lies_a_standard_deviation_above():
