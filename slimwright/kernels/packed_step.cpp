@@ -12,6 +12,7 @@
 #include "packed_step.h"
 #include "packed_threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -88,9 +89,17 @@ struct alignas(64) Phase {
     alignas(64) std::atomic<int64_t> done{0};
 };
 
+// Attention over one cache: its shape (SlimwrightKvParts.shape), and where its tasks and partial results begin among those
+// of the layer.
+struct Part {
+    int64_t shape[3];
+    int64_t task, partial;
+};
+
 struct Planned {
     Shared qkv, o, up, down;
-    int64_t shape[3];      // of attention (SlimwrightKvParts.shape)
+    std::vector<Part> parts;  // of the layer's caches
+    int64_t tasks = 0;        // of attention
 };
 
 struct Run {
@@ -121,11 +130,19 @@ int check_step(const Step& s) {
     if (s.batch < 1 || s.batch > 4096 || s.width < 1 || s.layers < 0 || s.threads < 1 || s.threads > 4096) return BAD_ARGUMENT;
     if ((s.type != FLOAT32 && s.type != BFLOAT16) || !s.hidden || !s.parts || (s.layers && !s.layer)) return BAD_ARGUMENT;
     if (s.positions != 1 && s.positions != s.batch) return BAD_ARGUMENT;
+    if (s.caches != 1 && s.caches != s.batch) return BAD_ARGUMENT;
     if (s.rotary < 0 || s.rotary % 2 || (s.rotary && (!s.cosine || !s.sine))) return BAD_ARGUMENT;
     for (int64_t i = 0; i < s.layers; i++) {
         const Layer& layer = s.layer[i];
-        const SlimwrightKv* kv = layer.kv;
-        if (!kv || kv->batch != s.batch || kv->dtype != s.type || kv->kv_heads < 1 || kv->heads % kv->kv_heads) return BAD_CACHE;
+        if (!layer.kv) return BAD_CACHE;
+        const SlimwrightKv* kv = layer.kv[0];
+        for (int64_t c = 0; c < s.caches; c++) {
+            const SlimwrightKv* other = layer.kv[c];
+            if (!other || other->batch * s.caches != s.batch || other->dtype != s.type) return BAD_CACHE;
+            if (other->heads != kv->heads || other->kv_heads != kv->kv_heads) return BAD_CACHE;
+            if (other->key_dim != kv->key_dim || other->value_dim != kv->value_dim) return BAD_CACHE;
+        }
+        if (kv->kv_heads < 1 || kv->heads % kv->kv_heads) return BAD_CACHE;
         if (kv->key_dim < s.rotary || kv->key_dim > (1 << 16) || kv->value_dim < 1 || kv->value_dim > (1 << 16)) return BAD_CACHE;
         if (!layer.input_gain || !layer.middle_gain || !layer.gate.weight) return BAD_ARGUMENT;
         const int64_t inner = layer.gate.weight->rows;
@@ -245,27 +262,42 @@ void rotate(Run& run, float* head, int64_t dim, const float* gain, int64_t batch
     store_row(head, dim, run.step.type, out);
 }
 
+// Which of the layer's caches holds a row of the batch; where each holds one, it is also the first row that it holds.
+inline int64_t cache_of(const Run& run, int64_t row) { return run.step.caches == 1 ? 0 : row; }
+
 void rotate_work(Run& run, int64_t layer, int64_t row) {
     const Layer& own = run.step.layer[layer];
-    const SlimwrightKv& kv = *own.kv;
-    const int64_t batch = row / kv.kv_heads, group = kv.heads / kv.kv_heads, dim = kv.key_dim;
+    const int64_t kv_heads = own.kv[0]->kv_heads, batch = row / kv_heads, first = cache_of(run, batch);
+    const SlimwrightKv& kv = *own.kv[first];
+    const int64_t group = kv.heads / kv_heads, dim = kv.key_dim;
     for (int64_t i = row * group; i < (row + 1) * group; i++)
         rotate(run, run.first + i * dim, dim, own.q_gain, batch, run.query + i * dim * run.element);
     rotate(run, run.second + row * dim, dim, own.k_gain, batch, run.keys + row * dim * run.element);
     store_row(run.third + row * kv.value_dim, kv.value_dim, run.step.type, run.values + row * kv.value_dim * run.element);
-    if (run.step.parts->append(&kv, row, run.keys, run.values)) run.error.store(NO_MEMORY);
+    const int64_t before = first * kv_heads * run.element;
+    if (run.step.parts->append(&kv, row - first * kv_heads, run.keys + before * dim, run.values + before * kv.value_dim))
+        run.error.store(NO_MEMORY);
 }
 
 void attend_work(Run& run, int64_t layer, int64_t index) {
-    const int64_t* shape = run.layers[size_t(layer)].shape;
-    if (run.step.parts->attend(run.step.layer[layer].kv, shape, index, run.query, run.partials)) run.error.store(NO_MEMORY);
+    const std::vector<Part>& parts = run.layers[size_t(layer)].parts;
+    const auto later = [](int64_t task, const Part& part) { return task < part.task; };
+    const int64_t cache = std::upper_bound(parts.begin(), parts.end(), index, later) - parts.begin() - 1;
+    const Part& part = parts[size_t(cache)];
+    const SlimwrightKv* kv = run.step.layer[layer].kv[cache];
+    const uint8_t* query = run.query + cache * kv->heads * kv->key_dim * run.element;
+    if (run.step.parts->attend(kv, part.shape, index - part.task, query, run.partials + part.partial))
+        run.error.store(NO_MEMORY);
 }
 
 void combine_work(Run& run, int64_t layer, int64_t index) {
-    const SlimwrightKv& kv = *run.step.layer[layer].kv;
     const Planned& planned = run.layers[size_t(layer)];
-    for (int64_t row = index * kv.kv_heads; row < (index + 1) * kv.kv_heads; row++)
-        if (run.step.parts->combine(&kv, planned.shape, row, run.partials, run.x)) run.error.store(NO_MEMORY);
+    const int64_t first = cache_of(run, index);
+    const SlimwrightKv& kv = *run.step.layer[layer].kv[first];
+    const Part& part = planned.parts[size_t(first)];
+    uint8_t* out = run.x + first * kv.heads * kv.value_dim * run.element;
+    for (int64_t row = (index - first) * kv.kv_heads; row < (index - first + 1) * kv.kv_heads; row++)
+        if (run.step.parts->combine(&kv, part.shape, row, run.partials + part.partial, out)) run.error.store(NO_MEMORY);
     prepare_shared(run, planned.o, index);
 }
 
@@ -332,18 +364,27 @@ int plan(Run& run) {
     for (int64_t i = 0; i < s.layers; i++) {
         const Layer& layer = s.layer[i];
         Planned& planned = run.layers[size_t(i)];
-        if (const int wrong = s.parts->shape(layer.kv, planned.shape)) return wrong == 2 ? CACHE_FULL : BAD_CACHE;
+        int64_t floats = 0;
+        planned.parts.resize(size_t(s.caches));
+        for (int64_t c = 0; c < s.caches; c++) {
+            Part& part = planned.parts[size_t(c)];
+            if (const int wrong = s.parts->shape(layer.kv[c], part.shape)) return wrong == 2 ? CACHE_FULL : BAD_CACHE;
+            part.task = planned.tasks, part.partial = floats;
+            planned.tasks += layer.kv[c]->batch * layer.kv[c]->kv_heads * part.shape[1];
+            floats += part.shape[2];
+        }
         planned.qkv = shared(run, {&layer.q, &layer.k, &layer.v});
         planned.o = shared(run, {&layer.o});
         planned.up = shared(run, {&layer.gate, &layer.up});
         planned.down = shared(run, {&layer.down});
         for (Shared* one : {&planned.qkv, &planned.o, &planned.up, &planned.down}) larger(inputs, shared_bytes(*one));
-        larger(partials, planned.shape[2]);
+        larger(partials, floats);
         for (const Product* one : {&layer.q, &layer.k, &layer.v, &layer.gate, &layer.o, &layer.down}) {
             larger(widest, one->weight->rows);
             larger(widest, one->weight->columns);
         }
-        larger(heads, layer.kv->heads * (layer.kv->key_dim < layer.kv->value_dim ? layer.kv->value_dim : layer.kv->key_dim));
+        const SlimwrightKv& kv = *layer.kv[0];
+        larger(heads, kv.heads * (kv.key_dim < kv.value_dim ? kv.value_dim : kv.key_dim));
     }
     if (s.head.weight) {
         run.head = shared(run, {&s.head});
@@ -376,11 +417,10 @@ int plan(Run& run) {
     };
     for (int64_t i = 0; i < s.layers; i++) {
         const Planned& planned = run.layers[size_t(i)];
-        const int64_t heads_kept = s.batch * s.layer[i].kv->kv_heads;
         add(input_work, i, s.batch);
         add(qkv_work, i, tasks_of(planned.qkv));
-        add(rotate_work, i, heads_kept);
-        add(attend_work, i, heads_kept * planned.shape[1]);
+        add(rotate_work, i, s.batch * s.layer[i].kv[0]->kv_heads);
+        add(attend_work, i, planned.tasks);
         add(combine_work, i, s.batch);
         add(o_work, i, tasks_of(planned.o));
         add(middle_work, i, s.batch);
@@ -415,7 +455,8 @@ int slimwright_packed_step(const SlimwrightStep* step) {
         if (const int wrong = plan(run)) return wrong;
         team(body, &run, int(step->threads));
         if (const int wrong = run.error.load()) return wrong;
-        for (int64_t i = 0; i < step->layers; i++) step->layer[i].kv->length++;
+        for (int64_t i = 0; i < step->layers; i++)
+            for (int64_t c = 0; c < step->caches; c++) step->layer[i].kv[c]->length++;
     } catch (const std::bad_alloc&) { return NO_MEMORY; }
     return FINE;
 }

@@ -18,11 +18,12 @@ struct SlimwrightLayer {
     SlimwrightProduct q, k, v, o, gate, up, down;
     const float *input_gain, *middle_gain;  // (width,)
     const float *q_gain, *k_gain;           // (key_dim,): heads are normalized too; or null
-    SlimwrightKv* kv;
+    SlimwrightKv* const* kv;                // SlimwrightStep.caches of them
 };
 
 struct SlimwrightStep {
     int64_t batch, width, layers;
+    int64_t caches;                        // of a layer: 1 of all rows, or as many as rows, each of one
     int64_t rotary;                        // of a head's channels are rotated
     int64_t positions;                     // rows of cosine and sine: 1, or the batch
     int64_t type, threads;                 // type: of activations that are multiplied, and of the cache

@@ -38,7 +38,8 @@ class _Step(ctypes.Structure):
     """``SlimwrightStep``."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "width", "layers", "rotary", "positions", "type", "threads")),
+        *((name, ctypes.c_int64) for name in ("batch", "width", "layers", "caches")),
+        *((name, ctypes.c_int64) for name in ("rotary", "positions", "type", "threads")),
         ("epsilon", ctypes.c_double), ("head_epsilon", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("layer", "cosine", "sine", "hidden", "final_gain")),
         ("head", _Product), ("logits", ctypes.c_void_p), ("parts", ctypes.c_void_p),
@@ -107,22 +108,30 @@ class Step:
             self.structure.head = _product(head)
         self.run = library.step
 
-    def __call__(self, hidden: Tensor, cosine: Tensor, sine: Tensor, caches: Sequence[attend.Kv]) -> Tensor | None:
+    def __call__(
+        self, hidden: Tensor, cosine: Tensor, sine: Tensor, caches: Sequence[Sequence[attend.Kv]]
+    ) -> Tensor | None:
         """Logits (batch, rows of the head) float32; None without a head, ``hidden`` is the result then.
 
         Args:
             hidden: (batch, width) float32; it is changed.
             cosine, sine: (1 or batch, rotated channels) float32.
-            caches: of the layers, described for one more token; their ``length`` grows.
+            caches: by layer: one of all rows, or one of each row, described for one more token; their ``length`` grows.
 
         Raises:
             InputError: a cache is full; MemoryError: there is no memory; SlimwrightError: something does not fit.
         """
         s = self.structure
+        s.caches = len(caches[0]) if caches else 1
         if len(caches) != s.layers or hidden.shape[0] != self.batch or cosine.shape != sine.shape:
             raise SlimwrightError("A decoding step was called with tensors of another shape.")
-        for layer, kv in zip(self.layers, caches):
-            layer.kv = ctypes.addressof(kv)
+        addresses = [ctypes.addressof(kv) for own in caches for kv in own]
+        if len(addresses) != s.layers * s.caches:
+            raise SlimwrightError("A decoding step was called with another number of caches.")
+        self.table = (ctypes.c_void_p * len(addresses))(*addresses)
+        first, stride = ctypes.addressof(self.table), s.caches * ctypes.sizeof(ctypes.c_void_p)
+        for index, layer in enumerate(self.layers[: s.layers]):
+            layer.kv = first + index * stride
         logits = None
         if self.head is not None:
             logits = torch.empty(self.batch, self.head.matrix.layout.rows)

@@ -28,54 +28,57 @@ _MLP = {"gate_proj", "up_proj", "down_proj"}
 
 
 class Fused:
-    """One token a row through a model, given its cache.
+    """One token a row through a model, given its caches.
 
     Args:
         model: that :func:`why_not` has nothing against.
-        layers: of its cache, with the prompt in them.
         how: what each layer's attention is asked for (:meth:`KvLayer.attend`).
-        start: (batch,) first token of each row that is no padding, or None.
         batch: rows.
         only: of the model's layers, without the last norm and the head; None is all, with them.
     """
 
-    def __init__(
-        self, model: Any, layers: Sequence[KvLayer], how: Sequence[dict[str, Any]], start: Tensor | None, batch: int,
-        only: int | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: Any, how: Sequence[dict[str, Any]], batch: int, only: int | None = None) -> None:
         decoder, library = model.get_decoder(), packed.library()
         assert library is not None
         chosen = slice(None) if only is None else slice(only, only + 1)
         own = list(decoder.layers)[chosen]
         blocks = [_block(layer, model.dtype, batch) for layer in own]
         self.embed, self.rotary, self.dtype = model.get_input_embeddings(), decoder.rotary_emb, model.dtype
-        self.layers, self.how, self.start = list(layers)[chosen], list(how)[chosen], start
+        self.how = list(how)[chosen]
         self.heads = [layer.self_attn.q_proj.out_features // layer.self_attn.head_dim for layer in own]
         final = None if only is not None else _gain(decoder.norm)
         head = None if only is not None else _product(model.get_output_embeddings(), model.dtype, batch)
         epsilons = (_epsilon(decoder.norm), _epsilon(getattr(decoder.layers[0].self_attn, "q_norm", decoder.norm)))
         self.step = Step(library, blocks, batch, model.dtype, epsilons, final, head)
 
-    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, caches: Sequence[Sequence[KvLayer]], start: Tensor | None = None
+    ) -> Tensor:
         """Logits, (batch, vocabulary) float32.
 
         Args:
             tokens: (batch, 1).
             positions: (batch, 1).
+            caches: the layers of the cache of all rows, or of each row's own, with the prompts in them.
+            start: (batch,) first token of each row that is no padding, or None.
         """
         hidden = self.embed(tokens)[:, 0]
-        return self.through(hidden, positions)[1]  # type: ignore[return-value]
+        return self.through(hidden, positions, caches, start)[1]  # type: ignore[return-value]
 
-    def through(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    def through(
+        self, hidden: Tensor, positions: Tensor, caches: Sequence[Sequence[KvLayer]], start: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """States (batch, width) after the layers in float32, where the step ends there, and logits."""
         cosine, sine = (part[:, 0].float().contiguous() for part in self.rotary(hidden[:, None], positions))
-        for layer, heads, how in zip(self.layers, self.heads, self.how):
-            layer.prepare_step(heads, self.start, **how)
+        for layers in caches:
+            for layer, heads, how in zip(layers, self.heads, self.how):
+                layer.prepare_step(heads, start, **how)
         hidden = hidden.to(dtype=torch.float32, copy=True, memory_format=torch.contiguous_format)
-        caches = [layer.native for layer in self.layers]
-        logits = self.step(hidden, cosine, sine, caches)  # type: ignore[arg-type]
-        for layer in self.layers:
-            layer.length += 1
+        native = [[layer.native for layer in same] for same in zip(*caches)]
+        logits = self.step(hidden, cosine, sine, native)  # type: ignore[arg-type]
+        for layers in caches:
+            for layer in layers:
+                layer.length += 1
         return hidden, logits
 
 
@@ -234,14 +237,13 @@ def _difference(model: Any, run: Any, caches: Any, how: list[dict[str, Any]], to
         return "embeddings are changed before the first layer"
     share, rest = (1e-4, 1e-6) if model.dtype == torch.float32 else (0.05, 2**-7)
     for index, (inputs, output) in enumerate(states):
-        layers = list(caches.layers)
-        layers[index] = copy.deepcopy(layers[index])
-        one = Fused(model, layers, how, start, tokens.shape[0], only=index)
+        own = [copy.deepcopy(caches.layers[index])]
+        one = Fused(model, how, tokens.shape[0], only=index)
         before, after = inputs[0][:, 0].float(), output.reshape(inputs[0].shape)[:, 0].float()
-        got, _ = one.through(inputs[0][:, 0], positions)
+        got, _ = one.through(inputs[0][:, 0], positions, [own], start)
         bound = share * (after - before).abs().max() + rest * after.abs().max()
         if not bool((got - after).abs().max() <= bound):
             return f"{type(decoder.layers[index]).__name__} computes otherwise"
-    whole = Fused(model, copy.deepcopy(caches).layers, how, start, tokens.shape[0])
+    got = Fused(model, how, tokens.shape[0])(tokens, positions, [copy.deepcopy(caches).layers], start)
     bound = share * logits.abs().max()
-    return "" if bool((whole(tokens, positions) - logits).abs().max() <= bound) else "the head computes otherwise"
+    return "" if bool((got - logits).abs().max() <= bound) else "the head computes otherwise"

@@ -3,7 +3,7 @@
 The linear layers see all rows together, so that weights are read once for all of them; attention is answered row by row
 from each row's own cache (:class:`slimwright.runtime.kv_cache.KvLayer`), packed where the plan says so. So a row's keys
 and values are those it would have alone, rows join and leave between any two tokens, and no token is computed for
-padding.
+padding. Where the kernels know the model (:mod:`slimwright.runtime.fused`), a token of all rows is one call of them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from slimwright.errors import NotBuiltError
 from slimwright.runtime import decode
+from slimwright.runtime.fused import Fused
 from slimwright.runtime.generate import Generation
 from slimwright.runtime.kv_cache import STEP, KvLayer, cache_nbytes, kv_cache
 
@@ -30,6 +31,13 @@ def positions(config: Any) -> int | None:
     text = config.get_text_config(decoder=True)
     found = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
     return min((value for value in found if isinstance(value, int) and value > 0), default=None)
+
+
+def _scaled_by_length(config: Any) -> bool:
+    """Whether rotary frequencies depend on how long a text is: of a batch, on its longest."""
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
+    return any(kind == "longrope" or "dynamic" in str(kind) for kind in kinds)
 
 
 class _Joint(Cache):
@@ -51,14 +59,13 @@ class _JointDecoding(decode.Decoding):
 
     Args:
         caches: of the rows, whose layers are all :class:`KvLayer` with at least one token.
+        steps: see :class:`Decoding`; kept from one step to the next.
     """
 
-    def __init__(self, caches: Sequence[Cache]) -> None:
+    def __init__(self, caches: Sequence[Cache], steps: dict[int, Fused | None]) -> None:
         super().__init__(_Joint(self), None)
-        self._rows: list[tuple[KvLayer, ...]] = list(zip(*(cache.layers for cache in caches)))  # type: ignore[arg-type]
-
-    def fused(self, model: Any, batch: int) -> None:
-        """None: a step in one call of the kernels has one cache for all rows."""
+        self.caches = [cache.layers for cache in caches]  # type: ignore[misc]
+        self.steps = steps
 
     def attend(self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, **how: Any) -> Tensor:
         index, own_keys, own_values = self.offered.get(id(keys), (None, None, None))
@@ -66,12 +73,11 @@ class _JointDecoding(decode.Decoding):
             raise decode.NotSupportedError(f"{type(module).__name__} changes keys and values after caching them.")
         fresh = id(keys) not in self.taken
         self.taken.add(id(keys))
-        rows = self._rows[index]  # type: ignore[call-overload]
         found = [
-            layer.attend(
+            layers[index].attend(  # type: ignore[call-overload]
                 query[row : row + 1], (keys[row : row + 1], values[row : row + 1]) if fresh else None, **how
             )
-            for row, layer in enumerate(rows)
+            for row, layers in enumerate(self.caches)
         ]  # fmt: skip
         return torch.cat(found)
 
@@ -95,6 +101,7 @@ class Batcher:
         self._formats = generate.formats if isinstance(generate, Generation) else {}
         self._positions = "position_ids" in accepted
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._steps: dict[int, Fused | None] = {}
         self.why_single = self._why_single()
         """Why rows go through the model one by one; empty where they go together."""
         self.token_bytes = self._token_bytes()
@@ -120,13 +127,16 @@ class Batcher:
         )  # fmt: skip
         return out.logits[0, -1].float()
 
-    def step(self, caches: Sequence[Cache], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def step(
+        self, caches: Sequence[Cache], tokens: Sequence[int], positions: Sequence[int], watched: bool = False
+    ) -> Tensor:
         """Logits (rows, vocabulary) float32 after one more token of each row.
 
         Args:
             caches: of the rows: one, where they do not go together.
             tokens: that follow.
             positions: of these tokens.
+            watched: whether every module must run by itself, because something hangs on some of them.
         """
         ids, places = torch.tensor(tokens)[:, None], torch.tensor(positions)[:, None]
         if self.why_single:
@@ -135,7 +145,8 @@ class Batcher:
             out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **more)
             return out.logits[:, -1].float()
         with decode.attention_by_cache(self.model):
-            return decode.decode(self.model, _JointDecoding(caches), ids, places).float()
+            steps: dict[int, Fused | None] = {len(caches): None} if watched else self._steps
+            return decode.decode(self.model, _JointDecoding(caches, steps), ids, places).float()
 
     def _where(self, positions: Tensor) -> dict[str, Tensor]:
         return {"position_ids": positions} if self._positions else {}
@@ -147,6 +158,8 @@ class Batcher:
             return reason
         if not self._positions:
             return f"{type(model).__name__} counts positions itself"
+        if _scaled_by_length(model.config):
+            return "the longest text would scale the positions of the others"
         if not all(isinstance(layer, KvLayer) for layer in kv_cache(model.config, self._formats, ours=True).layers):
             return f"{type(model).__name__} has layers of another kind"
         self.why_single = ""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from slimwright.errors import InputError
 from slimwright.serving import adapters, sampling
 from slimwright.serving.batch import CHUNK, Batcher
 from slimwright.serving.metrics import Metrics
@@ -105,8 +106,13 @@ class Engine:
         """Queue some requests, all or none.
 
         Raises:
-            BusyError: there is no room, or the engine is stopping.
+            BusyError: there is no room, or the engine is stopping; InputError: there never is so much room.
         """
+        if len(requests) > self._queue + self.slots:
+            raise InputError(
+                f"{len(requests)} texts are asked for in one request, but this server takes {self._queue + self.slots} "
+                "at once: ask for fewer."
+            )
         now = time.monotonic()
         texts = [
             _Text(
@@ -170,19 +176,32 @@ class Engine:
 
     @torch.no_grad()
     def _run(self) -> None:
-        while True:
+        try:
+            while self._turn():
+                pass
+        except Exception as error:  # a defect: whoever waits is told, and /health says that the engine does not run
             with self._lock:
-                while not (self._waiting or self._running or self._calls or self._stopping):
-                    self._lock.wait()
-                if self._stopping and not (self._waiting or self._running or self._calls):
-                    return
-                calls, self._calls = self._calls, deque()
-            for function, future in calls:
-                _answer(function, future)
-            self._leave()
-            self._join()
-            self._feed()
-            self._step()
+                self._stopping = True
+                texts, calls = [*self._running, *self._waiting], self._calls
+            self._fail(texts, error)
+            for _, future in calls:
+                future.set_exception(BusyError("The engine has failed: start the server again."))
+
+    def _turn(self) -> bool:
+        """Do what there is to do, one token of every text among it; False: it is all done and no more will come."""
+        with self._lock:
+            while not (self._waiting or self._running or self._calls or self._stopping):
+                self._lock.wait()
+            if self._stopping and not (self._waiting or self._running or self._calls):
+                return False
+            calls, self._calls = self._calls, deque()
+        for function, future in calls:
+            _answer(function, future)
+        self._leave()
+        self._join()
+        self._feed()
+        self._step()
+        return True
 
     def _leave(self) -> None:
         """End what was cancelled or takes too long."""
@@ -234,11 +253,13 @@ class Engine:
 
     def _forward(self, texts: list[_Text]) -> None:
         try:
-            with self._applied.rows([text.request.adapter for text in texts]):
+            chosen = [text.request.adapter for text in texts]
+            with self._applied.rows(chosen):
                 logits = self.batcher.step(
                     [text.cache for text in texts if text.cache is not None],
                     [text.token for text in texts],
                     [len(text.request.prompt) + text.made - 1 for text in texts],
+                    watched=any(chosen),
                 )
             best = logits.argmax(-1).tolist()
             self._metrics.steps.add()

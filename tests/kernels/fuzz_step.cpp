@@ -67,14 +67,16 @@ static SlimwrightProduct product(Heap& heap, int64_t rows, int64_t columns, int6
     return {w, below(2) ? heap.floats(rows) : nullptr, digits};
 }
 
+// A cache with some tokens in it: of a sliding window too, where nothing is packed.
 static SlimwrightKv* cache(Heap& heap, int64_t batch, int64_t heads, int64_t kv_heads, int64_t dim, int64_t type) {
     SlimwrightKv* kv = reinterpret_cast<SlimwrightKv*>(heap.bytes(sizeof(SlimwrightKv)));
     memset(kv, 0, sizeof(SlimwrightKv));
     const int64_t element = type == FLOAT32 ? 4 : 2, kinds[] = {16, 2, 4, 8};
     kv->batch = batch, kv->heads = heads, kv->kv_heads = kv_heads, kv->key_dim = kv->value_dim = dim;
     kv->bits = kinds[below(4)], kv->dtype = type, kv->threads = 1, kv->scaling = 0.3f, kv->group = 32;
-    const int64_t tokens = 1 + below(70);
+    const int64_t tokens = 1 + below(below(2) ? 70 : 600);
     kv->window = kv->bits < 16 ? 32 : tokens + 1;
+    if (kv->bits == 16 && below(3) == 0) kv->window = kv->sliding = 1 + below(tokens + 1);
     kv->key_window = heap.bytes(batch * kv_heads * kv->window * dim * element);
     kv->value_window = heap.bytes(batch * kv_heads * kv->window * dim * element);
     if (kv->bits < 16) {
@@ -107,7 +109,9 @@ static void one() {
     Heap heap;
     const int64_t type = below(2), batch = 1 + below(5), kv_heads = 1 + below(2), group = 1 + below(3), heads = kv_heads * group;
     const int64_t dim = 8 * (1 + below(6)), width = 8 + below(90), inner = 8 + below(150), layers = below(3);
+    const int64_t caches = below(2) ? 1 : batch;
     std::vector<SlimwrightLayer> blocks;
+    std::vector<SlimwrightKv*> all;
     for (int64_t i = 0; i < layers; i++) {
         SlimwrightLayer layer{};
         layer.q = product(heap, heads * dim, width, type), layer.k = product(heap, kv_heads * dim, width, type);
@@ -116,11 +120,15 @@ static void one() {
         layer.down = product(heap, width, inner, type);
         layer.input_gain = heap.floats(width), layer.middle_gain = heap.floats(width);
         if (below(2)) layer.q_gain = heap.floats(dim), layer.k_gain = heap.floats(dim);
-        layer.kv = cache(heap, batch, heads, kv_heads, dim, type);
+        SlimwrightKv** own = reinterpret_cast<SlimwrightKv**>(heap.bytes(caches * int64_t(sizeof(SlimwrightKv*))));
+        for (int64_t c = 0; c < caches; c++)
+            all.push_back(own[c] = cache(heap, batch / caches, heads, kv_heads, dim, type));
+        layer.kv = own;
         blocks.push_back(layer);
     }
     SlimwrightStep step{};
-    step.batch = batch, step.width = width, step.layers = layers, step.rotary = below(2) ? dim : dim / 2;
+    step.batch = batch, step.width = width, step.layers = layers, step.caches = caches;
+    step.rotary = below(2) ? dim : dim / 2;
     step.positions = below(2) ? 1 : batch, step.type = type, step.epsilon = step.head_epsilon = 1e-6;
     step.layer = blocks.data(), step.parts = slimwright_kv_parts();
     step.cosine = heap.floats(step.positions * step.rotary), step.sine = heap.floats(step.positions * step.rotary);
@@ -139,10 +147,10 @@ static void one() {
             exit(1);
         }
         memcpy(out->data(), logits.get(), first.size() * 4);
-        for (SlimwrightLayer& layer : blocks) layer.kv->length--;  // the same token once more, into the same place
+        for (SlimwrightKv* kv : all) kv->length--;  // the same token once more, into the same place
     }
     bool packs = false;  // a token that moves others to the packed part leaves another cache behind
-    for (SlimwrightLayer& layer : blocks) packs |= layer.kv->bits < 16;
+    for (const SlimwrightKv* kv : all) packs |= kv->bits < 16;
     if (!packs && memcmp(first.data(), second.data(), first.size() * 4)) {
         printf("FAILED: bits depend on threads\n");
         exit(1);
@@ -170,13 +178,15 @@ static void one() {
     refused(step.type, {-1, 2, 3, large});
     refused(step.threads, {0, -1, 1 << 13, large});
     if (layers) refused(step.rotary, {-1, -2, 3, 1 << 13, large});
-    for (SlimwrightLayer& layer : blocks) {
-        refused(layer.kv->batch, {0, -1, 6, large});
-        refused(layer.kv->kv_heads, {0, -1, 7, large});
-        refused(layer.kv->key_dim, {0, -1, large});
-        refused(layer.kv->value_dim, {0, -1, large});
-        refused(layer.kv->length, {-2, INT64_MIN, large});
-        refused(layer.kv->window, {0, -1, INT64_MIN});
+    refused(step.caches, {0, -1, 7, 1 << 13, large});
+    for (SlimwrightKv* kv : all) {
+        refused(kv->batch, {0, -1, 6, large});
+        refused(kv->kv_heads, {0, -1, 7, large});
+        refused(kv->key_dim, {0, -1, large});
+        refused(kv->value_dim, {0, -1, large});
+        refused(kv->length, {-2, INT64_MIN});
+        if (!kv->sliding) refused(kv->length, {large});
+        refused(kv->window, {0, -1, INT64_MIN});
     }
     for (SlimwrightLayer& layer : blocks)
         for (SlimwrightProduct* one : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {

@@ -108,6 +108,35 @@ def test_agrees_with_the_modules(bits: int | None, dtype: torch.dtype) -> None:
     assert (got - expected).abs().max() <= bound * expected.abs().max()
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_rows_with_caches_of_their_own_give_what_each_gives_alone(bits: int | None) -> None:
+    """Of any lengths, past the moments in which each grows or packs."""
+    model = loaded("qwen3")
+    assert not decode.supported(model)
+    formats = None if bits is None else {i: KvFormat(bits, 32, 32) for i in range(model.config.num_hidden_layers)}
+    texts = [
+        torch.randint(3, 300, (1, length), generator=torch.Generator().manual_seed(length)) for length in (1, 290, 30)
+    ]
+
+    def filled() -> list[Any]:
+        caches = [kv_cache(model.config, formats or {}, ours=True) for _ in texts]
+        for cache, text in zip(caches, texts):
+            model(input_ids=text, past_key_values=cache, use_cache=True)
+        return caches
+
+    with torch.no_grad():
+        together, alone = filled(), filled()
+        whole, single = fused.Fused(model, fused.asked(model), 3), fused.Fused(model, fused.asked(model), 1)
+        for step in range(6):
+            tokens = torch.tensor([[5], [7], [9]]) + step
+            places = torch.tensor([[text.shape[1] + step] for text in texts])
+            got = whole(tokens, places, [cache.layers for cache in together])
+            for row, cache in enumerate(alone):
+                expected = single(tokens[row : row + 1], places[row : row + 1], [cache.layers])[0]
+                bound = 1e-4 if bits is None else 0.05  # a key between two codes may go to the other one
+                assert (got[row] - expected).abs().max() <= bound * expected.abs().max()
+
+
 def test_bits_do_not_depend_on_threads() -> None:
     model, before = loaded("qwen2"), torch.get_num_threads()
     library = packed.library()
@@ -170,8 +199,8 @@ def test_descriptions_that_contradict_themselves_are_refused_by_the_kernels() ->
     with torch.no_grad():
         model(input_ids=torch.arange(5, 15)[None], past_key_values=cache, use_cache=True)
     layers = [layer for layer in cache.layers if isinstance(layer, KvLayer)]
-    whole = fused.Fused(model, layers, fused.asked(model), None, 1)
-    whole(torch.tensor([[5]]), torch.tensor([[10]]))
+    whole = fused.Fused(model, fused.asked(model), 1)
+    whole(torch.tensor([[5]]), torch.tensor([[10]]), [layers])
     step, structure = whole.step, whole.step.structure
     hidden, cosine = torch.ones(1, model.config.hidden_size), torch.ones(1, 16)
     structure.hidden, structure.cosine, structure.sine = (t.data_ptr() for t in (hidden, cosine, cosine))
@@ -184,8 +213,9 @@ def test_descriptions_that_contradict_themselves_are_refused_by_the_kernels() ->
 
     for field, values in {
         "batch": (0, -1, 2, 1 << 40), "width": (0, 8, 1 << 40), "layers": (-1,), "rotary": (-2, 3, 1 << 20),
-        "positions": (0, 3), "type": (1, 2, 7), "threads": (0, 1 << 20), "layer": (None,), "cosine": (None,),
-        "hidden": (None,), "final_gain": (None,), "logits": (None,), "parts": (None,),
+        "caches": (0, 2, 1 << 40), "positions": (0, 3), "type": (1, 2, 7), "threads": (0, 1 << 20),
+        "layer": (None,), "cosine": (None,), "hidden": (None,), "final_gain": (None,), "logits": (None,),
+        "parts": (None,),
     }.items():  # fmt: skip
         for value in values:
             refused(structure, field, value)

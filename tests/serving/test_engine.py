@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimwright
+from slimwright.errors import InputError
+from slimwright.kernels import packed
 from slimwright.runtime.generate import Generation
 from slimwright.runtime.kv_cache import attention_layers
 from slimwright.runtime.kv_format import KvFormat
@@ -161,6 +163,8 @@ def test_a_packed_model_of_ours(tmp_path: Path) -> None:
     got = [text + one.text() for text, one in zip(texts, run(made, asked))]
     made.stop()
     assert got == [tokenizer.decode(ids) for ids in expected]
+    if packed.library() is not None:
+        assert all(made.batcher._steps.values())  # each token was one call of the kernels
 
 
 def ids(bundled: tuple[Any, Any], text: str) -> tuple[int, ...]:
@@ -238,10 +242,13 @@ def test_a_full_queue_refuses_all_or_none(bundled: tuple[Any, Any]) -> None:
     with pytest.raises(BusyError, match="wait already"):
         engine.submit([(request, Gathered())])
     smaller = engine_of(*bundled, slots=1, queue=2)
-    with pytest.raises(BusyError):
+    with pytest.raises(InputError, match="4 texts are asked for in one request, but this server takes 3"):
         smaller.submit([(request, Gathered())] * 4)
     got = [Gathered() for _ in range(3)]
-    smaller.submit([(request, one) for one in got])
+    smaller.submit([(request, one) for one in got[:2]])
+    with pytest.raises(BusyError):
+        smaller.submit([(request, Gathered())] * 2)
+    smaller.submit([(request, got[2])])
     smaller.start()
     assert {one.finish for one in got} == {"length"}
     smaller.stop()
@@ -255,7 +262,7 @@ def test_memory_bounds_what_runs_together(bundled: tuple[Any, Any]) -> None:
     engine = engine_of(*bundled, slots=4, memory=token * 50)
     seen = []
     step = engine.batcher.step
-    engine.batcher.step = lambda caches, *rest: (seen.append(len(caches)), step(caches, *rest))[1]  # type: ignore[method-assign]
+    engine.batcher.step = lambda caches, *rest, **more: (seen.append(len(caches)), step(caches, *rest, **more))[1]  # type: ignore[method-assign]
     got = [Gathered() for _ in range(6)]
     engine.submit([(Request((5,) * 5, 20), one) for one in got])
     engine.start()
@@ -288,6 +295,29 @@ def test_a_failed_forward_ends_its_texts_only(bundled: tuple[Any, Any], caplog: 
     bad, good = run(engine, [((5, 6, 7), 4), ((5, 6), 4)])
     assert bad.finish == "error" and "not enough memory" in bad.pieces[-1].error and good.finish == "length"
     engine.stop()
+
+
+def test_a_defect_of_the_engine_ends_all_texts(bundled: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody waits for an engine that does not run any more, and nobody is let in."""
+    engine = engine_of(*bundled, slots=1)
+
+    def failing() -> None:
+        raise KeyError("a defect")
+
+    engine._join = failing  # type: ignore[method-assign]
+    got = run(engine, [((5, 6), 4)] * 3)
+    engine.start()
+    assert {one.finish for one in got} == {"error"} and "KeyError" in got[2].pieces[-1].error
+    engine.stop()
+    assert not engine.alive
+    with pytest.raises(BusyError, match="stopping"):
+        engine.submit([(Request((5,), 1), Gathered())])
+
+
+def test_rows_whose_positions_depend_on_the_longest_text_go_one_by_one() -> None:
+    model = make("llama")
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
+    assert "longest text" in Batcher(model).why_single
 
 
 def test_nothing_stays_of_what_has_ended(engine: Engine, bundled: tuple[Any, Any]) -> None:
