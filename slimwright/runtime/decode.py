@@ -74,7 +74,7 @@ class Decoding:
         if batch not in self.steps:
             exact = bool(self.caches) and all(_exact(layer, model) for layers in self.caches for layer in layers)
             fits = exact and not fused.why_not(model, batch)
-            self.steps[batch] = Fused(model, fused.asked(model), batch) if fits else None
+            self.steps[batch] = Fused(model, fused.asked(model)) if fits else None
         return self.steps[batch]
 
     @contextlib.contextmanager

