@@ -4,8 +4,9 @@
 compressed-tensors with weights only: the same 64 greedy tokens of three prompts, in float32, in plain transformers
 without slimwright. Elsewhere teacher-forced on 1,200 tokens of held-out text: mean KL below 1e-3, and every token on
 which the two disagree lies at a gap between the first two logits below the noise, which is the largest difference that
-bfloat16 makes to a logit of the reference. Where inputs are rounded, in compressed-tensors to scales that differ from
-ours by 127 / 127.5, only the KL is shown. ``PEERS`` names the directory of the peers' environments: ``ct`` has
+bfloat16 makes to a logit of the reference; the tensors of a GGUF file weigh what the plan's blocks do, to the byte.
+Where inputs are rounded, in compressed-tensors to scales that differ from ours by 127 / 127.5, only the KL is shown.
+``PEERS`` names the directory of the peers' environments: ``ct`` has
 transformers and compressed-tensors, ``d`` llama-cpp-python; what is missing is left out by name.
 """
 
@@ -21,12 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGUFReader
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer
 
 import slimwright
 from benchmarks.common import Row, exit_code, publish, scratch
+from slimwright.checkpoint import Checkpoint
 from slimwright.zoo import bundled_path, model
 from slimwright.zoo.text import standard_library
 
@@ -40,7 +43,8 @@ COMPRESSED = (
     ("int4:g128:sym", None), ("int8:row:sym", None), ("fp8", None),
     ("int8:row:sym", "int8:token"), ("fp8", "fp8:token"),
 )  # fmt: skip
-GGUF = ("q4_0", "q8_0", "q4_k", "q6_k")
+GGUF = {"q4_0": 18 / 32, "q8_0": 34 / 32, "q4_k": 144 / 256, "q6_k": 210 / 256}
+"""Bytes per weight of ggml's blocks."""
 
 
 def run(python: Path, script: str, spec: dict[str, Any], folder: Path) -> None:
@@ -92,6 +96,17 @@ def teacher_forced(reference: list[Tensor], other: list[Tensor], noise: float) -
     return {"kl": kl / count, "disagree": f"{disagreements}/{count}", "gap": gap, "noise": noise, "ok": ok}
 
 
+def planned_bytes(fitted: Row, source: str) -> int:
+    """What the tensors of a GGUF file weigh by the plan: blocks, vectors in float32, the rest as it was."""
+    tensors = Checkpoint.open(source).tensors
+    total = 0.0
+    for line in fitted["ledger"]:
+        info = tensors[line["site"]]
+        plain = info.dtype.itemsize if len(info.shape) > 1 else 4
+        total += info.numel * GGUF.get(line["grid"], plain)
+    return int(total)
+
+
 def measured(name: str, source: str, folder: Path) -> list[Row]:
     """Every export of one model."""
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -106,7 +121,7 @@ def measured(name: str, source: str, folder: Path) -> list[Row]:
     for target, grid, rounding in jobs:
         tag = f"{name}-{target}-{grid}-{rounding}".replace(":", "_")
         fitted, out = folder / f"{tag}.fit", folder / tag
-        slimwright.fit(
+        made = slimwright.fit(
             source, str(fitted), grid=grid, method="quantize/rtn", data="none", activations=rounding, quiet=True,
             rules=("embed: bf16",) if target == "compressed-tensors" else (),
         )  # fmt: skip
@@ -128,7 +143,9 @@ def measured(name: str, source: str, folder: Path) -> list[Row]:
             row["tokenizer"] = all(
                 found[f"tokens{i}"].tolist() == plain.encode(text).ids for i, text in enumerate(STRINGS)
             )
-            row["ok"] &= row["tokenizer"]
+            written = sum(int(tensor.n_bytes) for tensor in GGUFReader(out / "model.gguf").tensors)
+            row["exact"] = written == planned_bytes(made.data, source) == report["size"]["tensors"]
+            row["ok"] &= row["tokenizer"] and row["exact"]
         else:
             spec |= {
                 "directory": str(out), "prompts": prompts, "new_tokens": NEW_TOKENS, "result": str(folder / "found.pt")
@@ -152,7 +169,7 @@ def main() -> int:
     columns = {
         "model": "model", "target": "target", "grid": "grid", "inputs": "inputs", "MB": "MB",
         "greedy": "64 greedy tokens", "kl": "KL, nats/token", "disagree": "disagree", "gap": "largest gap there",
-        "noise": "bf16 noise", "tokenizer": "tokenizer", "ok": "ok",
+        "noise": "bf16 noise", "tokenizer": "tokenizer", "exact": "bytes as planned", "ok": "ok",
     }  # fmt: skip
     return exit_code(publish("exports", rows, columns, started))
 

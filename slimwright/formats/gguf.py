@@ -229,11 +229,10 @@ def vocabulary(tokenizer: Mapping[str, Any], size: int) -> dict[str, tuple[str, 
     """
     model = tokenizer.get("model") or {}
     split = _splitting(tokenizer)
-    normalizer = (tokenizer.get("normalizer") or {}).get("type")
-    if model.get("type") != "BPE" or model.get("byte_fallback") or split is None or normalizer not in (None, "NFC"):
-        raise InputError(  # NFC is Qwen's, which llama.cpp leaves out
-            "The tokenizer cannot be written as gguf: only byte-level BPE that splits text as GPT-2, Qwen2 or Llama 3 "
-            "does is."
+    if reason := _unlike(tokenizer, split):
+        raise InputError(
+            f"The tokenizer cannot be written as gguf ({reason}): only byte-level BPE that splits text as GPT-2, Qwen2 "
+            "or Llama 3 does is."
         )
     tokens = {index: token for token, index in model["vocab"].items()}
     kinds = dict.fromkeys(tokens, _NORMAL)
@@ -249,26 +248,51 @@ def vocabulary(tokenizer: Mapping[str, Any], size: int) -> dict[str, tuple[str, 
         "tokenizer.ggml.tokens": ("array", [tokens.get(index, f"[PAD{index}]") for index in range(size)]),
         "tokenizer.ggml.token_type": ("array", [kinds.get(index, _UNUSED) for index in range(size)]),
         "tokenizer.ggml.merges": ("array", merges),
-        "tokenizer.ggml.add_bos_token": ("bool", _adds_first(tokenizer)),
+        "tokenizer.ggml.add_bos_token": ("bool", _adds(tokenizer, 0)),
+        "tokenizer.ggml.add_eos_token": ("bool", _adds(tokenizer, -1)),
     }
+
+
+def _unlike(tokenizer: Mapping[str, Any], split: str | None) -> str:
+    """What of a tokenizer llama.cpp's byte-level BPE has not; empty where it has all."""
+    model = tokenizer.get("model") or {}
+    normalizer = (tokenizer.get("normalizer") or {}).get("type")
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        return f"its model is {model.get('type')}{' with byte fallback' if model.get('byte_fallback') else ''}"
+    if split is None:
+        return "it splits text in another way"
+    if normalizer not in (None, "NFC"):  # NFC is Qwen's, which llama.cpp leaves out
+        return f"it normalizes text by {normalizer}"
+    if bool(model.get("ignore_merges")) != (split == "llama-bpe"):
+        return f"ignore_merges is {bool(model.get('ignore_merges'))}, which does not go with the splits of {split}"
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(key):
+            return f"it has {key}"
+    for added in tokenizer.get("added_tokens") or []:
+        for key in ("lstrip", "rstrip", "single_word"):
+            if added.get(key):
+                return f"its token {added.get('content')} has {key}"
+    return ""
 
 
 def _splitting(tokenizer: Mapping[str, Any]) -> str | None:
     pre = tokenizer.get("pre_tokenizer") or {}
     parts = pre.get("pretokenizers") or [pre]
     kinds = [part.get("type") for part in parts]
-    if kinds == ["ByteLevel"] and parts[0].get("use_regex", True) and not parts[0].get("add_prefix_space"):
+    spaced = any(part.get("add_prefix_space") for part in parts)
+    if kinds == ["ByteLevel"] and parts[0].get("use_regex", True) and not spaced:
         return "gpt-2"
-    if kinds == ["Split", "ByteLevel"] and not parts[1].get("use_regex", True):
-        return _SPLITS.get((parts[0].get("pattern") or {}).get("Regex", ""))
+    if kinds == ["Split", "ByteLevel"] and not parts[1].get("use_regex", True) and not spaced:
+        isolated = parts[0].get("behavior") == "Isolated" and not parts[0].get("invert")
+        return _SPLITS.get((parts[0].get("pattern") or {}).get("Regex", "")) if isolated else None
     return None
 
 
-def _adds_first(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether the tokenizer puts a special token before the text."""
+def _adds(tokenizer: Mapping[str, Any], place: int) -> bool:
+    """Whether the tokenizer puts a special token at the beginning (0) or the end (-1) of a text."""
     post = tokenizer.get("post_processor") or {}
     for part in post.get("processors") or [post]:
         single = part.get("single")
-        if isinstance(single, list) and single and "SpecialToken" in single[0]:
+        if isinstance(single, list) and len(single) > 1 and "SpecialToken" in single[place]:
             return True
     return False

@@ -482,9 +482,9 @@ bool seen_splits(const Kv& kv, int64_t& first, int64_t& splits) {
 
 // -- parts of a step ---------------------------------------------------------------------------------------------
 
-INLINE Kv with_new_token(const Kv& kv) {
+INLINE Kv with_tokens(const Kv& kv, int64_t count) {
     Kv longer = kv;
-    longer.length++;
+    longer.length += count;
     return longer;
 }
 
@@ -492,23 +492,25 @@ CLONES void combine_row(const Kv& kv, const float* partials, int64_t row, int64_
     combine(kv, partials, row, splits, output);
 }
 
-int part_shape(const Kv* kv, int64_t* shape) {
-    const Kv longer = with_new_token(*kv);
+int part_shape(const Kv* kv, int64_t token, int64_t* shape) {
+    const Kv longer = with_tokens(*kv, token + 1);
     if (const int wrong = check(*kv, longer.length)) return wrong;
+    if (token && (kv->bits < 16 || longer.length > kv->window)) return BAD_SHAPE;
     if (!seen_splits(longer, shape[0], shape[1])) return BAD_SHAPE;
     shape[2] = kv->batch * kv->heads * shape[1] * (up(kv->value_dim, TILE) * TILE + 2);
     return OK;
 }
 
-int part_append(const Kv* kv, int64_t row, const void* keys, const void* values) {
+int part_append(const Kv* kv, int64_t token, int64_t row, const void* keys, const void* values) {
+    const Kv before = with_tokens(*kv, token);
     Job job;
-    job.kv = kv; job.keys = keys; job.values = values; job.count = 1;
+    job.kv = &before; job.keys = keys; job.values = values; job.count = 1;
     try { append_one(job, row); } catch (const std::bad_alloc&) { return NO_MEMORY; }
     return OK;
 }
 
-int part_attend(const Kv* kv, const int64_t* shape, int64_t index, const void* query, float* partials) {
-    const Kv longer = with_new_token(*kv);
+int part_attend(const Kv* kv, int64_t token, const int64_t* shape, int64_t index, const void* query, float* partials) {
+    const Kv longer = with_tokens(*kv, token + 1);
     Job job;
     job.kv = &longer; job.query = query; job.first = shape[0]; job.splits = shape[1]; job.partials = partials;
     try { attend_one(job, index); } catch (const std::bad_alloc&) { return NO_MEMORY; }

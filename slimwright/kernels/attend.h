@@ -25,15 +25,18 @@ struct SlimwrightKv {
     uint16_t* value_low;
 };
 
-// Parts of a decoding step for a caller that has threads of its own, on what `slimwright_kv_shape` has found right.
+// Parts of a decoding step for a caller that has threads of its own, on what `slimwright_kv_shape` has found right. `token`
+// of the tokens that a step brings come before the one meant, whose places in an unpacked cache follow each other; a packed
+// cache, and the ring of a sliding window that is full, take one token a step.
 struct SlimwrightKvParts {
-    // Whether one more token may be appended and attended to: 0, or what is wrong. shape: the first split of 256 tokens
-    // that attention sees, how many splits, floats of partial results.
-    int (*shape)(const SlimwrightKv* kv, int64_t* shape);
+    // Whether the token may be appended and attended to: 0, or what is wrong. shape: the first split of 256 tokens that
+    // attention sees, how many splits, floats of partial results.
+    int (*shape)(const SlimwrightKv* kv, int64_t token, int64_t* shape);
     // Stores the new token of row `row` (of batch x kv_heads); kv->length stays.
-    int (*append)(const SlimwrightKv* kv, int64_t row, const void* keys, const void* values);
-    // Attention over the kept tokens and the appended one: part `index` of rows x splits, then the sum of a row's parts.
-    int (*attend)(const SlimwrightKv* kv, const int64_t* shape, int64_t index, const void* query, float* partials);
+    int (*append)(const SlimwrightKv* kv, int64_t token, int64_t row, const void* keys, const void* values);
+    // Attention over the kept tokens and those appended: part `index` of rows x splits, then the sum of a row's parts.
+    int (*attend)(const SlimwrightKv* kv, int64_t token, const int64_t* shape, int64_t index, const void* query,
+                  float* partials);
     int (*combine)(const SlimwrightKv* kv, const int64_t* shape, int64_t row, const float* partials, void* output);
 };
 

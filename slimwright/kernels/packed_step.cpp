@@ -1,4 +1,4 @@
-// One decoding step of a whole model in one call, on threads that stay together for it: between products stand only a
+// One step of a whole model in one call, a row for each token that it brings, on threads that stay together for it: between products stand only a
 // norm, a rotation or an activation, and waking threads for each would take longer than these.
 //
 // The step is a list of phases, each of them tasks that do not depend on each other. Every thread goes through the list,
@@ -12,6 +12,7 @@
 #include "packed_step.h"
 #include "packed_threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -88,13 +89,25 @@ struct alignas(64) Phase {
     alignas(64) std::atomic<int64_t> done{0};
 };
 
+// Attention of one row, or of all rows of one cache: its shape (SlimwrightKvParts.shape), and where its tasks and partial
+// results begin among those of the layer.
+struct Part {
+    int64_t shape[3];
+    int64_t task, partial;
+};
+
 struct Planned {
     Shared qkv, o, up, down;
-    int64_t shape[3];      // of attention (SlimwrightKvParts.shape)
+    std::vector<Part> parts;  // of each row; where one cache has all, one
+    int64_t tasks = 0;        // of attention
 };
+
+// Which cache a row's token goes to, and how many of the step's tokens go there before it.
+struct Place { int64_t cache, token; };
 
 struct Run {
     const Step& step;
+    std::vector<Place> places;  // of each row; where one cache has all, one
     std::vector<Planned> layers;
     Shared head;
     std::vector<Phase> phases;
@@ -122,10 +135,27 @@ int check_step(const Step& s) {
     if ((s.type != FLOAT32 && s.type != BFLOAT16) || !s.hidden || !s.parts || (s.layers && !s.layer)) return BAD_ARGUMENT;
     if (s.positions != 1 && s.positions != s.batch) return BAD_ARGUMENT;
     if (s.rotary < 0 || s.rotary % 2 || (s.rotary && (!s.cosine || !s.sine))) return BAD_ARGUMENT;
+    if (s.caches < 1 || s.caches > s.batch || (!s.tokens && s.caches != 1)) return BAD_ARGUMENT;
+    int64_t rows = 0;
+    for (int64_t c = 0; s.tokens && c < s.caches; c++) {
+        if (s.tokens[c] < 1 || s.tokens[c] > s.batch) return BAD_ARGUMENT;
+        rows += s.tokens[c];
+    }
+    if (s.tokens && rows != s.batch) return BAD_ARGUMENT;
+    if (s.outputs < 1 || s.outputs > s.batch || (!s.output && s.outputs != s.batch)) return BAD_ARGUMENT;
+    for (int64_t i = 0; s.output && i < s.outputs; i++)
+        if (s.output[i] < 0 || s.output[i] >= s.batch || (i && s.output[i] <= s.output[i - 1])) return BAD_ARGUMENT;
     for (int64_t i = 0; i < s.layers; i++) {
         const Layer& layer = s.layer[i];
-        const SlimwrightKv* kv = layer.kv;
-        if (!kv || kv->batch != s.batch || kv->dtype != s.type || kv->kv_heads < 1 || kv->heads % kv->kv_heads) return BAD_CACHE;
+        if (!layer.kv) return BAD_CACHE;
+        const SlimwrightKv* kv = layer.kv[0];
+        for (int64_t c = 0; c < s.caches; c++) {
+            const SlimwrightKv* other = layer.kv[c];
+            if (!other || other->batch != (s.tokens ? 1 : s.batch) || other->dtype != s.type) return BAD_CACHE;
+            if (other->heads != kv->heads || other->kv_heads != kv->kv_heads) return BAD_CACHE;
+            if (other->key_dim != kv->key_dim || other->value_dim != kv->value_dim) return BAD_CACHE;
+        }
+        if (kv->kv_heads < 1 || kv->heads % kv->kv_heads) return BAD_CACHE;
         if (kv->key_dim < s.rotary || kv->key_dim > (1 << 16) || kv->value_dim < 1 || kv->value_dim > (1 << 16)) return BAD_CACHE;
         if (!layer.input_gain || !layer.middle_gain || !layer.gate.weight) return BAD_ARGUMENT;
         const int64_t inner = layer.gate.weight->rows;
@@ -144,12 +174,12 @@ int check_step(const Step& s) {
     return check_product(s.head, s.width, 0, s.type);
 }
 
-Shared shared(const Run& run, std::initializer_list<const Product*> products) {
+Shared shared(const Run& run, int64_t batch, std::initializer_list<const Product*> products) {
     Shared found;
     for (const Product* product : products) {
         const int i = found.count++;
         found.products[i] = product;
-        found.inputs[i] = inputs_of(*product->weight, run.step.batch, int32_t(product->digits));
+        found.inputs[i] = inputs_of(*product->weight, batch, int32_t(product->digits));
         found.source[i] = i;
         for (int j = i - 1; j >= 0; j--)
             if (alike(*product->weight, *found.products[j]->weight) && product->digits == found.products[j]->digits)
@@ -201,12 +231,12 @@ void multiply(Run& run, const Shared& s, int i, int64_t first, int64_t last, flo
                 product.weight->rows, first, FLOAT32, scratch);
 }
 
-// Adds to the hidden states of a row, normalizes them, and writes the inputs of what comes next.
-void next_input(Run& run, int64_t index, bool add, const float* gain, const Shared& s) {
+// Adds to the hidden states of a row, normalizes them, and writes them as the `index`-th input of what comes next.
+void next_input(Run& run, int64_t row, int64_t index, bool add, const float* gain, const Shared& s) {
     const int64_t width = run.step.width;
-    float* hidden = run.step.hidden + index * width;
+    float* hidden = run.step.hidden + row * width;
     if (add) {
-        const float* more = run.added + index * width;
+        const float* more = run.added + row * width;
         for (int64_t i = 0; i < width; i++) hidden[i] += more[i];
     }
     float* normal = run.first + index * run.widest;
@@ -216,7 +246,7 @@ void next_input(Run& run, int64_t index, bool add, const float* gain, const Shar
 }
 
 void input_work(Run& run, int64_t layer, int64_t index) {
-    next_input(run, index, layer > 0, run.step.layer[layer].input_gain, run.layers[size_t(layer)].qkv);
+    next_input(run, index, index, layer > 0, run.step.layer[layer].input_gain, run.layers[size_t(layer)].qkv);
 }
 
 void qkv_work(Run& run, int64_t layer, int64_t index) {
@@ -245,27 +275,45 @@ void rotate(Run& run, float* head, int64_t dim, const float* gain, int64_t batch
     store_row(head, dim, run.step.type, out);
 }
 
+// The first of the rows that a row's place and part are of: itself, where rows have caches of their own.
+inline int64_t first_of(const Run& run, int64_t row) { return run.step.tokens ? row : 0; }
+
 void rotate_work(Run& run, int64_t layer, int64_t row) {
     const Layer& own = run.step.layer[layer];
-    const SlimwrightKv& kv = *own.kv;
-    const int64_t batch = row / kv.kv_heads, group = kv.heads / kv.kv_heads, dim = kv.key_dim;
+    const int64_t kv_heads = own.kv[0]->kv_heads, batch = row / kv_heads, first = first_of(run, batch);
+    const Place& place = run.places[size_t(first)];
+    const SlimwrightKv& kv = *own.kv[place.cache];
+    const int64_t group = kv.heads / kv_heads, dim = kv.key_dim;
     for (int64_t i = row * group; i < (row + 1) * group; i++)
         rotate(run, run.first + i * dim, dim, own.q_gain, batch, run.query + i * dim * run.element);
     rotate(run, run.second + row * dim, dim, own.k_gain, batch, run.keys + row * dim * run.element);
     store_row(run.third + row * kv.value_dim, kv.value_dim, run.step.type, run.values + row * kv.value_dim * run.element);
-    if (run.step.parts->append(&kv, row, run.keys, run.values)) run.error.store(NO_MEMORY);
+    const int64_t before = first * kv_heads * run.element;
+    if (run.step.parts->append(&kv, place.token, row - first * kv_heads, run.keys + before * dim,
+                               run.values + before * kv.value_dim))
+        run.error.store(NO_MEMORY);
 }
 
 void attend_work(Run& run, int64_t layer, int64_t index) {
-    const int64_t* shape = run.layers[size_t(layer)].shape;
-    if (run.step.parts->attend(run.step.layer[layer].kv, shape, index, run.query, run.partials)) run.error.store(NO_MEMORY);
+    const std::vector<Part>& parts = run.layers[size_t(layer)].parts;
+    const auto earlier = [](int64_t task, const Part& part) { return task < part.task; };
+    const int64_t first = std::upper_bound(parts.begin(), parts.end(), index, earlier) - parts.begin() - 1;
+    const Part& part = parts[size_t(first)];
+    const Place& place = run.places[size_t(first)];
+    const SlimwrightKv* kv = run.step.layer[layer].kv[place.cache];
+    const uint8_t* query = run.query + first * kv->heads * kv->key_dim * run.element;
+    if (run.step.parts->attend(kv, place.token, part.shape, index - part.task, query, run.partials + part.partial))
+        run.error.store(NO_MEMORY);
 }
 
 void combine_work(Run& run, int64_t layer, int64_t index) {
-    const SlimwrightKv& kv = *run.step.layer[layer].kv;
     const Planned& planned = run.layers[size_t(layer)];
-    for (int64_t row = index * kv.kv_heads; row < (index + 1) * kv.kv_heads; row++)
-        if (run.step.parts->combine(&kv, planned.shape, row, run.partials, run.x)) run.error.store(NO_MEMORY);
+    const int64_t first = first_of(run, index);
+    const SlimwrightKv& kv = *run.step.layer[layer].kv[run.places[size_t(first)].cache];
+    const Part& part = planned.parts[size_t(first)];
+    uint8_t* out = run.x + first * kv.heads * kv.value_dim * run.element;
+    for (int64_t row = (index - first) * kv.kv_heads; row < (index - first + 1) * kv.kv_heads; row++)
+        if (run.step.parts->combine(&kv, part.shape, row, run.partials + part.partial, out)) run.error.store(NO_MEMORY);
     prepare_shared(run, planned.o, index);
 }
 
@@ -277,7 +325,7 @@ void one_product(Run& run, const Shared& s, int64_t index, float* out) {
 void o_work(Run& run, int64_t layer, int64_t index) { one_product(run, run.layers[size_t(layer)].o, index, run.added); }
 
 void middle_work(Run& run, int64_t layer, int64_t index) {
-    next_input(run, index, true, run.step.layer[layer].middle_gain, run.layers[size_t(layer)].up);
+    next_input(run, index, index, true, run.step.layer[layer].middle_gain, run.layers[size_t(layer)].up);
 }
 
 void up_work(Run& run, int64_t layer, int64_t index) {
@@ -305,7 +353,10 @@ void add_work(Run& run, int64_t, int64_t index) {
 }
 
 void final_work(Run& run, int64_t layer, int64_t index) {
-    if (run.step.head.weight) return next_input(run, index, layer > 0, run.step.final_gain, run.head);
+    if (run.step.head.weight) {
+        const int64_t row = run.step.output ? run.step.output[index] : index;
+        return next_input(run, row, index, layer > 0, run.step.final_gain, run.head);
+    }
     if (layer > 0) add_work(run, layer, index);
     float* hidden = run.step.hidden + index * run.step.width;
     normalize(hidden, run.step.final_gain, run.step.width, run.step.epsilon, hidden);
@@ -328,25 +379,39 @@ int plan(Run& run) {
     const Step& s = run.step;
     int64_t inputs = 64, partials = 16, heads = 1, widest = s.width;
     const auto larger = [](int64_t& a, int64_t b) { a = a < b ? b : a; };
+    for (int64_t c = 0; s.tokens && c < s.caches; c++)
+        for (int64_t t = 0; t < s.tokens[c]; t++) run.places.push_back({c, t});
+    if (!s.tokens) run.places.push_back({0, 0});
     run.layers.resize(size_t(s.layers));
     for (int64_t i = 0; i < s.layers; i++) {
         const Layer& layer = s.layer[i];
         Planned& planned = run.layers[size_t(i)];
-        if (const int wrong = s.parts->shape(layer.kv, planned.shape)) return wrong == 2 ? CACHE_FULL : BAD_CACHE;
-        planned.qkv = shared(run, {&layer.q, &layer.k, &layer.v});
-        planned.o = shared(run, {&layer.o});
-        planned.up = shared(run, {&layer.gate, &layer.up});
-        planned.down = shared(run, {&layer.down});
+        int64_t floats = 0;
+        planned.parts.resize(run.places.size());
+        for (size_t p = 0; p < run.places.size(); p++) {
+            const Place& place = run.places[p];
+            const SlimwrightKv* kv = layer.kv[place.cache];
+            Part& part = planned.parts[p];
+            if (const int wrong = s.parts->shape(kv, place.token, part.shape)) return wrong == 2 ? CACHE_FULL : BAD_CACHE;
+            part.task = planned.tasks, part.partial = floats;
+            planned.tasks += kv->batch * kv->kv_heads * part.shape[1];
+            floats += part.shape[2];
+        }
+        planned.qkv = shared(run, s.batch, {&layer.q, &layer.k, &layer.v});
+        planned.o = shared(run, s.batch, {&layer.o});
+        planned.up = shared(run, s.batch, {&layer.gate, &layer.up});
+        planned.down = shared(run, s.batch, {&layer.down});
         for (Shared* one : {&planned.qkv, &planned.o, &planned.up, &planned.down}) larger(inputs, shared_bytes(*one));
-        larger(partials, planned.shape[2]);
+        larger(partials, floats);
         for (const Product* one : {&layer.q, &layer.k, &layer.v, &layer.gate, &layer.o, &layer.down}) {
             larger(widest, one->weight->rows);
             larger(widest, one->weight->columns);
         }
-        larger(heads, layer.kv->heads * (layer.kv->key_dim < layer.kv->value_dim ? layer.kv->value_dim : layer.kv->key_dim));
+        const SlimwrightKv& kv = *layer.kv[0];
+        larger(heads, kv.heads * (kv.key_dim < kv.value_dim ? kv.value_dim : kv.key_dim));
     }
     if (s.head.weight) {
-        run.head = shared(run, {&s.head});
+        run.head = shared(run, s.outputs, {&s.head});
         larger(inputs, shared_bytes(run.head));
     }
     run.widest = widest, run.element = s.type == FLOAT32 ? 4 : 2;
@@ -376,11 +441,10 @@ int plan(Run& run) {
     };
     for (int64_t i = 0; i < s.layers; i++) {
         const Planned& planned = run.layers[size_t(i)];
-        const int64_t heads_kept = s.batch * s.layer[i].kv->kv_heads;
         add(input_work, i, s.batch);
         add(qkv_work, i, tasks_of(planned.qkv));
-        add(rotate_work, i, heads_kept);
-        add(attend_work, i, heads_kept * planned.shape[1]);
+        add(rotate_work, i, s.batch * s.layer[i].kv[0]->kv_heads);
+        add(attend_work, i, planned.tasks);
         add(combine_work, i, s.batch);
         add(o_work, i, tasks_of(planned.o));
         add(middle_work, i, s.batch);
@@ -388,7 +452,7 @@ int plan(Run& run) {
         add(gate_work, i, s.batch);
         add(down_work, i, tasks_of(planned.down));
     }
-    if (s.final_gain) add(final_work, s.layers, s.batch);
+    if (s.final_gain) add(final_work, s.layers, s.head.weight ? s.outputs : s.batch);
     else if (s.layers) add(add_work, s.layers, s.batch);
     if (s.head.weight) add(head_work, 0, tasks_of(run.head));
     for (; count < phases.size(); count++) phases[count].count = 0;
@@ -405,7 +469,7 @@ extern "C" {
 
 int64_t slimwright_packed_step_size() { return int64_t(sizeof(SlimwrightStep) + sizeof(SlimwrightLayer)); }
 
-// One token a row through the layers: adds to step->hidden, appends to every cache (kv->length grows), writes the logits.
+// The step's tokens through the layers: adds to step->hidden, appends to every cache (kv->length grows), writes the logits.
 // Nothing is changed where an error is returned, except NO_MEMORY.
 int slimwright_packed_step(const SlimwrightStep* step) {
     if (!step) return BAD_ARGUMENT;
@@ -415,7 +479,9 @@ int slimwright_packed_step(const SlimwrightStep* step) {
         if (const int wrong = plan(run)) return wrong;
         team(body, &run, int(step->threads));
         if (const int wrong = run.error.load()) return wrong;
-        for (int64_t i = 0; i < step->layers; i++) step->layer[i].kv->length++;
+        for (int64_t i = 0; i < step->layers; i++)
+            for (int64_t c = 0; c < step->caches; c++)
+                step->layer[i].kv[c]->length += step->tokens ? step->tokens[c] : 1;
     } catch (const std::bad_alloc&) { return NO_MEMORY; }
     return FINE;
 }

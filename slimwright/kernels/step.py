@@ -1,8 +1,9 @@
-"""The functions of packed_step.cpp on tensors: one token a row through all layers of a decoder, in one call."""
+"""The functions of packed_step.cpp on tensors: new tokens of texts through all layers of a decoder, in one call."""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,10 +39,12 @@ class _Step(ctypes.Structure):
     """``SlimwrightStep``."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "width", "layers", "rotary", "positions", "type", "threads")),
+        *((name, ctypes.c_int64) for name in ("batch", "width", "layers", "caches")), ("tokens", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rotary", "positions", "type", "threads")),
         ("epsilon", ctypes.c_double), ("head_epsilon", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("layer", "cosine", "sine", "hidden", "final_gain")),
-        ("head", _Product), ("logits", ctypes.c_void_p), ("parts", ctypes.c_void_p),
+        ("head", _Product), ("outputs", ctypes.c_int64), ("output", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p), ("parts", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -69,29 +72,27 @@ class Block:
 
 
 class Step:
-    """A decoder's layers, last norm and head for batches of one size.
+    """A decoder's layers, last norm and head.
 
     Args:
         library: the packed kernels.
         blocks: its layers.
-        batch: rows.
         dtype: of the model.
         epsilons: of the layers' norms, and of those of heads.
         final_gain: of the last norm; None: the step ends with the layers.
-        head: the product that gives logits; None: the step ends with the last norm.
     """
 
     def __init__(
-        self, library: Library, blocks: Sequence[Block], batch: int, dtype: torch.dtype,
-        epsilons: tuple[float, float], final_gain: Tensor | None, head: Product | None,
+        self, library: Library, blocks: Sequence[Block], dtype: torch.dtype, epsilons: tuple[float, float],
+        final_gain: Tensor | None,
     ) -> None:  # fmt: skip
         parts = attend.library()
         if parts is None:
             raise SlimwrightError(f"There are no compiled kernels: {attend.why_not()}.")
         if library.step_bytes != ctypes.sizeof(_Step) + ctypes.sizeof(_Layer):
             raise SlimwrightError("The compiled kernels are of another version.")
-        self.library, self.batch, self.head = library, batch, head
-        self.kept = (blocks, final_gain, head)
+        self.library = library
+        self.kept: tuple[object, ...] = (blocks, final_gain)
         self.layers = (_Layer * max(1, len(blocks)))()
         for layer, block in zip(self.layers, blocks):
             for name, product in block.products.items():
@@ -99,35 +100,52 @@ class Step:
             for name, gain in zip(_GAINS, block.gains):
                 setattr(layer, name, None if gain is None else _floats(gain).data_ptr())
         self.structure = _Step(
-            batch=batch, layers=len(blocks), type=DTYPES[dtype], epsilon=epsilons[0], head_epsilon=epsilons[1],
+            layers=len(blocks), type=DTYPES[dtype], epsilon=epsilons[0], head_epsilon=epsilons[1],
             layer=ctypes.addressof(self.layers), parts=parts.slimwright_kv_parts(),
             final_gain=None if final_gain is None else _floats(final_gain).data_ptr(),
         )  # fmt: skip
-        if head is not None:
-            self.structure.head = _product(head)
         self.run = library.step
 
-    def __call__(self, hidden: Tensor, cosine: Tensor, sine: Tensor, caches: Sequence[attend.Kv]) -> Tensor | None:
-        """Logits (batch, rows of the head) float32; None without a head, ``hidden`` is the result then.
+    def __call__(
+        self, hidden: Tensor, cosine: Tensor, sine: Tensor, caches: Sequence[Sequence[attend.Kv]],
+        tokens: Sequence[int] | None, head: Product | None,
+    ) -> Tensor | None:  # fmt: skip
+        """Logits float32 of every row, or of the last token of every cache, (rows, rows of the head); None without a
+        head, ``hidden`` is the result then.
 
         Args:
-            hidden: (batch, width) float32; it is changed.
-            cosine, sine: (1 or batch, rotated channels) float32.
-            caches: of the layers, described for one more token; their ``length`` grows.
+            hidden: (rows, width) float32; it is changed.
+            cosine, sine: (1 or rows, rotated channels) float32.
+            caches: by layer, described for their new tokens; their ``length`` grows.
+            tokens: rows that are the next tokens of each cache, one cache's after the other's; None: there is one cache
+                of all rows, each of which has one token.
+            head: the product that gives logits.
 
         Raises:
             InputError: a cache is full; MemoryError: there is no memory; SlimwrightError: something does not fit.
         """
         s = self.structure
-        if len(caches) != s.layers or hidden.shape[0] != self.batch or cosine.shape != sine.shape:
-            raise SlimwrightError("A decoding step was called with tensors of another shape.")
-        for layer, kv in zip(self.layers, caches):
-            layer.kv = ctypes.addressof(kv)
-        logits = None
-        if self.head is not None:
-            logits = torch.empty(self.batch, self.head.matrix.layout.rows)
-            s.logits = logits.data_ptr()
-        s.width, s.threads = hidden.shape[1], torch.get_num_threads()
+        rows, s.caches = hidden.shape[0], len(caches[0]) if caches else 1
+        addresses = [ctypes.addressof(kv) for own in caches for kv in own]
+        if len(caches) != s.layers or len(addresses) != s.layers * s.caches or cosine.shape != sine.shape:
+            raise SlimwrightError("A step was called with tensors of another shape.")
+        self.table = (ctypes.c_void_p * len(addresses))(*addresses)
+        first, stride = ctypes.addressof(self.table), s.caches * ctypes.sizeof(ctypes.c_void_p)
+        for index, layer in enumerate(self.layers[: s.layers]):
+            layer.kv = first + index * stride
+        s.tokens, s.output, s.outputs, logits = None, None, rows, None
+        if tokens is not None:
+            if len(tokens) != s.caches:
+                raise SlimwrightError("A step was called with another number of caches.")
+            lasts = [last - 1 for last in itertools.accumulate(tokens)]
+            self.numbers = (ctypes.c_int64 * (2 * len(tokens)))(*tokens, *lasts)
+            s.tokens = ctypes.addressof(self.numbers)
+            s.output, s.outputs = s.tokens + len(tokens) * ctypes.sizeof(ctypes.c_int64), len(tokens)
+        s.head = _Product()
+        if head is not None:
+            logits = torch.empty(s.outputs, head.matrix.layout.rows)
+            s.head, s.logits = _product(head), logits.data_ptr()
+        s.batch, s.width, s.threads = rows, hidden.shape[1], torch.get_num_threads()
         s.positions, s.rotary = cosine.shape
         s.hidden = _floats(hidden).data_ptr()
         s.cosine, s.sine = _floats(cosine).data_ptr(), _floats(sine).data_ptr()

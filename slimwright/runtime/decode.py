@@ -43,7 +43,9 @@ class Decoding:
     def __init__(self, cache: Cache, start: Tensor | None) -> None:
         self.cache = cache
         self.layers = [layer for layer in cache.layers if isinstance(layer, KvLayer)]
-        self.numbered = len(self.layers) == len(cache.layers)
+        self.caches = [self.layers] if len(self.layers) == len(cache.layers) else []
+        """What a step in one call of the kernels takes: layers of one cache for all rows, or of one for each."""
+        self.numbered = bool(self.caches)
         """Whether every layer is ours and was attended to by the module of its number."""
         self.start = start
         self.how: dict[int, dict[str, Any]] = {}
@@ -70,12 +72,9 @@ class Decoding:
     def fused(self, model: Any, batch: int) -> Fused | None:
         """The whole step as one call of the kernels; None where the model runs its own forward."""
         if batch not in self.steps:
-            found = None
-            if len(self.layers) == len(self.cache.layers) and all(_exact(layer, model) for layer in self.layers):
-                found = None if fused.why_not(model, batch) else Fused(
-                    model, self.layers, fused.asked(model), self.start, batch
-                )  # fmt: skip
-            self.steps[batch] = found
+            exact = bool(self.caches) and all(_exact(layer, model) for layers in self.caches for layer in layers)
+            fits = exact and not fused.why_not(model, batch)
+            self.steps[batch] = Fused(model, fused.asked(model)) if fits else None
         return self.steps[batch]
 
     @contextlib.contextmanager
@@ -300,7 +299,7 @@ def decode(model: Any, decoding: Decoding, tokens: Tensor, positions: Tensor | N
     more = {} if positions is None else {"position_ids": positions}
     whole = None if step is not None or positions is None else decoding.fused(model, tokens.shape[0])
     if whole is not None and positions is not None and positions.ndim == 2:
-        return whole(tokens, positions)
+        return whole(tokens, positions, decoding.caches, decoding.start)
     with decoding.running():
         if step is not None:
             return step(tokens, positions)

@@ -1,4 +1,4 @@
-"""A decoding step as one call of the kernels (kernels/packed_step.cpp), for decoders that are built as most are.
+"""A step of a model as one call of the kernels (kernels/packed_step.cpp), for decoders that are built as most are.
 
 A block of such a model is a norm, attention with rotary positions, a norm and a gated MLP with SiLU, all products
 packed. What a model is made of is seen in its modules; that it computes with them what the kernels do is not believed
@@ -9,6 +9,7 @@ module.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,55 +29,88 @@ _MLP = {"gate_proj", "up_proj", "down_proj"}
 
 
 class Fused:
-    """One token a row through a model, given its cache.
+    """New tokens through a model, given its caches: of one text or many, in any numbers.
 
     Args:
         model: that :func:`why_not` has nothing against.
-        layers: of its cache, with the prompt in them.
         how: what each layer's attention is asked for (:meth:`KvLayer.attend`).
-        start: (batch,) first token of each row that is no padding, or None.
-        batch: rows.
         only: of the model's layers, without the last norm and the head; None is all, with them.
     """
 
-    def __init__(
-        self, model: Any, layers: Sequence[KvLayer], how: Sequence[dict[str, Any]], start: Tensor | None, batch: int,
-        only: int | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: Any, how: Sequence[dict[str, Any]], only: int | None = None) -> None:
         decoder, library = model.get_decoder(), packed.library()
         assert library is not None
         chosen = slice(None) if only is None else slice(only, only + 1)
-        own = list(decoder.layers)[chosen]
-        blocks = [_block(layer, model.dtype, batch) for layer in own]
-        self.embed, self.rotary, self.dtype = model.get_input_embeddings(), decoder.rotary_emb, model.dtype
-        self.layers, self.how, self.start = list(layers)[chosen], list(how)[chosen], start
+        own, dtype = list(decoder.layers)[chosen], model.dtype
+        gains = [_gains(layer) for layer in own]
+        self.embed, self.rotary, self.dtype = model.get_input_embeddings(), decoder.rotary_emb, dtype
+        self.how = list(how)[chosen]
         self.heads = [layer.self_attn.q_proj.out_features // layer.self_attn.head_dim for layer in own]
+        self.none = [_no_states(layer.self_attn, dtype) for layer in own]
         final = None if only is not None else _gain(decoder.norm)
-        head = None if only is not None else _product(model.get_output_embeddings(), model.dtype, batch)
         epsilons = (_epsilon(decoder.norm), _epsilon(getattr(decoder.layers[0].self_attn, "q_norm", decoder.norm)))
-        self.step = Step(library, blocks, batch, model.dtype, epsilons, final, head)
 
-    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Logits, (batch, vocabulary) float32.
+        @functools.cache
+        def step(rows: int) -> Step:
+            blocks = [_block(layer, own_gains, dtype, rows) for layer, own_gains in zip(own, gains)]
+            return Step(library, blocks, dtype, epsilons, final)
+
+        @functools.cache
+        def head(rows: int) -> Product | None:
+            return None if only is not None else _product(model.get_output_embeddings(), dtype, rows)
+
+        self._step, self._head = step, head
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, caches: Sequence[Sequence[KvLayer]], start: Tensor | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits float32, (rows, vocabulary), or of the last token of each cache, (caches, vocabulary).
 
         Args:
-            tokens: (batch, 1).
-            positions: (batch, 1).
+            tokens: (rows, 1).
+            positions: (rows, 1).
+            caches: the layers of the cache of all rows, or of each text's own; a layer of them may be empty yet.
+            start: (rows,) first token of each row that is no padding, or None; of a cache of all rows.
+            counts: how many rows are tokens of each text; None: all texts are in one cache, a row is one token of one.
         """
         hidden = self.embed(tokens)[:, 0]
-        return self.through(hidden, positions)[1]  # type: ignore[return-value]
+        return self.through(hidden, positions, caches, start, counts)[1]  # type: ignore[return-value]
 
-    def through(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """States (batch, width) after the layers in float32, where the step ends there, and logits."""
+    def through(
+        self, hidden: Tensor, positions: Tensor, caches: Sequence[Sequence[KvLayer]], start: Tensor | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """States (rows, width) after the layers in float32, where the step ends there, and logits."""
         cosine, sine = (part[:, 0].float().contiguous() for part in self.rotary(hidden[:, None], positions))
-        for layer, heads, how in zip(self.layers, self.heads, self.how):
-            layer.prepare_step(heads, self.start, **how)
+        new = counts or [1]
+        for layers, count in zip(caches, new):
+            for layer, heads, none, how in zip(layers, self.heads, self.none, self.how):
+                if not layer.is_initialized:
+                    layer.lazy_initialization(*none)
+                layer.prepare_step(count, heads, start, **how)
         hidden = hidden.to(dtype=torch.float32, copy=True, memory_format=torch.contiguous_format)
-        caches = [layer.native for layer in self.layers]
-        logits = self.step(hidden, cosine, sine, caches)  # type: ignore[arg-type]
-        for layer in self.layers:
-            layer.length += 1
+        native = [[layer.native for layer in same] for same in zip(*caches)]
+        step, head = self._step(_alike(len(hidden))), self._head(_alike(len(counts or hidden)))
+        logits = step(hidden, cosine, sine, native, counts, head)  # type: ignore[arg-type]
+        for layers, count in zip(caches, new):
+            for layer in layers:
+                layer.length += count
         return hidden, logits
+
+
+def _alike(rows: int) -> int:
+    """The fewest rows that are multiplied by the arithmetic of so many (:func:`slimwright.runtime.compute.arithmetic`),
+    as long as they are not multiplied in tiles."""
+    return min(rows, 4)
+
+
+def _no_states(attention: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of no tokens of one text."""
+    heads = attention.k_proj.out_features // attention.head_dim
+    widths = (attention.head_dim, attention.v_proj.out_features // heads)
+    keys, values = (torch.empty(1, heads, 0, width, dtype=dtype) for width in widths)
+    return keys, values
 
 
 def _plain(module: nn.Module) -> bool:
@@ -114,13 +148,16 @@ def _product(module: Any, dtype: torch.dtype, batch: int) -> Product:
     return Product(matrix, None if module.bias is None else module.bias.detach().float().contiguous(), digits)
 
 
-def _block(layer: Any, dtype: torch.dtype, batch: int) -> Block:
+def _gains(layer: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    heads = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
+    q, k = (None if norm is None else _gain(norm) for norm in heads)
+    return _gain(layer.input_layernorm), _gain(layer.post_attention_layernorm), q, k
+
+
+def _block(layer: Any, gains: Any, dtype: torch.dtype, rows: int) -> Block:
     modules = {name: getattr(layer.self_attn, f"{name}_proj") for name in ("q", "k", "v", "o")}
     modules |= {name: getattr(layer.mlp, f"{name}_proj") for name in ("gate", "up", "down")}
-    gains = [_gain(layer.input_layernorm), _gain(layer.post_attention_layernorm)]
-    heads = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
-    own = [None if norm is None else _gain(norm) for norm in heads]
-    return Block({name: _product(modules[name], dtype, batch) for name in PROJECTIONS}, (*gains, *own))  # type: ignore[arg-type]
+    return Block({name: _product(modules[name], dtype, rows) for name in PROJECTIONS}, gains)
 
 
 def _unlike(model: Any, batch: int) -> str:
@@ -234,14 +271,13 @@ def _difference(model: Any, run: Any, caches: Any, how: list[dict[str, Any]], to
         return "embeddings are changed before the first layer"
     share, rest = (1e-4, 1e-6) if model.dtype == torch.float32 else (0.05, 2**-7)
     for index, (inputs, output) in enumerate(states):
-        layers = list(caches.layers)
-        layers[index] = copy.deepcopy(layers[index])
-        one = Fused(model, layers, how, start, tokens.shape[0], only=index)
+        own = [copy.deepcopy(caches.layers[index])]
+        one = Fused(model, how, only=index)
         before, after = inputs[0][:, 0].float(), output.reshape(inputs[0].shape)[:, 0].float()
-        got, _ = one.through(inputs[0][:, 0], positions)
+        got, _ = one.through(inputs[0][:, 0], positions, [own], start)
         bound = share * (after - before).abs().max() + rest * after.abs().max()
         if not bool((got - after).abs().max() <= bound):
             return f"{type(decoder.layers[index]).__name__} computes otherwise"
-    whole = Fused(model, copy.deepcopy(caches).layers, how, start, tokens.shape[0])
+    got = Fused(model, how)(tokens, positions, [copy.deepcopy(caches).layers], start)
     bound = share * logits.abs().max()
-    return "" if bool((whole(tokens, positions) - logits).abs().max() <= bound) else "the head computes otherwise"
+    return "" if bool((got - logits).abs().max() <= bound) else "the head computes otherwise"

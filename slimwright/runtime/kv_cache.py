@@ -316,13 +316,17 @@ class KvLayer(CacheLayerMixin):
         self.length += 1
         return out
 
+    def takes(self, count: int) -> bool:
+        """Whether one step of the kernels may bring so many tokens."""
+        return count == 1 or (self.format is None and (not self.sliding or self.length + count <= self.sliding))
+
     def prepare_step(
-        self, heads: int, start: Tensor | None, scaling: float, sliding: int = 0, softcap: float = 0.0,
+        self, count: int, heads: int, start: Tensor | None, scaling: float, sliding: int = 0, softcap: float = 0.0,
         sinks: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Describe the cache for a step in which the kernels append one token and attend; arguments as of
+        """Describe the cache for a step in which the kernels append ``count`` tokens and attend; arguments as of
         :meth:`attend`."""
-        self._prepare(heads, start, scaling, sliding or self.sliding, softcap, sinks, 1)
+        self._prepare(heads, start, scaling, sliding or self.sliding, softcap, sinks, count)
 
     def _prepare(
         self, heads: int, start: Tensor | None, scaling: float, sliding: int, softcap: float, sinks: Tensor | None,

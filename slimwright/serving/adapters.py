@@ -51,13 +51,14 @@ class Applied:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._hooks: dict[str, Any] = {}
+        self._modules = dict(model.named_modules())
         self._rows: list[tuple[ServedAdapter, Tensor | None]] = []
         self._reached: set[str] = set()
 
     @contextlib.contextmanager
     def rows(self, adapters: Sequence[ServedAdapter | None]) -> Iterator[None]:
-        """Forwards in here are of as many rows, each with its adapter or none."""
+        """Forwards in here are of as many rows, each with its adapter or none. Layers are hooked only meanwhile, so
+        that rows without adapters can go through the model in one call of the kernels."""
         found: dict[ServedAdapter, list[int]] = {}
         for row, adapter in enumerate(adapters):
             if adapter is not None:
@@ -65,22 +66,22 @@ class Applied:
         self._rows = [
             (adapter, None if len(rows) == len(adapters) else torch.tensor(rows)) for adapter, rows in found.items()
         ]
+        names = {name for adapter in found for name in adapter.changes}
+        hooks = [self._modules[name].register_forward_hook(self._hook(name)) for name in names]
         try:
             yield
         finally:
             self._rows = []
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
-    def add(self, adapter: ServedAdapter) -> None:
-        """Make an adapter known to the model's layers.
+    def check(self, adapter: ServedAdapter) -> None:
+        """See that an adapter's changes reach the model.
 
         Raises:
             NotBuiltError: a layer that it changes does not run as a module of its own.
         """
-        for name in adapter.changes:
-            if name not in self._hooks:
-                module = self._model.get_submodule(name)
-                self._hooks[name] = module.register_forward_hook(self._hook(name))
         self._reached = set()
         with self.rows([adapter]):
             self._model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)

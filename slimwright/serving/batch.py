@@ -3,13 +3,15 @@
 The linear layers see all rows together, so that weights are read once for all of them; attention is answered row by row
 from each row's own cache (:class:`slimwright.runtime.kv_cache.KvLayer`), packed where the plan says so. So a row's keys
 and values are those it would have alone, rows join and leave between any two tokens, and no token is computed for
-padding.
+padding. Where the kernels know the model (:mod:`slimwright.runtime.fused`), all that a turn brings, texts' next tokens
+and parts of prompts, is one call of them.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +19,34 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from slimwright.errors import NotBuiltError
-from slimwright.runtime import decode
+from slimwright.runtime import decode, fused
+from slimwright.runtime.fused import Fused
 from slimwright.runtime.generate import Generation
 from slimwright.runtime.kv_cache import STEP, KvLayer, cache_nbytes, kv_cache
+from slimwright.serving.adapters import Applied, ServedAdapter
 
 CHUNK = 512
 """Tokens of a prompt that go through the model at once, so that others' next tokens need not wait for a long one."""
+
+ROWS = 128
+"""Tokens that one call of the kernels takes at most."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """New tokens of one text.
+
+    Attributes:
+        cache: of the text.
+        tokens: at least one.
+        start: position of the first.
+        adapter: what changes the model for it.
+    """
+
+    cache: Cache
+    tokens: Sequence[int]
+    start: int
+    adapter: ServedAdapter | None = None
 
 
 def positions(config: Any) -> int | None:
@@ -30,6 +54,13 @@ def positions(config: Any) -> int | None:
     text = config.get_text_config(decoder=True)
     found = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
     return min((value for value in found if isinstance(value, int) and value > 0), default=None)
+
+
+def _scaled_by_length(config: Any) -> bool:
+    """Whether rotary frequencies depend on how long a text is: of a batch, on its longest."""
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
+    return any(kind == "longrope" or "dynamic" in str(kind) for kind in kinds)
 
 
 class _Joint(Cache):
@@ -55,10 +86,8 @@ class _JointDecoding(decode.Decoding):
 
     def __init__(self, caches: Sequence[Cache]) -> None:
         super().__init__(_Joint(self), None)
-        self._rows: list[tuple[KvLayer, ...]] = list(zip(*(cache.layers for cache in caches)))  # type: ignore[arg-type]
-
-    def fused(self, model: Any, batch: int) -> None:
-        """None: a step in one call of the kernels has one cache for all rows."""
+        self.rows = [cache.layers for cache in caches]
+        self.steps = {len(caches): None}  # module by module
 
     def attend(self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, **how: Any) -> Tensor:
         index, own_keys, own_values = self.offered.get(id(keys), (None, None, None))
@@ -66,12 +95,11 @@ class _JointDecoding(decode.Decoding):
             raise decode.NotSupportedError(f"{type(module).__name__} changes keys and values after caching them.")
         fresh = id(keys) not in self.taken
         self.taken.add(id(keys))
-        rows = self._rows[index]  # type: ignore[call-overload]
         found = [
-            layer.attend(
+            layers[index].attend(  # type: ignore[call-overload]
                 query[row : row + 1], (keys[row : row + 1], values[row : row + 1]) if fresh else None, **how
             )
-            for row, layer in enumerate(rows)
+            for row, layers in enumerate(self.rows)
         ]  # fmt: skip
         return torch.cat(found)
 
@@ -91,10 +119,13 @@ class Batcher:
         if "past_key_values" not in accepted or model.config.is_encoder_decoder:
             raise NotBuiltError(f"{type(model).__name__} is not served in this version: causal language models are.")
         self.model = model
+        self.applied = Applied(model)
         generate = model.generate
         self._formats = generate.formats if isinstance(generate, Generation) else {}
         self._positions = "position_ids" in accepted
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.whole: Fused | None = None
+        """What runs all parts of a turn in one call; None where there are no kernels for the model."""
         self.why_single = self._why_single()
         """Why rows go through the model one by one; empty where they go together."""
         self.token_bytes = self._token_bytes()
@@ -104,38 +135,67 @@ class Batcher:
         """An empty cache for one request."""
         return kv_cache(self.model.config, self._formats, ours=not self.why_single)
 
-    def chunks(self, tokens: int) -> list[slice]:
-        """How a prompt is cut. It depends on the prompt alone, so that its logits do too. A packed cache takes it
-        whole: its tokens attend to each other exactly."""
-        size = tokens if self._formats else CHUNK
-        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
-
-    def prefill(self, cache: Cache, tokens: Sequence[int], start: int) -> Tensor:
-        """Some of a prompt's tokens, the first of which is its ``start``-th: logits (vocabulary,) float32 after the
-        last."""
-        more = self._where(torch.arange(start, start + len(tokens))[None])
-        out = self.model(
-            input_ids=torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True, return_dict=True, **more,
-            **self._last,
-        )  # fmt: skip
-        return out.logits[0, -1].float()
-
-    def step(self, caches: Sequence[Cache], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Logits (rows, vocabulary) float32 after one more token of each row.
+    def take(self, tokens: int, fed: int, room: int) -> int:
+        """How many of a prompt's tokens to feed now.
 
         Args:
-            caches: of the rows: one, where they do not go together.
-            tokens: that follow.
-            positions: of these tokens.
+            tokens: of the prompt.
+            fed: of these, those fed before.
+            room: tokens that this turn has left; at least one.
         """
-        ids, places = torch.tensor(tokens)[:, None], torch.tensor(positions)[:, None]
-        if self.why_single:
-            (cache,) = caches
-            more = self._where(places)
-            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **more)
-            return out.logits[:, -1].float()
-        with decode.attention_by_cache(self.model):
-            return decode.decode(self.model, _JointDecoding(caches), ids, places).float()
+        if self._formats:
+            return tokens  # a packed cache takes it whole: its tokens attend to each other exactly
+        return min(tokens - fed, room if self.whole else CHUNK)
+
+    def room(self, rows: int) -> int:
+        """Tokens of prompts that a turn has room for beside so many next tokens."""
+        return max(1, ROWS - rows) if self.whole and not self._formats else CHUNK
+
+    def run(self, parts: Sequence[Part]) -> Tensor:
+        """Logits (parts, vocabulary) float32 after the last token of each part; parts are of different texts."""
+        whole = [i for i, part in enumerate(parts) if self.whole and part.adapter is None and self._fits(part)]
+        following = [i for i, part in enumerate(parts) if i not in whole and self._is_next(part)]
+        found: dict[int, Tensor] = {}
+        for many, how in ((whole, self._together), (following, self._next)):
+            if many:
+                found |= zip(many, how([parts[index] for index in many]))
+        return torch.stack([found[i] if i in found else self._alone(part) for i, part in enumerate(parts)])
+
+    def intact(self, part: Part) -> bool:
+        """Whether a run that failed has left the text's cache as it was."""
+        return all(isinstance(layer, KvLayer) and layer.length == part.start for layer in part.cache.layers)
+
+    def _fits(self, part: Part) -> bool:
+        return all(isinstance(layer, KvLayer) and layer.takes(len(part.tokens)) for layer in part.cache.layers)
+
+    def _is_next(self, part: Part) -> bool:
+        return not self.why_single and len(part.tokens) == 1 and part.start > 0
+
+    def _together(self, parts: Sequence[Part]) -> Tensor:
+        """All parts in one call of the kernels."""
+        assert self.whole is not None
+        tokens = torch.tensor([token for part in parts for token in part.tokens])[:, None]
+        places = torch.cat([torch.arange(part.start, part.start + len(part.tokens)) for part in parts])[:, None]
+        layers: Any = [part.cache.layers for part in parts]
+        return self.whole(tokens, places, layers, counts=[len(part.tokens) for part in parts])
+
+    def _next(self, parts: Sequence[Part]) -> Tensor:
+        """The next token of each text, the modules seeing all rows together."""
+        tokens = torch.tensor([list(part.tokens) for part in parts])
+        places = torch.tensor([[part.start] for part in parts])
+        decoding = _JointDecoding([part.cache for part in parts])
+        with decode.attention_by_cache(self.model), self.applied.rows([part.adapter for part in parts]):
+            return decode.decode(self.model, decoding, tokens, places).float()
+
+    def _alone(self, part: Part) -> Tensor:
+        """Any part by itself: (vocabulary,)."""
+        more = self._where(torch.arange(part.start, part.start + len(part.tokens))[None])
+        with self.applied.rows([part.adapter]):
+            out = self.model(
+                input_ids=torch.tensor([list(part.tokens)]), past_key_values=part.cache, use_cache=True,
+                return_dict=True, **more, **self._last,
+            )  # fmt: skip
+        return out.logits[0, -1].float()
 
     def _where(self, positions: Tensor) -> dict[str, Tensor]:
         return {"position_ids": positions} if self._positions else {}
@@ -147,43 +207,42 @@ class Batcher:
             return reason
         if not self._positions:
             return f"{type(model).__name__} counts positions itself"
+        if _scaled_by_length(model.config):
+            return "the longest text would scale the positions of the others"
         if not all(isinstance(layer, KvLayer) for layer in kv_cache(model.config, self._formats, ours=True).layers):
             return f"{type(model).__name__} has layers of another kind"
         self.why_single = ""
         try:
-            same = self._same_as_alone()
+            together = self._as_alone()
+            if together and not fused.why_not(model, 1) and not fused.why_not(model, ROWS):
+                self.whole = Fused(model, fused.asked(model))
+                self.whole = self.whole if self._as_alone() else None
         except decode.NotSupportedError as error:
             return str(error)
-        return "" if same else f"{type(model).__name__} gives other logits for rows together"
+        return "" if together else f"{type(model).__name__} gives other logits for rows together"
 
     @torch.no_grad()
     def _token_bytes(self) -> int:
         """As a text of 256 tokens has it, or of all that the model takes, rounded up."""
         tokens = min(STEP, positions(self.model.config) or STEP)
         cache = self.cache()
-        self.prefill(cache, [0] * tokens, 0)
+        self._alone(Part(cache, [0] * tokens, 0))
         return -(-max(1, cache_nbytes(cache)) // tokens)
 
-    def _same_as_alone(self) -> bool:
-        """Whether two rows of different lengths give the logits together that they give alone."""
+    def _as_alone(self) -> bool:
+        """Whether rows of different lengths, one of them new, give the logits together that they give alone."""
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
-        prompts = [[7 % vocabulary, 14 % vocabulary, 3 % vocabulary], [5 % vocabulary]]
-        more, places = [2 % vocabulary, 6 % vocabulary], [3, 1]
+        texts = [[7, 14, 3, 2], [5, 6], [9, 4, 11, 8]]
 
-        def filled() -> list[Cache]:
-            caches = [self.cache() for _ in prompts]
-            for cache, prompt in zip(caches, prompts):
-                self.prefill(cache, prompt, 0)
-            return caches
+        def parts() -> list[Part]:
+            found = []
+            for text, fed in zip(texts, (3, 1, 0)):
+                tokens, cache = [token % vocabulary for token in text], self.cache()
+                if fed:
+                    self._alone(Part(cache, tokens[:fed], 0))
+                found.append(Part(cache, tokens[fed:], fed))
+            return found
 
-        got, rows = self.step(filled(), more, places), list(zip(filled(), more, places))
-        with decode.attention_by_cache(self.model):
-            alone = [
-                decode.decode(
-                    self.model, decode.Decoding(cache, None), torch.tensor([[token]]), torch.tensor([[place]])
-                )
-                for cache, token, place in rows
-            ]
-        expected = torch.cat(alone).float()
+        got, expected = self.run(parts()), torch.stack([self._alone(part) for part in parts()])
         bound = 1e-4 if self.model.dtype == torch.float32 else 0.05
         return bool((got - expected).abs().max() <= bound * expected.abs().max())

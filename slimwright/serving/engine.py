@@ -1,8 +1,8 @@
 """Continuous batching: one thread that makes a token of every running text, and lets texts join and leave between
 tokens.
 
-An iteration feeds some of the waiting prompts (at most about :data:`slimwright.serving.batch.CHUNK` tokens), then runs
-one forward for all texts that are past their prompts.
+A turn brings every text that is past its prompt one token, and feeds parts of the other prompts, in the order of
+arrival, as many as there is room for (:mod:`slimwright.serving.batch`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from slimwright.serving import adapters, sampling
-from slimwright.serving.batch import CHUNK, Batcher
+from slimwright.errors import InputError
+from slimwright.serving import sampling
+from slimwright.serving.batch import Batcher, Part
 from slimwright.serving.metrics import Metrics
 from slimwright.serving.requests import BusyError, Deliver, Finish, Piece, Request, TokenScore
 from slimwright.serving.text import Detokenizer, Stops
@@ -39,16 +40,21 @@ class _Text:
     detokenizer: Detokenizer
     stops: Stops
     numbers: torch.Generator | None
-    slices: deque[slice]
     cancelled: bool = False
     done: bool = False
     cache: Cache | None = None
+    fed: int = 0
     token: int = -1
     made: int = 0
     last: float = 0.0
     pending: str = ""
     pending_tokens: int = 0
     scores: list[TokenScore] = field(default_factory=list)
+
+    @property
+    def is_fed(self) -> bool:
+        """Whether it is past its prompt."""
+        return self.fed == len(self.request.prompt)
 
 
 class Ticket:
@@ -88,7 +94,6 @@ class Engine:
         self._metrics = metrics
         self.most_tokens = memory // self.batcher.token_bytes
         """Prompts and answers of all running texts together; also of one."""
-        self._applied = adapters.Applied(model)
         self._lock = threading.Condition()
         self._waiting: deque[_Text] = deque()
         self._running: list[_Text] = []
@@ -105,13 +110,18 @@ class Engine:
         """Queue some requests, all or none.
 
         Raises:
-            BusyError: there is no room, or the engine is stopping.
+            BusyError: there is no room, or the engine is stopping; InputError: there never is so much room.
         """
+        if len(requests) > self._queue + self.slots:
+            raise InputError(
+                f"{len(requests)} texts are asked for in one request, but this server takes {self._queue + self.slots} "
+                "at once: ask for fewer."
+            )
         now = time.monotonic()
         texts = [
             _Text(
                 request, deliver, now, Detokenizer(self._tokenizer, request.prompt), Stops(request.stop),
-                sampling.generator(request.sampling), deque(self.batcher.chunks(len(request.prompt))),
+                sampling.generator(request.sampling),
             )
             for request, deliver in requests
         ]  # fmt: skip
@@ -133,11 +143,6 @@ class Engine:
             self._calls.append((function, future))
             self._lock.notify()
         return future
-
-    @property
-    def applied(self) -> adapters.Applied:
-        """What applies adapters to the model; of use inside :meth:`call` only."""
-        return self._applied
 
     def wake(self) -> None:
         with self._lock:
@@ -170,19 +175,31 @@ class Engine:
 
     @torch.no_grad()
     def _run(self) -> None:
-        while True:
+        try:
+            while self._turn():
+                pass
+        except Exception as error:  # a defect: whoever waits is told, and /health says that the engine does not run
             with self._lock:
-                while not (self._waiting or self._running or self._calls or self._stopping):
-                    self._lock.wait()
-                if self._stopping and not (self._waiting or self._running or self._calls):
-                    return
-                calls, self._calls = self._calls, deque()
-            for function, future in calls:
-                _answer(function, future)
-            self._leave()
-            self._join()
-            self._feed()
-            self._step()
+                self._stopping = True
+                texts, calls = [*self._running, *self._waiting], self._calls
+            self._fail(texts, error)
+            for _, future in calls:
+                future.set_exception(BusyError("The engine has failed: start the server again."))
+
+    def _turn(self) -> bool:
+        """Do what there is to do, one token of every text among it; False: it is all done and no more will come."""
+        with self._lock:
+            while not (self._waiting or self._running or self._calls or self._stopping):
+                self._lock.wait()
+            if self._stopping and not (self._waiting or self._running or self._calls):
+                return False
+            calls, self._calls = self._calls, deque()
+        for function, future in calls:
+            _answer(function, future)
+        self._leave()
+        self._join()
+        self._forward(self._parts())
+        return True
 
     def _leave(self) -> None:
         """End what was cancelled or takes too long."""
@@ -206,58 +223,57 @@ class Engine:
                     return
                 self._running.append(self._waiting.popleft())
 
-    def _feed(self) -> None:
-        """Run parts of prompts, in the order of arrival."""
-        fed = 0
-        for text in list(self._running):
-            while text.slices and fed < CHUNK and not text.done:
-                part = text.slices.popleft()
-                tokens = text.request.prompt[part]
-                fed += len(tokens)
-                try:
-                    text.cache = text.cache or self.batcher.cache()
-                    with self._applied.rows([text.request.adapter]):
-                        logits = self.batcher.prefill(text.cache, tokens, part.start)
-                    self._metrics.prompt_tokens.add(len(tokens))
-                    if not text.slices:
-                        self._take(text, logits, None)
-                except Exception as error:
-                    self._fail([text], error)
+    def _parts(self) -> list[tuple[_Text, Part]]:
+        """What this turn brings."""
+        parts = []
+        for text in (fed := [text for text in self._running if text.is_fed]):
+            parts.append((text, self._part(text, [text.token], len(text.request.prompt) + text.made - 1)))
+        room = self.batcher.room(len(fed))
+        for text in self._running:
+            if not text.is_fed and room > 0:
+                prompt = text.request.prompt
+                count = self.batcher.take(len(prompt), text.fed, room)
+                parts.append((text, self._part(text, prompt[text.fed : text.fed + count], text.fed)))
+                room -= count
+        return parts
 
-    def _step(self) -> None:
-        """One more token of every text that is past its prompt."""
-        ready = [text for text in self._running if not text.slices]
-        if not ready:
+    def _part(self, text: _Text, tokens: Sequence[int], start: int) -> Part:
+        text.cache = text.cache or self.batcher.cache()
+        return Part(text.cache, tokens, start, text.request.adapter)
+
+    def _forward(self, parts: Sequence[tuple[_Text, Part]]) -> None:
+        """Run them, and choose the next token of each text that is past its prompt then."""
+        if not parts:
             return
-        for texts in [[text] for text in ready] if self.batcher.why_single else [ready]:
-            self._forward(texts)
-
-    def _forward(self, texts: list[_Text]) -> None:
         try:
-            with self._applied.rows([text.request.adapter for text in texts]):
-                logits = self.batcher.step(
-                    [text.cache for text in texts if text.cache is not None],
-                    [text.token for text in texts],
-                    [len(text.request.prompt) + text.made - 1 for text in texts],
-                )
+            logits = self.batcher.run([part for _, part in parts])
             best = logits.argmax(-1).tolist()
-            self._metrics.steps.add()
         except Exception as error:
-            self._fail(texts, error)
+            for text, part in parts:  # each by itself, so that one that cannot be run ends no other
+                if len(parts) > 1 and self.batcher.intact(part):
+                    self._forward([(text, part)])
+                else:
+                    self._fail([text], error)
             return
-        for row, text in enumerate(texts):
+        self._metrics.steps.add()
+        for row, (text, part) in enumerate(parts):
+            if not text.is_fed:
+                text.fed += len(part.tokens)
+                self._metrics.prompt_tokens.add(len(part.tokens))
             try:
-                self._take(text, logits[row], best[row])
+                if text.is_fed:
+                    self._take(text, logits[row], best[row])
             except Exception as error:
                 self._fail([text], error)
 
-    def _take(self, text: _Text, logits: Tensor, best: int | None) -> None:
-        """Choose the next token and deliver what it brings."""
+    def _take(self, text: _Text, logits: Tensor, best: int) -> None:
+        """Choose the next token and deliver what it brings.
+
+        Args:
+            logits: (vocabulary,); best: the likeliest token.
+        """
         request, now = text.request, time.monotonic()
-        if text.numbers is not None:
-            token = sampling.draw(logits, request.sampling, text.numbers)
-        else:
-            token = int(logits.argmax()) if best is None else best
+        token = best if text.numbers is None else sampling.draw(logits, request.sampling, text.numbers)
         (self._metrics.between_tokens if text.made else self._metrics.first_token).add(
             now - (text.last if text.made else text.arrived)
         )

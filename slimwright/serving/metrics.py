@@ -63,7 +63,7 @@ class Metrics:
         self.finished = self._counter("finished", "Finished texts", "reason")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts")
         self.generated_tokens = self._counter("generated_tokens", "Tokens made")
-        self.steps = self._counter("steps", "Forwards that made a token of every running text")
+        self.steps = self._counter("steps", "Turns, each of which brings every running text a token")
         self.embedded = self._counter("embedded_texts", "Texts embedded")
         self.first_token = self._histogram("first_token_seconds", "From arrival to the first token")
         self.between_tokens = self._histogram("between_tokens_seconds", "Between two tokens of a text")

@@ -89,7 +89,7 @@ class Served:
         if name == self.name or name in self.adapters:
             raise InputError(f"There is a model '{name}' already: give the adapter another name, or unload it first.")
         found = open_adapter(name, path, engine.batcher.model, self.lineage)
-        engine.call(functools.partial(engine.applied.add, found)).result()
+        engine.call(functools.partial(engine.batcher.applied.check, found)).result()
         self.adapters[name] = found
         return found
 

@@ -12,7 +12,7 @@ import torch
 from slimwright.checkpoint import TensorEntry
 from slimwright.errors import InputError
 from slimwright.formats.compressed_tensors import CompressedTensors, quantization_config
-from slimwright.formats.gguf import GGUF, metadata, permuted_rows, rope_factors, tensor_name, vocabulary
+from slimwright.formats.gguf import _SPLITS, GGUF, metadata, permuted_rows, rope_factors, tensor_name, vocabulary
 from slimwright.weights import parse_grid
 from slimwright.weights.activations import Activations
 
@@ -192,17 +192,52 @@ def test_what_gguf_cannot_carry_is_refused() -> None:
         tensor_name("llama", "model.layers.0.extra.weight")
     with pytest.raises(InputError, match="A mamba model is not written as gguf; llama, qwen2, qwen3, gpt2 are"):
         metadata({"model_type": "mamba"})
-    unigram: dict[str, Any] = {"model": {"type": "Unigram", "vocab": []}, "pre_tokenizer": {"type": "Metaspace"}}
-    with pytest.raises(InputError, match="tokenizer cannot be written"):
-        vocabulary(unigram, 10)
-    bpe = {
-        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+
+
+def byte_level(split: str | None = None, **model: Any) -> dict[str, Any]:
+    """tokenizer.json of three tokens and an end."""
+    last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": split is None}
+    first = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
+    return {
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], **model},
+        "pre_tokenizer": last if split is None else {"type": "Sequence", "pretokenizers": [first, last]},
         "added_tokens": [{"id": 3, "content": "<end>", "special": True}],
     }
-    found = vocabulary(bpe, 5)
+
+
+QWEN2, LLAMA3 = _SPLITS
+
+
+def test_vocabularies_of_gguf() -> None:
+    found = vocabulary(byte_level(), 5)
     assert found["tokenizer.ggml.tokens"][1] == ["a", "b", "ab", "<end>", "[PAD4]"]
     assert found["tokenizer.ggml.token_type"][1] == [1, 1, 1, 3, 5]
     assert found["tokenizer.ggml.merges"][1] == ["a b"] and found["tokenizer.ggml.pre"][1] == "gpt-2"
     with pytest.raises(InputError, match="token 3, but the model's vocabulary ends at 2"):
-        vocabulary(bpe, 3)
+        vocabulary(byte_level(), 3)
+    assert vocabulary(byte_level(QWEN2), 5)["tokenizer.ggml.pre"][1] == "qwen2"
+    llama = byte_level(LLAMA3, ignore_merges=True)
+    assert vocabulary(llama, 5)["tokenizer.ggml.pre"][1] == "llama-bpe"
+    for place, words in (((True, False), ["SpecialToken", "Sequence"]), ((False, True), ["Sequence", "SpecialToken"])):
+        llama["post_processor"] = {"type": "TemplateProcessing", "single": [{word: {}} for word in words]}
+        found = vocabulary(llama, 5)
+        assert tuple(found[f"tokenizer.ggml.add_{end}_token"][1] for end in ("bos", "eos")) == place
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "words"),
+    [
+        ({"model": {"type": "Unigram", "vocab": []}, "pre_tokenizer": {"type": "Metaspace"}}, "its model is Unigram"),
+        (byte_level(byte_fallback=True), "its model is BPE with byte fallback"),  # Llama 2's, once SentencePiece
+        (byte_level(LLAMA3), "ignore_merges is False"),
+        (byte_level(ignore_merges=True), "ignore_merges is True"),
+        (byte_level(r"\s+"), "it splits text in another way"),
+        (byte_level() | {"normalizer": {"type": "NFKC"}}, "it normalizes text by NFKC"),
+        (byte_level(end_of_word_suffix="</w>"), "it has end_of_word_suffix"),
+        (byte_level() | {"added_tokens": [{"id": 3, "content": "<m>", "lstrip": True}]}, "its token <m> has lstrip"),
+    ],
+)
+def test_a_tokenizer_that_gguf_cannot_carry_is_refused(tokenizer: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=rf"cannot be written as gguf \({words}") as caught:
+        vocabulary(tokenizer, 5)
+    assert str(caught.value).count("\n") == 0

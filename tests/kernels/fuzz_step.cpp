@@ -67,14 +67,18 @@ static SlimwrightProduct product(Heap& heap, int64_t rows, int64_t columns, int6
     return {w, below(2) ? heap.floats(rows) : nullptr, digits};
 }
 
-static SlimwrightKv* cache(Heap& heap, int64_t batch, int64_t heads, int64_t kv_heads, int64_t dim, int64_t type) {
+// A cache with some tokens in it: of a sliding window too, where nothing is packed.
+// There is room for `more` new ones.
+static SlimwrightKv* cache(Heap& heap, int64_t batch, int64_t more, int64_t heads, int64_t kv_heads, int64_t dim,
+                           int64_t type) {
     SlimwrightKv* kv = reinterpret_cast<SlimwrightKv*>(heap.bytes(sizeof(SlimwrightKv)));
     memset(kv, 0, sizeof(SlimwrightKv));
     const int64_t element = type == FLOAT32 ? 4 : 2, kinds[] = {16, 2, 4, 8};
     kv->batch = batch, kv->heads = heads, kv->kv_heads = kv_heads, kv->key_dim = kv->value_dim = dim;
-    kv->bits = kinds[below(4)], kv->dtype = type, kv->threads = 1, kv->scaling = 0.3f, kv->group = 32;
-    const int64_t tokens = 1 + below(70);
-    kv->window = kv->bits < 16 ? 32 : tokens + 1;
+    kv->bits = more > 1 ? 16 : kinds[below(4)], kv->dtype = type, kv->threads = 1, kv->scaling = 0.3f, kv->group = 32;
+    const int64_t tokens = 1 + below(below(2) ? 70 : 600);
+    kv->window = kv->bits < 16 ? 32 : tokens + more;
+    if (kv->bits == 16 && more == 1 && below(3) == 0) kv->window = kv->sliding = 1 + below(tokens + 1);
     kv->key_window = heap.bytes(batch * kv_heads * kv->window * dim * element);
     kv->value_window = heap.bytes(batch * kv_heads * kv->window * dim * element);
     if (kv->bits < 16) {
@@ -107,7 +111,12 @@ static void one() {
     Heap heap;
     const int64_t type = below(2), batch = 1 + below(5), kv_heads = 1 + below(2), group = 1 + below(3), heads = kv_heads * group;
     const int64_t dim = 8 * (1 + below(6)), width = 8 + below(90), inner = 8 + below(150), layers = below(3);
+    const bool own = below(3) > 0;  // texts have caches of their own, each with some of the rows
+    std::vector<int64_t> tokens;
+    for (int64_t left = batch; own && left > 0; left -= tokens.back()) tokens.push_back(1 + below(below(2) ? 1 : left));
+    const int64_t caches = own ? int64_t(tokens.size()) : 1;
     std::vector<SlimwrightLayer> blocks;
+    std::vector<SlimwrightKv*> all;
     for (int64_t i = 0; i < layers; i++) {
         SlimwrightLayer layer{};
         layer.q = product(heap, heads * dim, width, type), layer.k = product(heap, kv_heads * dim, width, type);
@@ -116,11 +125,20 @@ static void one() {
         layer.down = product(heap, width, inner, type);
         layer.input_gain = heap.floats(width), layer.middle_gain = heap.floats(width);
         if (below(2)) layer.q_gain = heap.floats(dim), layer.k_gain = heap.floats(dim);
-        layer.kv = cache(heap, batch, heads, kv_heads, dim, type);
+        SlimwrightKv** kvs = reinterpret_cast<SlimwrightKv**>(heap.bytes(caches * int64_t(sizeof(SlimwrightKv*))));
+        for (int64_t c = 0; c < caches; c++)
+            all.push_back(kvs[c] = cache(heap, own ? 1 : batch, own ? tokens[size_t(c)] : 1, heads, kv_heads, dim, type));
+        layer.kv = kvs;
         blocks.push_back(layer);
     }
     SlimwrightStep step{};
-    step.batch = batch, step.width = width, step.layers = layers, step.rotary = below(2) ? dim : dim / 2;
+    step.batch = batch, step.width = width, step.layers = layers, step.caches = caches;
+    step.tokens = own ? tokens.data() : nullptr;
+    std::vector<int64_t> rows;
+    for (int64_t row = 0; row < batch; row++) if (below(2) || (row == batch - 1 && rows.empty())) rows.push_back(row);
+    const bool some = below(2);
+    step.outputs = some ? int64_t(rows.size()) : batch, step.output = some ? rows.data() : nullptr;
+    step.rotary = below(2) ? dim : dim / 2;
     step.positions = below(2) ? 1 : batch, step.type = type, step.epsilon = step.head_epsilon = 1e-6;
     step.layer = blocks.data(), step.parts = slimwright_kv_parts();
     step.cosine = heap.floats(step.positions * step.rotary), step.sine = heap.floats(step.positions * step.rotary);
@@ -128,10 +146,11 @@ static void one() {
     step.head = product(heap, 1 + below(200), width, type);
     const int64_t vocabulary = step.head.weight->rows;
     const float* hidden = heap.floats(batch * width);
-    std::vector<float> first(size_t(batch * vocabulary)), second(size_t(batch * vocabulary));
+    const int64_t outputs = step.outputs;
+    std::vector<float> first(size_t(outputs * vocabulary)), second(size_t(outputs * vocabulary));
     for (std::vector<float>* out : {&first, &second}) {
         step.threads = out == &first ? 1 : 3;
-        std::unique_ptr<float[]> own(new float[size_t(batch * width)]), logits(new float[size_t(batch * vocabulary)]);
+        std::unique_ptr<float[]> own(new float[size_t(batch * width)]), logits(new float[size_t(outputs * vocabulary)]);
         memcpy(own.get(), hidden, size_t(batch * width) * 4);
         step.hidden = own.get(), step.logits = logits.get();
         if (const int wrong = slimwright_packed_step(&step)) {
@@ -139,16 +158,17 @@ static void one() {
             exit(1);
         }
         memcpy(out->data(), logits.get(), first.size() * 4);
-        for (SlimwrightLayer& layer : blocks) layer.kv->length--;  // the same token once more, into the same place
+        for (size_t i = 0; i < all.size(); i++)  // the same tokens once more, into the same places
+            all[i]->length -= own ? tokens[i % size_t(caches)] : 1;
     }
     bool packs = false;  // a token that moves others to the packed part leaves another cache behind
-    for (SlimwrightLayer& layer : blocks) packs |= layer.kv->bits < 16;
+    for (const SlimwrightKv* kv : all) packs |= kv->bits < 16;
     if (!packs && memcmp(first.data(), second.data(), first.size() * 4)) {
         printf("FAILED: bits depend on threads\n");
         exit(1);
     }
     // damage that can be seen: how much memory is behind a pointer cannot
-    std::unique_ptr<float[]> own(new float[size_t(batch * width)]), logits(new float[size_t(batch * vocabulary)]);
+    std::unique_ptr<float[]> own(new float[size_t(batch * width)]), logits(new float[size_t(outputs * vocabulary)]);
     step.hidden = own.get(), step.logits = logits.get();
     const auto refused = [&](int64_t& field, std::initializer_list<int64_t> wrong) {
         const int64_t kept = field;
@@ -170,13 +190,19 @@ static void one() {
     refused(step.type, {-1, 2, 3, large});
     refused(step.threads, {0, -1, 1 << 13, large});
     if (layers) refused(step.rotary, {-1, -2, 3, 1 << 13, large});
-    for (SlimwrightLayer& layer : blocks) {
-        refused(layer.kv->batch, {0, -1, 6, large});
-        refused(layer.kv->kv_heads, {0, -1, 7, large});
-        refused(layer.kv->key_dim, {0, -1, large});
-        refused(layer.kv->value_dim, {0, -1, large});
-        refused(layer.kv->length, {-2, INT64_MIN, large});
-        refused(layer.kv->window, {0, -1, INT64_MIN});
+    refused(step.caches, {0, -1, 7, 1 << 13, large});
+    refused(step.outputs, {0, -1, 7, 1 << 13, large});
+    for (int64_t& count : tokens) refused(count, {0, -1, 7, large, INT64_MIN});
+    if (some) refused(rows.back(), {-1, 7, large, INT64_MIN});
+    for (SlimwrightKv* kv : all) {
+        refused(kv->batch, {0, -1, 6, large});
+        refused(kv->kv_heads, {0, -1, 7, large});
+        refused(kv->key_dim, {0, -1, large});
+        refused(kv->value_dim, {0, -1, large});
+        refused(kv->length, {-2, INT64_MIN});
+        if (!kv->sliding) refused(kv->length, {large});
+        if (own) refused(kv->batch, {2});
+        refused(kv->window, {0, -1, INT64_MIN});
     }
     for (SlimwrightLayer& layer : blocks)
         for (SlimwrightProduct* one : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slimwright.errors import InputError
+from slimwright.errors import InputError, SlimwrightError
 from slimwright.kernels import packed
 from slimwright.runtime import decode, fused
 from slimwright.runtime.kv_cache import KvLayer, kv_cache
@@ -108,6 +108,58 @@ def test_agrees_with_the_modules(bits: int | None, dtype: torch.dtype) -> None:
     assert (got - expected).abs().max() <= bound * expected.abs().max()
 
 
+def test_texts_of_any_lengths_go_together_in_any_parts() -> None:
+    """Whole prompts, parts of prompts and next tokens in one call, across the moments in which a cache grows: each
+    part's last logits are those of the model's own forward over its text."""
+    model = loaded("qwen3")
+    assert not decode.supported(model)
+    texts = torch.randint(3, 300, (4, 300), generator=torch.Generator().manual_seed(3))
+    whole = fused.Fused(model, fused.asked(model))
+    caches = [kv_cache(model.config, {}, ours=True).layers for _ in texts]
+    fed = [0] * len(texts)
+    with torch.no_grad():
+        expected = model(input_ids=texts).logits
+        for counts in ((1, 200, 7, 0), (1, 1, 30, 1), (5, 60, 1, 2), (1, 1, 1, 1), (2, 30, 0, 250)):
+            rows = [row for row, count in enumerate(counts) if count]
+            parts = [torch.arange(fed[row], fed[row] + counts[row]) for row in rows]
+            tokens = torch.cat([texts[row, part] for row, part in zip(rows, parts)])[:, None]
+            given, own = [counts[row] for row in rows], [caches[row] for row in rows]
+            got = whole(tokens, torch.cat(parts)[:, None], own, counts=given)
+            fed = [before + count for before, count in zip(fed, counts)]
+            for index, row in enumerate(rows):
+                right = expected[row, fed[row] - 1]
+                assert (got[index] - right).abs().max() <= 1e-4 * right.abs().max()
+
+
+def test_rows_with_packed_caches_of_their_own_give_what_each_gives_alone() -> None:
+    """Each packs at its own places; more than one token at once is refused, as by a ring that would lose some."""
+    model = loaded("qwen3")
+    assert not decode.supported(model)
+    formats = {i: KvFormat(4, 32, 32) for i in range(model.config.num_hidden_layers)}
+    lengths, whole = (1, 33, 60), fused.Fused(model, fused.asked(model))
+
+    def filled() -> list[Any]:
+        caches = [kv_cache(model.config, formats, ours=True) for _ in lengths]
+        for cache, length in zip(caches, lengths):
+            model(input_ids=torch.arange(5, 5 + length)[None], past_key_values=cache, use_cache=True)
+        return [cache.layers for cache in caches]
+
+    with torch.no_grad():
+        together, alone = filled(), filled()
+        for step in range(6):
+            tokens = torch.tensor([[5], [7], [9]]) + step
+            places = torch.tensor([[length + step] for length in lengths])
+            got = whole(tokens, places, together, counts=[1, 1, 1])
+            for row, cache in enumerate(alone):
+                expected = whole(tokens[row : row + 1], places[row : row + 1], [cache])[0]
+                # a key between two codes may go to the other one
+                assert (got[row] - expected).abs().max() <= 0.05 * expected.abs().max()
+        with pytest.raises(SlimwrightError, match="cache"):
+            whole(torch.tensor([[5], [6]]), torch.tensor([[66], [67]]), together[2:], counts=[2])
+    ring = KvLayer(sliding=8)
+    assert ring.takes(8) and not ring.takes(9) and not KvLayer(KvFormat(4, 32, 32)).takes(2)
+
+
 def test_bits_do_not_depend_on_threads() -> None:
     model, before = loaded("qwen2"), torch.get_num_threads()
     library = packed.library()
@@ -170,9 +222,10 @@ def test_descriptions_that_contradict_themselves_are_refused_by_the_kernels() ->
     with torch.no_grad():
         model(input_ids=torch.arange(5, 15)[None], past_key_values=cache, use_cache=True)
     layers = [layer for layer in cache.layers if isinstance(layer, KvLayer)]
-    whole = fused.Fused(model, layers, fused.asked(model), None, 1)
-    whole(torch.tensor([[5]]), torch.tensor([[10]]))
-    step, structure = whole.step, whole.step.structure
+    whole = fused.Fused(model, fused.asked(model))
+    whole(torch.tensor([[5]]), torch.tensor([[10]]), [layers])
+    step = whole._step(1)
+    structure = step.structure
     hidden, cosine = torch.ones(1, model.config.hidden_size), torch.ones(1, 16)
     structure.hidden, structure.cosine, structure.sine = (t.data_ptr() for t in (hidden, cosine, cosine))
 
@@ -184,8 +237,9 @@ def test_descriptions_that_contradict_themselves_are_refused_by_the_kernels() ->
 
     for field, values in {
         "batch": (0, -1, 2, 1 << 40), "width": (0, 8, 1 << 40), "layers": (-1,), "rotary": (-2, 3, 1 << 20),
-        "positions": (0, 3), "type": (1, 2, 7), "threads": (0, 1 << 20), "layer": (None,), "cosine": (None,),
-        "hidden": (None,), "final_gain": (None,), "logits": (None,), "parts": (None,),
+        "caches": (0, 2, 1 << 40), "outputs": (0, 2), "positions": (0, 3), "type": (1, 2, 7), "threads": (0, 1 << 20),
+        "layer": (None,), "cosine": (None,), "hidden": (None,), "final_gain": (None,), "logits": (None,),
+        "parts": (None,),
     }.items():  # fmt: skip
         for value in values:
             refused(structure, field, value)

@@ -234,7 +234,7 @@ def test_transposed_layers(tmp_path: Path) -> None:
     model = make("gpt2")
     applied = Applied(model)
     adapter = open_adapter("a", directory, model, Lineage("x"))
-    applied.add(adapter)
+    applied.check(adapter)
     ids = torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain = model(input_ids=ids).logits
@@ -252,7 +252,7 @@ def test_rows_that_go_one_by_one_have_their_own_too(tmp_path: Path) -> None:
     engine = engine_of(model)
     assert engine.batcher.why_single
     adapter = open_adapter("a", directory, model, Lineage("x"))
-    engine.applied.add(adapter)
+    engine.batcher.applied.check(adapter)
     adapted = PeftModel.from_pretrained(make("bloom"), str(directory))
     prompt = (5, 6, 7, 8)
     got = [Gathered() for _ in range(3)]

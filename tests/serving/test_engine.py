@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimwright
+from slimwright.errors import InputError
+from slimwright.kernels import packed
 from slimwright.runtime.generate import Generation
 from slimwright.runtime.kv_cache import attention_layers
 from slimwright.runtime.kv_format import KvFormat
@@ -106,9 +108,8 @@ def test_long_prompts_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("qwen2")
     asked = prompts(6, longest=60)
     monkeypatch.setattr("slimwright.serving.batch.CHUNK", 16)
-    monkeypatch.setattr("slimwright.serving.engine.CHUNK", 16)
     engine = engine_of(model)
-    assert max(len(engine.batcher.chunks(len(prompt))) for prompt, _ in asked) >= 3
+    assert max(len(prompt) for prompt, _ in asked) > 48
     engine.start()
     got = [one.text() for one in run(engine, asked)]
     engine.stop()
@@ -161,6 +162,8 @@ def test_a_packed_model_of_ours(tmp_path: Path) -> None:
     got = [text + one.text() for text, one in zip(texts, run(made, asked))]
     made.stop()
     assert got == [tokenizer.decode(ids) for ids in expected]
+    if packed.library() is not None:
+        assert made.batcher.whole is not None  # all that a turn brought was one call of the kernels
 
 
 def ids(bundled: tuple[Any, Any], text: str) -> tuple[int, ...]:
@@ -238,10 +241,13 @@ def test_a_full_queue_refuses_all_or_none(bundled: tuple[Any, Any]) -> None:
     with pytest.raises(BusyError, match="wait already"):
         engine.submit([(request, Gathered())])
     smaller = engine_of(*bundled, slots=1, queue=2)
-    with pytest.raises(BusyError):
+    with pytest.raises(InputError, match="4 texts are asked for in one request, but this server takes 3"):
         smaller.submit([(request, Gathered())] * 4)
     got = [Gathered() for _ in range(3)]
-    smaller.submit([(request, one) for one in got])
+    smaller.submit([(request, one) for one in got[:2]])
+    with pytest.raises(BusyError):
+        smaller.submit([(request, Gathered())] * 2)
+    smaller.submit([(request, got[2])])
     smaller.start()
     assert {one.finish for one in got} == {"length"}
     smaller.stop()
@@ -254,8 +260,8 @@ def test_memory_bounds_what_runs_together(bundled: tuple[Any, Any]) -> None:
     assert token == 2 * layers * heads * dim * 4
     engine = engine_of(*bundled, slots=4, memory=token * 50)
     seen = []
-    step = engine.batcher.step
-    engine.batcher.step = lambda caches, *rest: (seen.append(len(caches)), step(caches, *rest))[1]  # type: ignore[method-assign]
+    forward = engine.batcher.run
+    engine.batcher.run = lambda parts: (seen.append(len(parts)), forward(parts))[1]  # type: ignore[method-assign]
     got = [Gathered() for _ in range(6)]
     engine.submit([(Request((5,) * 5, 20), one) for one in got])
     engine.start()
@@ -276,18 +282,41 @@ def test_stop_finishes_what_was_taken_and_takes_no_more(bundled: tuple[Any, Any]
 
 def test_a_failed_forward_ends_its_texts_only(bundled: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     engine = engine_of(*bundled)
-    prefill = engine.batcher.prefill
+    forward = engine.batcher.run
 
-    def failing(cache: Any, tokens: Any, start: int) -> Any:
-        if len(tokens) == 3:
+    def failing(parts: Any) -> Any:
+        if any(len(part.tokens) == 3 for part in parts):
             raise MemoryError
-        return prefill(cache, tokens, start)
+        return forward(parts)
 
-    engine.batcher.prefill = failing  # type: ignore[method-assign]
-    engine.start()
+    engine.batcher.run = failing  # type: ignore[method-assign]
     bad, good = run(engine, [((5, 6, 7), 4), ((5, 6), 4)])
+    engine.start()
     assert bad.finish == "error" and "not enough memory" in bad.pieces[-1].error and good.finish == "length"
     engine.stop()
+
+
+def test_a_defect_of_the_engine_ends_all_texts(bundled: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody waits for an engine that does not run any more, and nobody is let in."""
+    engine = engine_of(*bundled, slots=1)
+
+    def failing() -> None:
+        raise KeyError("a defect")
+
+    engine._join = failing  # type: ignore[method-assign]
+    got = run(engine, [((5, 6), 4)] * 3)
+    engine.start()
+    assert {one.finish for one in got} == {"error"} and "KeyError" in got[2].pieces[-1].error
+    engine.stop()
+    assert not engine.alive
+    with pytest.raises(BusyError, match="stopping"):
+        engine.submit([(Request((5,), 1), Gathered())])
+
+
+def test_rows_whose_positions_depend_on_the_longest_text_go_one_by_one() -> None:
+    model = make("llama")
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
+    assert "longest text" in Batcher(model).why_single
 
 
 def test_nothing_stays_of_what_has_ended(engine: Engine, bundled: tuple[Any, Any]) -> None:

@@ -148,7 +148,9 @@ def _writer(source: Checkpoint, path: Path | None) -> Any:
     writer.add_quantization_version(2)
     values = metadata(source.config)
     file = source.model_path / "tokenizer.json"
-    if file.is_file() and file.stat().st_size <= _LIMIT:
+    if file.is_file():
+        if file.stat().st_size > _LIMIT:
+            raise InputError(f"{file} is larger than {_LIMIT >> 20} MB: that is no tokenizer.")
         try:
             tokenizer = json.loads(file.read_text(encoding="utf-8"))
             values |= vocabulary(tokenizer, int(source.config["vocab_size"]))
