@@ -106,7 +106,7 @@ def _matrix(module: Any) -> Matrix | None:
 def _product(module: Any, dtype: torch.dtype, batch: int) -> Product:
     matrix = _matrix(module)
     assert matrix is not None
-    digits = compute.arithmetic(matrix, dtype, batch)
+    digits = compute.step_arithmetic(matrix, dtype, batch)
     assert digits is not None
     owner = module.source if isinstance(module, TiedHead) else module
     if owner.input_digits == 1 and digits in (2, 3):
@@ -150,8 +150,8 @@ def _unlike(model: Any, batch: int) -> str:
             if not isinstance(module, PackedLinear) or module.activations is not None:
                 return "a product is not packed, or rounds its inputs"
             matrix = module.kernel("weight")
-            if matrix is None or compute.arithmetic(matrix, model.dtype, batch) is None:
-                return f"batches of {batch} are multiplied in tiles" if matrix else "the kernels do not read a grid"
+            if matrix is None or compute.step_arithmetic(matrix, model.dtype, batch) is None:
+                return f"batches of {batch} are multiplied in panels" if matrix else "the kernels do not read a grid"
         norms |= {norm: "width" for norm in (layer.input_layernorm, layer.post_attention_layernorm)}
         norms |= {getattr(attention, name): "head" for name in sorted(extra)}
     norms[decoder.norm] = "width"
@@ -164,8 +164,8 @@ def _unlike(model: Any, batch: int) -> str:
     if not isinstance(head, PackedLinear | TiedHead) or getattr(head, "activations", None) is not None:
         return "the head is not packed"
     matrix = _matrix(head)
-    if matrix is None or compute.arithmetic(matrix, model.dtype, batch) is None:
-        return f"batches of {batch} are multiplied in tiles" if matrix else "the kernels do not read a grid"
+    if matrix is None or compute.step_arithmetic(matrix, model.dtype, batch) is None:
+        return f"batches of {batch} are multiplied in panels" if matrix else "the kernels do not read a grid"
     return ""
 
 
