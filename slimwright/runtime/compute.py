@@ -103,7 +103,7 @@ def kernel_name(grid: Form, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     factors, what multiplies with each."""
     if not isinstance(grid, Grid):
         names = [kernel_name(own.grid, own.shape, dtype) for own in grid.components(shape)]
-        return "; ".join(dict.fromkeys(names))
+        return "; ".join(dict.fromkeys(names)) + "; decoded module by module"
     if grid.plain:
         return "the library's product (not packed)"
     if not ready():

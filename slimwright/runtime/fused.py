@@ -21,6 +21,7 @@ from slimwright.kernels.step import PROJECTIONS, Block, Product, Step
 from slimwright.runtime import compute
 from slimwright.runtime.kv_cache import KvLayer
 from slimwright.runtime.modules import PackedLinear, TiedHead
+from slimwright.weights import Grid
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -149,6 +150,8 @@ def _unlike(model: Any, batch: int) -> str:
         for module in (*(getattr(attention, name) for name in _ATTENTION), *(getattr(mlp, name) for name in _MLP)):
             if not isinstance(module, PackedLinear) or module.activations is not None:
                 return "a product is not packed, or rounds its inputs"
+            if not isinstance(module.packed["weight"].grid, Grid):
+                return "a weight has low-rank factors"
             matrix = module.kernel("weight")
             if matrix is None or compute.step_arithmetic(matrix, model.dtype, batch) is None:
                 return f"batches of {batch} are multiplied in panels" if matrix else "the kernels do not read a grid"
@@ -181,6 +184,14 @@ def why_not(model: Any, batch: int) -> str:
     if compared is None or compared[0] != _identity(model):
         return "the model was changed since it was compared"
     return compared[1]
+
+
+def overview() -> str:
+    """How tokens are decoded on this machine, in a few words."""
+    without = packed.why_not() or attend.why_not()
+    if without:
+        return f"module by module ({without})"
+    return "one call a step; module by module with low-rank factors, experts, hooks, adapters, other architectures"
 
 
 def asked(model: Any) -> list[dict[str, Any]]:
