@@ -1,8 +1,9 @@
 """Decoding with dense weights or another library's packed ones, in an environment of its own.
 
-``python decode_torch.py KIND MODEL``, KIND: dense-compiled, torchao-int4, torchao-int8-compiled, torchao-int4-compiled,
-quanto-int4. Prints one line when it is ready, then for each line of ``{"what": "decode" or "prefill", "batch": N}`` on
-standard input the seconds of one step or of the prompt. What is compiled has a static cache, as torch.compile asks.
+``python decode_torch.py KIND MODEL``, KIND: dense-bfloat16-compiled, dense-float32-compiled, torchao-int4,
+torchao-int8-compiled, torchao-int4-compiled, quanto-int4. Prints one line when it is ready, then for each line of
+``{"what": "decode", "prefill" or "first", "batch": N}`` on standard input the seconds of one step, of the prompt, or of
+a short prompt and one step. What is compiled has a static cache, as torch.compile asks.
 """
 
 import json
@@ -16,8 +17,9 @@ PROMPT, PREFILL, ROOM = 32, 512, 256
 
 
 def load(kind: str, directory: str) -> torch.nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
-    if kind == "dense-compiled":
+    dtype = torch.float32 if kind == "dense-float32-compiled" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    if kind.startswith("dense"):
         return model
     if kind == "quanto-int4":
         from optimum.quanto import freeze, qint4, quantize
@@ -53,13 +55,21 @@ class Decoder:
         config = self.model.config
         cache = StaticCache(config=config, max_cache_len=length)
         cache.early_initialization(
-            batch, config.num_key_value_heads, config.hidden_size // config.num_attention_heads, torch.bfloat16, "cpu"
+            batch, config.num_key_value_heads, config.hidden_size // config.num_attention_heads, self.model.dtype, "cpu"
         )
         return cache
 
     @torch.no_grad()
+    def first(self) -> float:
+        started = time.perf_counter()
+        ids, cache = torch.randint(0, 1000, (1, PROMPT)), self.cache(ROOM, 1)
+        token = self.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        self.run(input_ids=token, past_key_values=cache, position_ids=torch.tensor([[PROMPT]]))
+        return time.perf_counter() - started
+
+    @torch.no_grad()
     def decode(self, batch: int) -> float:
-        steps = 8 if batch == 1 else 4
+        steps = 8 if batch == 1 else 4 if batch <= 8 else 2
         if batch not in self.caches:
             ids = torch.randint(0, 1000, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
             cache = self.cache(ROOM, batch)
@@ -89,7 +99,8 @@ def main() -> None:
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        seconds = decoder.prefill() if asked["what"] == "prefill" else decoder.decode(asked["batch"])
+        works = {"prefill": decoder.prefill, "first": decoder.first}
+        seconds = works[asked["what"]]() if asked["what"] in works else decoder.decode(asked["batch"])
         print(json.dumps(seconds), flush=True)
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from slimwright import __version__, kernels
 from slimwright.directories import cache_directory
 from slimwright.kernels import attend
-from slimwright.runtime import compute
+from slimwright.runtime import compute, fused
 from slimwright.weights import grid_kinds, parse_grid
 
 TESTED = {"torch": ("2.11", "2.13.0"), "transformers": ("5.23", "5.23.0")}
@@ -69,6 +69,7 @@ def examine() -> dict[str, Any]:
             "solvers": f"torch ({kernels.why_not()})" if kernels.why_not() else "compiled",
             "packed": compute.overview(),
             "packed, GPU": compute.gpu_overview(),
+            "decoding": fused.overview(),
             "cache": f"torch ({attend.why_not()})" if attend.library() is None else "compiled",
         },
         "grids": {spec: compute.kernel_name(parse_grid(spec), (256, 256), torch.float32) for spec in _specs()},

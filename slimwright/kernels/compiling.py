@@ -24,7 +24,7 @@ MORE_FLAGS = {"attend": ("-ffp-contract=fast",)}
 """Of libraries of one source, by name."""
 PACKED_SOURCES = (
     "packed.cpp", "packed_rows.cpp", "packed_step.cpp", "packed_threads.cpp", "packed_codes.h", "packed_inputs.h",
-    "packed_vectors.h", "packed.h", "packed_step.h", "packed_threads.h", "attend.h", "common.h",
+    "packed_panels.h", "packed_vectors.h", "packed.h", "packed_step.h", "packed_threads.h", "attend.h", "common.h",
 )  # fmt: skip
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"})
 INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {

@@ -14,6 +14,9 @@ enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 constexpr int64_t CHUNK = 64;       // codes per chunk (weights/packing.py)
 constexpr int64_t BLOCK = 16;       // columns that must share a scale for integer arithmetic
 constexpr int32_t BFLOATS = 4;      // Inputs.digits of products in bfloat16
+constexpr int32_t PANELS = 5;       // digits of products with many inputs in float32, and in bfloat16 (packed_panels.h)
+constexpr int32_t BFLOAT_PANELS = 6;
+constexpr int64_t PANEL_VECTORS = 3;
 constexpr int64_t MOST_CHUNKS = 8;  // of a segment: sums of a segment stay below 2**31
 
 // A packed matrix as its tensors lie in the file; kernels/packed.py has the same fields.
@@ -45,6 +48,14 @@ struct Inputs {
     const int32_t* start;             // what sums of products start from: minus the one zero point times the inputs
 };
 
+// Many inputs side by side (packed_panels.h).
+struct Panels {
+    int64_t batch, padded;            // inputs, and these rounded up to whole vectors
+    int64_t steps;                    // columns, or pairs of them in bfloat16
+    bool bfloats;
+    uint32_t* values;                 // by panel of PANEL_VECTORS vectors: (steps, inputs of the panel)
+};
+
 // One instruction set's functions.
 struct Rows {
     const char* name;
@@ -58,6 +69,12 @@ struct Rows {
     // out (batch, out_stride)[first..last) = x W' + bias; `scratch` has scratch_bytes.
     void (*linear)(const Weight& weight, const Inputs& inputs, int64_t first, int64_t last, const void* bias, void* out,
                    int64_t out_stride, int64_t out_first, int32_t type, uint8_t* scratch);
+    // Numbers of a vector; the inputs of one vector of the panels from x (batch, columns); rows first .. last with all
+    // panels to out (batch, stride), whose first column is row first; memory: panel_bytes.
+    int64_t width;
+    void (*prepare_panel)(const void* x, int32_t type, int64_t columns, int64_t index, const Panels& panels);
+    void (*multiply_panels)(const Weight& weight, const Panels& panels, int64_t first, int64_t last, const void* bias,
+                            void* out, int64_t stride, int32_t type, uint8_t* memory, uint8_t* scratch);
     // One row as dense values.
     void (*decode)(const Weight& weight, int64_t row, void* out, int32_t type, uint8_t* scratch);
 };

@@ -24,25 +24,36 @@ from slimwright.kernels.compiling import INSTRUCTION_SETS
 ABI = 2
 BFLOATS = 4
 """``digits`` of products in bfloat16."""
+PANELS, BFLOAT_PANELS = 5, 6
+"""``digits`` of products with many inputs in float32 and in bfloat16."""
 KINDS = {"int": 0, "nf4": 1, "mxfp4": 2, "fp8": 3, "q4_0": 4, "q8_0": 5, "q4_k": 6, "q6_k": 7}
 ZEROS = {"middle": 0, "bytes": 1, "nibbles": 2, "halves": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+@functools.cache
+def _flags() -> frozenset[str]:
+    """What the processor has, as the system calls it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass  # not Linux: the portable code runs anywhere
+    return frozenset()
 
 
 def instruction_sets() -> list[str]:
     """Those that this machine runs, the best first."""
     if platform.machine() in ("aarch64", "arm64"):
         return ["neon", "portable"]
-    found: set[str] = set()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                found.update(line.partition(":")[2].split())
-                break
-    except OSError:
-        pass  # not Linux: the portable code runs anywhere
-    known = [name for name, (_, needs) in INSTRUCTION_SETS.items() if needs <= found]
+    known = [name for name, (_, needs) in INSTRUCTION_SETS.items() if needs <= _flags()]
     return [name for name in known if name != "neon"]
+
+
+def has_matrix_unit() -> bool:
+    """Whether the processor multiplies matrices of bfloat16 by a unit for it, as torch's product does then."""
+    return "amx_bf16" in _flags()
 
 
 def compiled() -> bool:
@@ -224,7 +235,8 @@ class Matrix:
             x: float32 or bfloat16 on the CPU.
             bias: (stop - start,) in x's dtype.
             digits: bytes that stand for an input in integer arithmetic; 0 is float arithmetic, :data:`BFLOATS` rounds
-                the weight to bfloat16 as well. None: 3 for float32, 2 for bfloat16, 0 where
+                the weight to bfloat16 as well, :data:`PANELS` and :data:`BFLOAT_PANELS` are the same two for many
+                inputs. None: 3 for float32, 2 for bfloat16, 0 where
                 :attr:`Layout.integer` is false.
 
         Raises:

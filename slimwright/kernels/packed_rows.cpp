@@ -14,6 +14,7 @@
 
 #include "packed_codes.h"
 #include "packed_inputs.h"
+#include "packed_panels.h"
 
 namespace slimwright {
 namespace ISA {
@@ -381,7 +382,8 @@ void linear(const Weight& w, const Inputs& in, int64_t first, int64_t last, cons
 }  // namespace
 
 extern const Rows rows;
-const Rows rows = {NAME_OF(ISA), BF16, chunk_bytes, start_numbers, prepare, linear, decode};
+const Rows rows = {NAME_OF(ISA), BF16, chunk_bytes, start_numbers, prepare, linear, WIDTH, prepare_panel, multiply_panels,
+                   decode};
 
 }  // namespace ISA
 }  // namespace slimwright

@@ -79,7 +79,9 @@ constexpr int WIDTH = 16;
 using Floats = __m512;
 INLINE Floats f_zero() { return _mm512_setzero_ps(); }
 INLINE Floats f_load(const float* p) { return _mm512_loadu_ps(p); }
+INLINE void f_store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 INLINE Floats f_all(float x) { return _mm512_set1_ps(x); }
+INLINE Floats f_add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 INLINE Floats f_fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE Floats f_minus_product(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
 INLINE float f_sum(Floats a) { return _mm512_reduce_add_ps(a); }
@@ -96,7 +98,9 @@ constexpr int WIDTH = 8;
 using Floats = __m256;
 INLINE Floats f_zero() { return _mm256_setzero_ps(); }
 INLINE Floats f_load(const float* p) { return _mm256_loadu_ps(p); }
+INLINE void f_store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
 INLINE Floats f_all(float x) { return _mm256_set1_ps(x); }
+INLINE Floats f_add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 INLINE Floats f_fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE Floats f_minus_product(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }
 INLINE float f_sum(Floats a) {
@@ -109,7 +113,9 @@ constexpr int WIDTH = 8;
 struct Floats { float32x4_t a, b; };
 INLINE Floats f_zero() { return {vdupq_n_f32(0), vdupq_n_f32(0)}; }
 INLINE Floats f_load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
+INLINE void f_store(float* p, Floats a) { vst1q_f32(p, a.a), vst1q_f32(p + 4, a.b); }
 INLINE Floats f_all(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
+INLINE Floats f_add(Floats a, Floats b) { return {vaddq_f32(a.a, b.a), vaddq_f32(a.b, b.b)}; }
 INLINE Floats f_fma(Floats a, Floats b, Floats c) { return {vfmaq_f32(c.a, a.a, b.a), vfmaq_f32(c.b, a.b, b.b)}; }
 INLINE Floats f_minus_product(Floats a, Floats b, Floats c) {
     return {vfmsq_f32(c.a, a.a, b.a), vfmsq_f32(c.b, a.b, b.b)};
@@ -120,7 +126,12 @@ constexpr int WIDTH = 8;
 struct Floats { float v[8]; };
 INLINE Floats f_zero() { return {{0, 0, 0, 0, 0, 0, 0, 0}}; }
 INLINE Floats f_load(const float* p) { Floats a; memcpy(a.v, p, 32); return a; }
+INLINE void f_store(float* p, const Floats& a) { memcpy(p, a.v, 32); }
 INLINE Floats f_all(float x) { return {{x, x, x, x, x, x, x, x}}; }
+INLINE Floats f_add(Floats a, const Floats& b) {
+    for (int i = 0; i < 8; i++) a.v[i] += b.v[i];
+    return a;
+}
 INLINE Floats f_fma(Floats a, Floats b, Floats c) {
     for (int i = 0; i < 8; i++) c.v[i] += a.v[i] * b.v[i];
     return c;

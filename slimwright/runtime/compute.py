@@ -6,8 +6,10 @@ On the CPU, with float32 or bfloat16 inputs and the compiled kernels:
   of 16 columns: codes go from the file into products (see kernels/packed_rows.cpp);
 - for more, and for other grids, by *floats*: four rows of the weight at a time are decoded and multiplied with all
   inputs; with bfloat16 inputs and instructions for them, in bfloat16;
-- for so many that they do not stay in the cache (:func:`arithmetic`), *tiles* of dense rows are written by the kernels
-  into a buffer and multiplied by the library's matrix product.
+- for more than :data:`MOST_ROWS` in *panels*: rows of the weight are decoded into a thread's cache and multiplied with
+  whole vectors of inputs, which were laid side by side before (kernels/packed_panels.h), in the same arithmetic;
+- in bfloat16 where the processor has a unit for matrices (AMX), which the library's matrix product uses, *tiles*: dense
+  rows are written by the kernels into a buffer for it.
 
 Every way reads the packed bytes once.
 
@@ -36,6 +38,8 @@ from slimwright.kernels.packed import Matrix
 from slimwright.weights import Form, Grid, matrix_shape, parse_grid
 from slimwright.weights.matrix import kernel_layout, kernel_matrix
 
+MOST_ROWS = 16
+"""Rows of input up to which each is multiplied by itself."""
 TILE_ELEMENTS = 8 << 20
 """Most elements of a dense tile."""
 AUTOMATIC = -1
@@ -70,16 +74,26 @@ def arithmetic(matrix: Matrix, dtype: torch.dtype, batch: int) -> int | None:
     """``digits`` (:meth:`Matrix.linear`) of the fastest arithmetic for so many rows of input; None: tiles.
 
     Measured on Zen 4 with one thread on 896 -> 4864 and back, int4 and int8 (``python -m benchmarks.products``):
-    integers win where decoding a row costs more than its few products; the library's product wins when the inputs no
-    longer stay in the second-level cache while rows of the weight pass by.
+    integers win where decoding a row costs more than its few products, panels where inputs fill more than one vector.
+    The library's product has a unit for matrices of bfloat16 (AMX) to itself.
     """
+    if batch <= MOST_ROWS:
+        return step_arithmetic(matrix, dtype, batch)
+    if dtype == torch.float32 or not matrix.library.bfloats:
+        return packed.PANELS
+    return None if packed.has_matrix_unit() else packed.BFLOAT_PANELS
+
+
+def step_arithmetic(matrix: Matrix, dtype: torch.dtype, batch: int) -> int | None:
+    """The same where every row of input is prepared on its own, as in a whole decoding step; None: so many rows do not
+    stay in the second-level cache while rows of the weight pass by."""
     layout, bfloats = matrix.layout, dtype == torch.bfloat16 and matrix.library.bfloats
     lanes = layout.group % 64 != 0 and layout.group < layout.columns  # more scales, more work to decode a row
     if layout.integer and batch <= (3 if lanes else 1 if bfloats else 2):
         return 3 if dtype == torch.float32 else 2
     if batch == 1:
         return 0
-    if batch * layout.columns * (2 if bfloats else 4) > (1 << 20 if bfloats else 2 << 20) or (bfloats and batch > 192):
+    if batch * layout.columns * (2 if bfloats else 4) > (1 << 20 if bfloats else 2 << 20):
         return None
     return packed.BFLOATS if bfloats else 0
 
@@ -89,7 +103,7 @@ def kernel_name(grid: Form, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     factors, what multiplies with each."""
     if not isinstance(grid, Grid):
         names = [kernel_name(own.grid, own.shape, dtype) for own in grid.components(shape)]
-        return "; ".join(dict.fromkeys(names))
+        return "; ".join(dict.fromkeys(names)) + "; decoded module by module"
     if grid.plain:
         return "the library's product (not packed)"
     if not ready():

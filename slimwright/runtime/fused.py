@@ -22,6 +22,7 @@ from slimwright.kernels.step import PROJECTIONS, Block, Product, Step
 from slimwright.runtime import compute
 from slimwright.runtime.kv_cache import KvLayer
 from slimwright.runtime.modules import PackedLinear, TiedHead
+from slimwright.weights import Grid
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -140,7 +141,7 @@ def _matrix(module: Any) -> Matrix | None:
 def _product(module: Any, dtype: torch.dtype, batch: int) -> Product:
     matrix = _matrix(module)
     assert matrix is not None
-    digits = compute.arithmetic(matrix, dtype, batch)
+    digits = compute.step_arithmetic(matrix, dtype, batch)
     assert digits is not None
     owner = module.source if isinstance(module, TiedHead) else module
     if owner.input_digits == 1 and digits in (2, 3):
@@ -186,9 +187,11 @@ def _unlike(model: Any, batch: int) -> str:
         for module in (*(getattr(attention, name) for name in _ATTENTION), *(getattr(mlp, name) for name in _MLP)):
             if not isinstance(module, PackedLinear) or module.activations is not None:
                 return "a product is not packed, or rounds its inputs"
+            if not isinstance(module.packed["weight"].grid, Grid):
+                return "a weight has low-rank factors"
             matrix = module.kernel("weight")
-            if matrix is None or compute.arithmetic(matrix, model.dtype, batch) is None:
-                return f"batches of {batch} are multiplied in tiles" if matrix else "the kernels do not read a grid"
+            if matrix is None or compute.step_arithmetic(matrix, model.dtype, batch) is None:
+                return f"batches of {batch} are multiplied in panels" if matrix else "the kernels do not read a grid"
         norms |= {norm: "width" for norm in (layer.input_layernorm, layer.post_attention_layernorm)}
         norms |= {getattr(attention, name): "head" for name in sorted(extra)}
     norms[decoder.norm] = "width"
@@ -201,8 +204,8 @@ def _unlike(model: Any, batch: int) -> str:
     if not isinstance(head, PackedLinear | TiedHead) or getattr(head, "activations", None) is not None:
         return "the head is not packed"
     matrix = _matrix(head)
-    if matrix is None or compute.arithmetic(matrix, model.dtype, batch) is None:
-        return f"batches of {batch} are multiplied in tiles" if matrix else "the kernels do not read a grid"
+    if matrix is None or compute.step_arithmetic(matrix, model.dtype, batch) is None:
+        return f"batches of {batch} are multiplied in panels" if matrix else "the kernels do not read a grid"
     return ""
 
 
@@ -218,6 +221,14 @@ def why_not(model: Any, batch: int) -> str:
     if compared is None or compared[0] != _identity(model):
         return "the model was changed since it was compared"
     return compared[1]
+
+
+def overview() -> str:
+    """How tokens are decoded on this machine, in a few words."""
+    without = packed.why_not() or attend.why_not()
+    if without:
+        return f"module by module ({without})"
+    return "one call a step; module by module with low-rank factors, experts, hooks, adapters, other architectures"
 
 
 def asked(model: Any) -> list[dict[str, Any]]:

@@ -340,6 +340,24 @@ class _Parameters(dict[str, Any]):
         return _Parameters, (self.owner, {}), None, None, iter(list(dict.items(self)))
 
 
+_Factors = tuple[Matrix | Tensor, ...]
+
+
+def _described(spec: PackedSpec, parts: Mapping[str, Tensor]) -> _Factors | None:
+    """See :meth:`PackedModule.factors`. Experts with factors, each its own, are none."""
+    if isinstance(spec.grid, Grid):
+        matrix = None if spec.grid.plain else kernel_matrix(spec.grid, parts, matrix_shape(spec.shape))
+        return None if matrix is None else (matrix,)
+    found: list[Matrix | Tensor] = []
+    for component in spec.grid.components(spec.shape):
+        own = component_parts(component, parts)
+        factor = own[""] if component.grid.plain else kernel_matrix(component.grid, own, component.matrix_shape)
+        if factor is None or len(component.shape) != 2:
+            return None
+        found.append(factor)
+    return tuple(found)
+
+
 class PackedModule(nn.Module):
     """Mixin of all packed modules: the parts under their names, moved but never recast."""
 
@@ -400,21 +418,29 @@ class PackedModule(nn.Module):
         return parts, spec, rows
 
     def kernel(self, name: str) -> Matrix | None:
-        """One packed parameter for the compiled kernels, described anew when its tensors change; None where they cannot
-        read it."""
-        kernels = cast(dict[str, tuple[Matrix, list[tuple[str, Tensor, int]]]], self.__dict__.setdefault("kernels", {}))
-        found = kernels.get(name)
-        if found is not None:
-            for key, tensor, address in found[1]:
+        """One parameter that is packed on a grid, for the compiled kernels; None where they cannot read it, or where it
+        has factors."""
+        found = self.factors(name)
+        return found[0] if found is not None and len(found) == 1 and isinstance(found[0], Matrix) else None
+
+    def factors(self, name: str) -> tuple[Matrix | Tensor, ...] | None:
+        """What multiplies for one packed parameter, described anew when its tensors change: the matrix on a grid, or
+        the components of its form, each for the compiled kernels or a plain tensor (out, in). None where the kernels
+        cannot read one of them."""
+        kernels = cast(
+            dict[str, tuple[_Factors, list[tuple[str, Tensor, int]]]], self.__dict__.setdefault("kernels", {})
+        )
+        kept = kernels.get(name)
+        if kept is not None:
+            for key, tensor, address in kept[1]:
                 now = self._buffers.get(key)
                 if (self._parameters.get(key) if now is None else now) is not tensor or tensor.data_ptr() != address:
                     break
             else:
-                return found[0]
+                return kept[0]
         spec, parts = self.packed[name], self.parts(name)
         usable = compute.ready() and all(part.device.type == "cpu" for part in parts.values())
-        grid = spec.grid if usable and isinstance(spec.grid, Grid) and not spec.grid.plain else None
-        made = None if grid is None else kernel_matrix(grid, parts, matrix_shape(spec.shape))
+        made = _described(spec, parts) if usable else None
         if made is not None:
             kernels[name] = (made, [(name + suffix, part, part.data_ptr()) for suffix, part in parts.items()])
         return made
@@ -422,11 +448,22 @@ class PackedModule(nn.Module):
     def multiply_rows(self, name: str, rows: slice | None, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ W[rows].T + bias`` of one packed parameter."""
         if not torch.compiler.is_compiling() and _plain_call(x, bias):
-            matrix = self.kernel(name)
-            if matrix is not None:
+            found = self.factors(name)
+            if found is not None and len(found) == 1:
+                matrix = cast(Matrix, found[0])
                 start, stop = (0, matrix.layout.rows) if rows is None else (rows.start, rows.stop)
                 return compute.multiply(matrix, x, bias, start, stop, self.input_digits)
+            if found is not None and rows is None:
+                *base, left, right = found
+                out = self._by(left, self._by(right, x), None if base else bias)
+                return out.add_(self._by(base[0], x, bias)) if base else out
         return packed_linear(x, self.parts(name), self.packed[name], bias, rows, self.input_digits)
+
+    def _by(self, factor: Matrix | Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ F.T + bias``."""
+        if isinstance(factor, Matrix):
+            return compute.multiply(factor, x, bias, 0, factor.layout.rows, self.input_digits)
+        return F.linear(x, factor.to(x.dtype), bias)
 
     def dense_parameter(self, name: str, dtype: torch.dtype) -> Tensor:
         """The dense parameter in the module's own orientation, decoded tile by tile."""

@@ -149,12 +149,14 @@ static void one(int64_t number) {
         if (memcmp(rows.data + i * w.columns * 4, values + index[size_t(i)] * w.columns, size_t(w.columns) * 4))
             fail("a gathered row", w);
 
-    const int64_t batch = 1 + below(9), outputs = last - first;
+    // few inputs, several panels of them, and now and then more than are prepared at a time
+    const int64_t batch = 1 + (below(50) ? below(below(3) ? 9 : 110) : 700 + below(200)), outputs = last - first;
     Bytes x(batch * w.columns * 4), bias(outputs * 4), out(batch * outputs * 4);
     x.floats(), bias.floats();
     const bool integers = w.kind != NF4 && w.kind != FP8 && (w.group >= w.columns || w.group % 16 == 0);
     const float *in = reinterpret_cast<const float*>(x.data), *add = reinterpret_cast<const float*>(bias.data);
-    for (int digits = 0; digits <= (integers ? 3 : 0); digits++) {
+    for (int digits : {0, 1, 2, 3, int(PANELS)}) {
+        if (digits && digits < BFLOATS && !integers) continue;
         const int wrong = slimwright_packed_linear(&w, x.data, batch, first, last, bias.data, out.data, FLOAT32, digits, threads);
         if (wrong) fail("linear", w);
         const double resolution = digits == 1 ? 2e-2 : digits == 2 ? 2e-4 : 4e-6;
@@ -172,7 +174,8 @@ static void one(int64_t number) {
     }
     Bytes narrow(batch * w.columns * 2), narrow_out(batch * outputs * 2);
     for (int64_t i = 0; i < narrow.size / 2; i++) memcpy(narrow.data + 2 * i, x.data + 4 * i + 2, 2);
-    for (int digits : {integers ? 2 : 0, slimwright_packed_bfloats() ? int(BFLOATS) : 0})
+    const bool narrows = slimwright_packed_bfloats();
+    for (int digits : {integers ? 2 : 0, narrows ? int(BFLOATS) : 0, narrows ? int(BFLOAT_PANELS) : int(PANELS)})
         if (slimwright_packed_linear(&w, narrow.data, batch, first, last, nullptr, narrow_out.data, BFLOAT16, digits, threads))
             fail("linear in bfloat16", w);
 
@@ -199,6 +202,8 @@ static void one(int64_t number) {
         !slimwright_packed_linear(&w, x.data, 0, first, last, nullptr, out.data, FLOAT32, 0, 1) ||
         !slimwright_packed_linear(&w, x.data, batch, first, last, nullptr, out.data, 2, 0, 1) ||
         !slimwright_packed_linear(&w, x.data, batch, first, last, nullptr, out.data, FLOAT32, 4, 1) ||
+        !slimwright_packed_linear(&w, x.data, batch, first, last, nullptr, out.data, FLOAT32, BFLOAT_PANELS, 1) ||
+        !slimwright_packed_linear(&w, x.data, batch, first, last, nullptr, out.data, FLOAT32, 7, 1) ||
         !slimwright_packed_linear(&w, nullptr, batch, first, last, nullptr, out.data, FLOAT32, 0, 1))
         fail("a wrong argument is taken", w);
 }

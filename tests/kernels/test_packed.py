@@ -67,8 +67,11 @@ def bound(matrix: Matrix, x: Tensor, dense: Tensor, digits: int) -> Tensor:
     """What packed_rows.cpp promises, (batch, rows)."""
     layout, x, dense = matrix.layout, x.double(), dense.double()
     magnitude = x.abs() @ dense.abs().T
-    if digits == packed.BFLOATS:
-        return (layout.columns / 16 + 2**16) * 2.0**-24 * magnitude  # half a step of the weight's rounding, 2**-8
+    if digits in (packed.BFLOATS, packed.BFLOAT_PANELS):
+        terms = layout.columns / 16 if digits == packed.BFLOATS else min(layout.columns, 512) + layout.columns / 512
+        return (terms + 2**16) * 2.0**-24 * magnitude  # half a step of the weight's rounding, 2**-8
+    if digits == packed.PANELS:
+        return (min(layout.columns, 256) + layout.columns / 256) * 2.0**-24 * magnitude
     if digits == 0:
         return (layout.columns / 8 + 24) * 2.0**-24 * magnitude
     segment = 64 if layout.group < layout.columns and layout.group % 64 else min(layout.group, 512)
@@ -113,8 +116,9 @@ def test_products_keep_their_bound(name: str, dtype: torch.dtype, specs: list[st
             exact = x.double() @ dense.double().T
             automatic = (3 if dtype == torch.float32 else 2) if matrix.layout.integer else 0
             ways = {automatic, 0, 1} if matrix.layout.integer else {0}
+            ways |= {packed.PANELS}
             if dtype == torch.bfloat16 and matrix.library.bfloats:
-                ways |= {packed.BFLOATS}
+                ways |= {packed.BFLOATS, packed.BFLOAT_PANELS}
             for digits in ways:
                 got = matrix.linear(x, digits=None if digits == automatic else digits)
                 error = (got.double() - exact).abs()

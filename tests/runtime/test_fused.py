@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from slimwright.errors import InputError, SlimwrightError
@@ -16,6 +17,7 @@ from slimwright.kernels import packed
 from slimwright.runtime import decode, fused
 from slimwright.runtime.kv_cache import KvLayer, kv_cache
 from slimwright.runtime.kv_format import KvFormat
+from slimwright.runtime.modules import PackedLinear
 from tests.runtime.packing import packed_family
 
 pytestmark = pytest.mark.skipif(packed.library() is None, reason="no compiled kernels here")
@@ -79,6 +81,32 @@ def test_models_that_are_built_or_compute_otherwise_run_their_modules(name: str)
     assert re.search(OTHERWISE[name], fused.why_not(model, 1)), fused.why_not(model, 1)
     how = {**prompts(), "max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(**how), loaded(name, dense=True).generate(**how))
+
+
+def test_low_rank_factors_are_multiplied_one_after_the_other() -> None:
+    """Packed and plain factors, alone and beside a weight; the operators give the same bits."""
+    forms = ("int4:g32+lowrank:r3", "lowrank:r16:int8:row", "int3:g32+lowrank:r4:int4:row", "lowrank:r8", "int8:row")
+    family, called = packed_family("llama", torch.float32, forms), []
+    model = AutoModelForCausalLM.from_pretrained(family.directory, dtype=torch.float32).eval()
+    dense = AutoModelForCausalLM.from_pretrained(family.dense, dtype=torch.float32).eval()
+    for rows in (3, 1):
+        how = {**prompts(rows), "max_new_tokens": 12, "do_sample": False}
+        assert torch.equal(model.generate(**how), dense.generate(**how))
+    assert fused.why_not(model, 1) == "a weight has low-rank factors"
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    modules = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    assert {2, 3} <= {len(m.factors("weight") or ()) for m in modules}
+    x = torch.randn(1, modules[0].in_features)
+    with torch.no_grad():
+        direct = modules[0](x)
+        with Watch():
+            assert torch.equal(modules[0](x), direct)
+    assert "slimwright.packed_linear.default" in called  # who watches sees the operators
 
 
 @pytest.mark.parametrize(
