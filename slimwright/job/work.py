@@ -63,6 +63,7 @@ from slimwright.job.result import (
     write_papers,
 )
 from slimwright.job.reuse import Reuse, edits_key
+from slimwright.job.seen import sensitivity, single_families
 from slimwright.job.targets import TargetOptions
 from slimwright.job.targets import chosen as for_others
 from slimwright.job.walked import WalkedModel
@@ -368,6 +369,7 @@ class Work:
             if nodes:
                 allocation = search_tree(table, nodes, allocation.cost, allocated)
         journal.commit()
+        limit = budget if self.asked.predicted_loss is None else allocation.cost
         state.searched = {
             "solver": self.asked.search,
             "loss": estimate.spec,
@@ -378,6 +380,8 @@ class Work:
             "evaluations": 0 if state.evaluator is None else state.evaluator.evaluations,
             "curve": [list(point) for point in curve(joined, rest)],
             "everywhere": [list(point) for point in everywhere(table, rest + kept_bytes(nodes))],
+            "families": [list(point) for point in single_families(table, nodes, limit, rest)],
+            "sensitivity": sensitivity(table, limit),
         }
         chosen = {
             name: f"predicted loss {option.loss:.3g} nats per token"
