@@ -9,31 +9,34 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoTokenizer
 
 BATCH = 8
 
 
 def logits(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return torch.cat([model(input_ids=row[None]).logits.float() for row in rows])
+        return torch.cat([model(input_ids=row[None])[0].float() for row in rows])
 
 
 def main() -> None:
     import auto_round
-    import transformers
     from auto_round import AutoRound
 
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(spec["threads"])
     rows, check = torch.load(spec["calibration"]), torch.load(spec["check"])
-    dense = logits(AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32), check)
-    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype="auto")
+    auto = getattr(transformers, spec.get("auto", "AutoModelForCausalLM"))
+    dense = logits(auto.from_pretrained(spec["model"], dtype=torch.float32), check)
+    model = auto.from_pretrained(spec["model"], dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
-    data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(BATCH)]
+    data = [
+        {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in torch.stack(list(rows)).split(BATCH)
+    ]
     rounding = AutoRound(
         model, tokenizer, scheme=spec["scheme"], iters=200, batch_size=BATCH, nsamples=len(rows),
-        seqlen=rows.shape[1], dataset=data, device_map="cpu",
+        seqlen=len(rows[0]), dataset=data, device_map="cpu",
     )  # fmt: skip
     rounding.quantize()
     compressed = logits(rounding.model, check)

@@ -294,14 +294,14 @@ def _free(
     long = _LETTER * len(name)
     x, y = at
     for dx, dy in _PLACES[: 2 if kind == "single" else None]:
-        dx = dx if dx > 0 else dx - long
-        box = (x + dx, y + dy - 10, x + dx + long, y + dy - 10 + _LINE)
+        left = dx < 0
+        start = x + dx - (long if left else 0)
+        box = (start, y + dy - 10, start + long, y + dy - 10 + _LINE)
         inside = box[0] >= _MARGIN and box[2] <= width
         if inside and not any(
             a[0] < box[2] and box[0] < a[2] and a[1] < box[3] and box[1] < a[3] for a in taken
         ):  # fmt: skip
             taken.append(box)
-            left = dx < 0
             return {"x": round(box[2] if left else box[0], 2), "y": round(y + dy, 2), "text": name, "left": left}
     return None
 
