@@ -1,6 +1,6 @@
 """Models fitted to the bytes of what other programs make of them: which loses less.
 
-    python -m benchmarks.budgets [--models bundled qwen2] [--bits 4.25 3.25] [--seeds 0 1 2] [--peers gptq ...]
+    python -m benchmarks.budgets [--models bundled qwen2] [--bits 3.25] [--seeds 0] [--peers llama.cpp] [--finished]
 
 Every peer compresses the model at presets of its own near the bits asked, calibrated on the very tokens that ours has:
 65,536 of the generic text, in rows of 512, others for every seed. Ours is a default `fit` to the peer's bytes. In the
@@ -12,13 +12,14 @@ indices and what stays dense, without headers and metadata. Ours never has more 
 
 The loss is the KL divergence from the original in nats per token, on 128 held-out documents of 256 tokens each, the
 same for all, computed here in float32 from the weights that a file stands for: every file is read, dequantized without
-rounding again, and run by the same code. That llama.cpp
-rounds activations too costs it nothing.
-A peer counts only if the logits that its own program computes of the dense model equal ours.
+rounding again, and run by the same code, so that llama.cpp's rounding of activations costs it nothing. Of MiniLM, which
+has no logits, it is one minus the cosine of mean hidden states. A peer counts only if the logits that its own program
+computes of the dense model equal ours.
 
 llm-compressor is looked for in PEERS/c, AutoRound in PEERS/e (else PEERS/c, which has it too), llama.cpp's
 llama-imatrix and llama-quantize in LLAMA_CPP (PEERS/llama/bin) and its Python package in PEERS/d; what is missing is
-left out by name. Finished rows go to bench-results/budgets.jsonl and are not made again.
+left out by name. Finished rows go to bench-results/budgets.jsonl and are not made again; `--finished` makes none and
+shows what there is.
 """
 
 from __future__ import annotations
@@ -51,17 +52,27 @@ PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 class Store:
-    """Finished rows by what they are of, in a file that grows."""
+    """Finished rows by what they are of, in a file that grows.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        frozen: whether no further row is made.
+    """
+
+    def __init__(self, path: Path, frozen: bool = False) -> None:
+        self.path, self.frozen = path, frozen
         path.parent.mkdir(exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []
         self.rows = {json.dumps(row["of"]): row for row in map(json.loads, lines)}
 
     def get(self, of: list[Any], make: Callable[[], Row]) -> Row:
-        """The row, made if it is not there; a failure is a row too, and is tried again the next time."""
+        """The row, made if it is not there.
+
+        Raises:
+            LookupError: it is not there, and none is made.
+        """
         key = json.dumps(of)
+        if key not in self.rows and self.frozen:
+            raise LookupError(key)
         if key not in self.rows:
             started = time.monotonic()
             row = {"of": of} | make() | {"seconds": round(time.monotonic() - started, 1)}
@@ -154,44 +165,77 @@ def one(
 ) -> Row:
     """A peer's preset over the seeds, and ours at its bytes."""
     theirs, ours, row = [], [], {"model": subject.name, "bits": bits, "column": column, "peer": peer, "preset": preset}
-    free = peer != "llama.cpp"  # leaves the ends as they are in both columns
+    both = [] if peer != "llama.cpp" else [column]  # the others leave the ends as they are in both columns
     for seed in options.seeds:
-        of = [subject.name, peer, preset, seed] + ([] if free else [column])
         try:
-            them = store.get(of, lambda seed=seed: peer_row(subject, peer, preset, seed, column))
+            them = store.get(
+                [subject.name, peer, preset, seed, *both],
+                lambda seed=seed: peer_row(subject, peer, preset, seed, column),
+            )
+            header = max(
+                (one.get("header", 0) for one in store.rows.values() if one["of"][0] == subject.name), default=0
+            )
+            of = [subject.name, "slimwright", them["bytes"], seed, column]
+            us = near(of, store) or store.get(
+                of, lambda seed=seed, them=them, header=header: our_row(subject, them["bytes"], seed, column, header)
+            )
+        except LookupError:
+            continue
         except (RuntimeError, ValueError) as error:
             print(error, file=sys.stderr, flush=True)
             return row | {"preset": f"{preset}: failed: {str(error).strip().splitlines()[-1][:120]}"}
-        header = max((one.get("header", 0) for one in store.rows.values() if one["of"][0] == subject.name), default=0)
-        ours_of = [subject.name, "slimwright", them["bytes"], seed, column]
-        us = near(ours_of, store) or store.get(
-            ours_of,
-            lambda seed=seed, them=them, header=header: our_row(subject, them["bytes"], seed, column, header),
-        )
         theirs.append(them)
         ours.append(us)
+    if not ours:
+        return row | {"seeds": 0}
     row |= compared(pooled(theirs), pooled(ours))
     row |= {
         "bytes": theirs[0]["bytes"], "our_bytes": ours[0]["bytes"], "seeds": len(ours),
         "bits_all": 8 * theirs[0]["bytes"] / subject.structure.parameters,
         "ratios": [sum(us["sums"]) / sum(them["sums"]) for us, them in zip(ours, theirs, strict=True)],
-        "dense_kl": max(them["dense_kl"] for them in theirs), "versions": theirs[0]["versions"],
+        "dense_kl": max(them["dense_kl"] for them in theirs), "versions": theirs[-1]["versions"],
     }  # fmt: skip
     counts = row["dense_kl"] < MOST_DENSE_KL
     return row | ({"ok": row["ratio"] <= LIMITS[column]} if counts else {"preset": f"{preset}: other dense logits"})
 
 
+def markdown(rows: list[Row]) -> str:
+    """The table of docs/budgets.md."""
+    lines = ["| model | peer | its bits per parameter | ends | its KL | ours | ratio | seeds |", "|---|" + "---|" * 7]
+    for row in rows:
+        if not row.get("seeds"):
+            continue
+        figures = [
+            f"{row[f'{who}']:.4f} ({row[f'{who}_low']:.4f} to {row[f'{who}_high']:.4f})" for who in ("peers", "ours")
+        ]
+        ratio = f"**{row['ratio']:.2f}** ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+        cells = [
+            row["model"],
+            f"{row['peer']} {row['preset']}",
+            f"{row['bits_all']:.2f}",
+            row["column"],
+            *figures,
+            ratio,
+        ]
+        lines.append(f"| {' | '.join(cells)} | {', '.join(f'{one:.2f}' for one in row['ratios'])} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--models", nargs="+", default=["bundled", "qwen2", "gpt2"])
+    arguments.add_argument("--models", nargs="+", default=["bundled", "qwen2", "gpt2", "qwen3-moe", "minilm"])
     arguments.add_argument("--bits", nargs="+", default=["4.25", "3.25"], choices=["4.25", "3.25"])
     arguments.add_argument("--columns", nargs="+", default=[FREE, DENSE], choices=[FREE, DENSE])
     arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments.add_argument("--presets", nargs="+", help="of those of the peers; by default all")
     arguments.add_argument("--peers", nargs="+", default=list(MAKERS), choices=list(MAKERS))
+    arguments.add_argument("--finished", action="store_true", help="make no further row")
+    arguments.add_argument("--markdown", action="store_true", help="print the table of docs/budgets.md")
     options = arguments.parse_args()
     started = time.time()
-    rows = table(options, Store(ROWS))
+    rows = table(options, Store(ROWS, options.finished))
+    if options.markdown:
+        print(markdown(rows))
     columns = {
         "model": "model", "bits": "bits", "column": "ends", "peer": "peer", "preset": "preset", "bits_all": "file bits",
         "seeds": "seeds", "peers": "peer's KL", "ours": "ours", "ratio": "ratio", "ratio_low": "low",

@@ -66,14 +66,16 @@ def _best(table: Table, budget: int) -> tuple[int, float]:
 
 
 def sensitivity(table: Table, budget: int) -> dict[str, Any]:
-    """What every group alone would lose on one and the same option, that whose size everywhere is nearest to the
-    budget: ``option`` (its label) and ``loss`` (by group, in the table's unit). Empty where no option is everywhere.
+    """What every group alone would lose on one and the same option: of those that have, everywhere, no smaller and
+    better one, that whose size is nearest to the budget. ``option`` (its label) and ``loss`` (by group, in the table's
+    unit); empty where no option is everywhere.
     """
     kept = {option.label for options in table.values() for option in options if option.choice.kept}
     common = [point for point in everywhere(table) if point[0] not in kept]
-    if not common:
+    best = [one for one in common if not any(cost <= one[1] and loss < one[2] for _, cost, loss in common)]
+    if not best:
         return {}
-    label = min(common, key=lambda point: abs(point[1] - budget))[0]
+    label = min(best, key=lambda point: abs(point[1] - budget))[0]
     return {
         "option": label,
         "loss": {scope: o.loss for scope, options in table.items() for o in options if o.label == label},

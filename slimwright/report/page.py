@@ -184,6 +184,10 @@ def _prediction(report: Mapping[str, Any], quality: Mapping[str, Any]) -> list[t
         ("Predicted loss, nats per token", words.significant(predicted)),
         ("Measured KL", words.estimate("kl", measured)),
         ("Measured by predicted", DASH if ratio is None else words.decimal(ratio)),
+        *(
+            (f"With {name}, predicted", f"{words.significant(loss)} at {words.size(nbytes)}")
+            for name, nbytes, loss in pictures.named_points(search.get("families"))
+        ),
     ]
 
 

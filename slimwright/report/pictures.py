@@ -238,8 +238,8 @@ def searched(search: Mapping[str, Any], chosen: float | None, measured: float | 
     marks = {
         "chosen": [("chosen", *p) for p in _points([(chosen, search.get("predicted"))])],
         "measured": [("measured", *p) for p in _points([(chosen, measured)])],
-        "family": _named(search.get("families")),
-        "single": _named(search.get("everywhere")),
+        "family": named_points(search.get("families")),
+        "single": named_points(search.get("everywhere")),
     }
     far = _NEAR * chosen if chosen and any(size <= _NEAR * chosen for size, _ in curve) else math.inf
     curve = [point for point in curve if point[0] <= far]
@@ -306,7 +306,8 @@ def _free(
     return None
 
 
-def _named(points: Any) -> list[tuple[str, float, float]]:
+def named_points(points: Any) -> list[tuple[str, float, float]]:
+    """(name, bytes, loss) of those that can stand on a logarithmic scale."""
     return [(str(name), *point) for name, *rest in points or () for point in _points([rest])]
 
 
