@@ -33,6 +33,7 @@ BENCHMARKS = {
     "generate": "generation with caches of 16, 8, 4 and 2 bits, beside transformers'",
     "serving": "the server under load: answers, memory, hostile clients; beside llama-server where it is",
     "exports": "exports in the programs that load them, beside slimwright.load",
+    "budgets": "fits to the bytes of llm-compressor, AutoRound and llama.cpp: who loses less",
     "gptq": "GPTQ beside llm-compressor's, and as a multiple of its floor",
 }
 

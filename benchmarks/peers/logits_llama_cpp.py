@@ -1,6 +1,7 @@
 """Logits of a GGUF file in llama.cpp: logits_llama_cpp.py SPEC.json.
 
-SPEC: ``file``, ``texts`` (lists of tokens), ``strings`` (texts to tokenize), ``result`` (a .npz file: ``logits0``, ...,
+SPEC: ``file``, ``texts`` (lists of tokens), ``strings`` (texts to tokenize; ``special``: with special tokens),
+``result`` (a .npz file: ``logits0``, ...
 ``tokens0``, ..., ``version``), ``threads``.
 """
 
@@ -23,5 +24,5 @@ for index, text in enumerate(spec["texts"]):
     model.eval(text)
     found[f"logits{index}"] = np.array(model.scores[: len(text)], dtype=np.float32)
 for index, text in enumerate(spec["strings"]):
-    found[f"tokens{index}"] = np.array(model.tokenize(text.encode(), add_bos=False, special=False))
+    found[f"tokens{index}"] = np.array(model.tokenize(text.encode(), add_bos=False, special=spec.get("special", False)))
 np.savez(spec["result"], **found)

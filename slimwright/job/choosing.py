@@ -16,6 +16,7 @@ from slimwright.job.losses import LossEstimate, Scored, Scoring, loss_estimate
 from slimwright.job.probe import Probe
 from slimwright.job.request import FitOptions
 from slimwright.job.reuse import Reuse, edits_key
+from slimwright.job.seen import sensitivity, single_families
 from slimwright.job.state import State
 from slimwright.job.targets import chosen as for_others
 from slimwright.model.structure import Structure
@@ -99,6 +100,7 @@ class Choosing:
         nats = 1.0 if estimate.nats else DATA_FREE_NATS / self.structure.parameters
         allocation, target = self._allocation(table, nodes, scored, nats)
         self.journal.commit()
+        limit = self.target.budget - self.rest if self.asked.predicted_loss is None else allocation.cost
         searched = {
             "solver": self.asked.search,
             "loss": estimate.spec,
@@ -109,6 +111,8 @@ class Choosing:
             "evaluations": self.evaluations,
             "curve": [list(point) for point in curve(reduced(table, nodes), self.rest)],
             "everywhere": [list(point) for point in everywhere(table, self.rest + kept_bytes(nodes))],
+            "families": [list(point) for point in single_families(table, nodes, limit, self.rest)],
+            "sensitivity": sensitivity(table, limit),
         }
         return self._planned(allocation, table, target, searched)
 

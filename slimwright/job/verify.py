@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from slimwright.errors import SlimwrightError
 from slimwright.job.caching import cache_facts, check_cache, outputs_with_cache
 from slimwright.job.edits import WrittenCheckpoint, dropped, folded, rotated
 from slimwright.job.gathering import Gathering
-from slimwright.job.held_out import held_out, load_tokenizer, retrieval_quality
+from slimwright.job.held_out import HeldOut, held_out, load_tokenizer, retrieval_quality
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of, open_source
 from slimwright.job.source import (
@@ -239,7 +239,7 @@ def _compare_outputs(
         outcome.quality |= {f"cache: {name}": figures[name] for name in ("kl", "top1_agreement") if name in figures}
     outcome.quality |= retrieval_quality(Path(spec.written), original, structure.parameters, spec.seed)
     if spec.sample and hasattr(packed, "generate") and packed.can_generate():
-        outcome.samples = _samples(source, original, packed)
+        outcome.samples = _samples(source, batches, original, packed)
 
 
 def _model_directory(written: str) -> Path:
@@ -291,29 +291,44 @@ def _relative(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).abs().max()) / max(float(expected.abs().max()), 1e-30)
 
 
-SAMPLE_TOKENS = 24
+SAMPLES, SAMPLE_TOKENS = 3, 32
+SAMPLE_PROMPT = 32
+"""Tokens of a document that are continued, at most."""
 SAMPLED_BELOW = 300_000_000
-"""Parameters up to which a line of text is generated: the source's side of it streams every weight for every token."""
-
-PROMPT = 'def read(self, size=-1):\n    """Read'
+"""Parameters up to which text is generated: the source's side of it streams every weight for every token."""
 
 
-def _samples(source: Checkpoint, original: Any, packed: Any) -> list[dict[str, str]]:
-    """One greedy continuation by the source and by the result."""
+def _samples(source: Checkpoint, batches: Sequence[HeldOut], original: Any, packed: Any) -> list[dict[str, str]]:
+    """Greedy continuations by the source and by the result of how documents begin that no solver saw."""
     tokenizer = load_tokenizer(source)
     if tokenizer is None or original.config.is_encoder_decoder:
         return []
-    inputs = tokenizer(PROMPT, return_tensors="pt")
-    if int(inputs["input_ids"].max()) >= original.config.get_text_config().vocab_size:
-        return []  # the tokenizer knows tokens that the model does not
-    texts = []
+    vocabulary = min(original.config.get_text_config().vocab_size, len(tokenizer))
+    beginnings: dict[tuple[int, ...], None] = {}
+    for batch in batches:
+        if set(batch.inputs) - {"input_ids", "attention_mask"}:
+            continue  # a text with images is not continued without them
+        every = batch.inputs["input_ids"]
+        mask = torch.ones_like(every) if batch.mask is None else batch.mask
+        for row, own in zip(every, mask.bool(), strict=True):
+            ids = row[own].tolist()
+            if len(ids) >= 4 and max(ids) < vocabulary:
+                beginnings[tuple(ids[: min(SAMPLE_PROMPT, len(ids) // 2)])] = None
+    chosen = list(beginnings)[:SAMPLES]
+    if not chosen:
+        return []
+    prompts = torch.tensor([ids[: min(map(len, chosen))] for ids in chosen])  # of one length: no padding, one batch
+    written = []
     for model in (original, packed):
         out = model.generate(
-            input_ids=inputs["input_ids"], attention_mask=torch.ones_like(inputs["input_ids"]),
-            max_new_tokens=SAMPLE_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0,
+            input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=SAMPLE_TOKENS, do_sample=False,
+            pad_token_id=tokenizer.eos_token_id or 0,
         )  # fmt: skip
-        texts.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    return [{"prompt": PROMPT, "before": texts[0], "after": texts[1]}]
+        written.append([tokenizer.decode(row[prompts.shape[1] :], skip_special_tokens=True) for row in out])
+    return [
+        {"prompt": tokenizer.decode(prompt), "before": before, "after": after}
+        for prompt, before, after in zip(prompts, *written, strict=True)
+    ]
 
 
 def logits_width(structure: Structure) -> int:

@@ -32,6 +32,7 @@ class Entry:
         role: as the ledger says, else the name of its layer; experts' roles begin with ``expert``.
         parameters: 0 if the ledger does not tell.
         before: bytes in the source, None if unknown.
+        sensitivity: what its group alone would lose on an option that all could have, None if unknown.
     """
 
     site: str
@@ -51,6 +52,7 @@ class Entry:
     part: str
     parameters: int
     before: float | None
+    sensitivity: float | None = None
 
 
 def _place(line: Mapping[str, Any], site: str) -> tuple[str, int | None]:
@@ -82,6 +84,10 @@ def read_ledger(report: Mapping[str, Any]) -> list[Entry]:
     of the source's bytes is shared out by parameters.
     """
     lines = [line for line in report.get("ledger") or [] if isinstance(line, Mapping)]
+    search = report.get("search")
+    found = search.get("sensitivity") if isinstance(search, Mapping) else None
+    losses = found.get("loss") if isinstance(found, Mapping) else None
+    losses = losses if isinstance(losses, Mapping) else {}
     entries = []
     for line in lines:
         site = str(line.get("site") or "")
@@ -115,6 +121,7 @@ def read_ledger(report: Mapping[str, Any]) -> list[Entry]:
                 part=_part(role, expert),
                 parameters=round(parameters),
                 before=before,
+                sensitivity=_number(losses.get(line.get("group"))),
             )
         )
     return _share_out(entries, report)

@@ -104,6 +104,7 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "evaluated": _evaluated(mapping(report.get("measured_on"))),
         "stacks": pictures.stacks(entries),
         "legend": pictures.legend(entries),
+        "layers": _layers(pictures.stacks(entries), search),
         "searched": _searched(report, size, quality),
         "prediction": _prediction(report, quality),
         "candidates": _candidates(report),
@@ -141,6 +142,31 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _layers(stacks: Sequence[Mapping[str, Any]], search: Mapping[str, Any]) -> dict[str, str]:
+    """Heading and explanation of the picture of the layers: it shows what the report has."""
+    panels = {panel["name"]: panel for stack in stacks for panel in stack["panels"]}
+    sentences, shown = [], ["Bits"]
+    if "sensitivity" in panels:
+        shown.append("sensitivity")
+        option = mapping(search.get("sensitivity")).get("option")
+        sentences.append(
+            f"Sensitivity is what each group of weights alone would lose on {option}, in {search.get('unit')}: "
+            "the higher, the more bits it deserves."
+        )
+    if "relative error" in panels:
+        shown.append("error")
+        sentences.append("The relative error is how far each weight is from the source's: lower is closer.")
+        if panels["relative error"]["moved"]:
+            sentences.append("A line begins at the error of plain rounding on the same grid.")
+    if len(shown) > 1:
+        sentences.append("Below the cells, dots stand in the order of the rows, in their colours.")
+    *first, last = shown
+    return {
+        "heading": f"{' and '.join([', '.join(first), last] if first else [last])} per layer",
+        "words": " ".join(sentences),
+    }
+
+
 def _searched(report: Mapping[str, Any], size: Mapping[str, Any], quality: Mapping[str, Any]) -> dict[str, Any] | None:
     search = mapping(report.get("search"))
     measured = mapping(quality.get("kl")).get("value") if "nats" in str(search.get("unit")) else None
@@ -158,6 +184,10 @@ def _prediction(report: Mapping[str, Any], quality: Mapping[str, Any]) -> list[t
         ("Predicted loss, nats per token", words.significant(predicted)),
         ("Measured KL", words.estimate("kl", measured)),
         ("Measured by predicted", DASH if ratio is None else words.decimal(ratio)),
+        *(
+            (f"With {name}, predicted", f"{words.significant(loss)} at {words.size(nbytes)}")
+            for name, nbytes, loss in pictures.named_points(search.get("families"))
+        ),
     ]
 
 

@@ -16,6 +16,7 @@ _CELL_HEIGHT = 26
 _LABEL = 96  # for the roles' names at the left
 _SIDE = 62  # for the embedding and the head
 _GAP = 10
+_PANEL = 110.0  # height of what is drawn under the cells
 
 
 def colour(bits: float | None) -> int:
@@ -40,6 +41,8 @@ def _title(entries: Sequence[Entry]) -> str:
         width += f" ({decimal(min(bits))} to {decimal(max(bits))})"
     grids = sorted({entry.grid for entry in entries if entry.grid})
     words = [name, ", ".join(grids[:3]) or first.state, width, size(sum(entry.bytes for entry in entries))]
+    if entries[0].sensitivity is not None:
+        words.append(f"sensitivity {significant(entries[0].sensitivity)}")
     error = mean(entries, "error_after")
     if error is not None:
         words.append(f"relative error {significant(error)}")
@@ -100,15 +103,21 @@ def _stack(name: str, inside: list[Entry], left: list[Entry], right: list[Entry]
     if blocks:
         x += _GAP
     side(right)
+    panels, bottom = [], height + 20.0
+    for panel in (_sensitivities(cells), _errors(cells)):
+        if panel is not None:
+            panels.append({**panel, "top": bottom + 26})
+            bottom += _PANEL + 30
     return {
         "name": name,
         "cells": cells,
         "columns": columns,
         "rows": [{"y": line * row + row / 2, "label": role} for line, role in enumerate(roles)],
+        "panels": panels,
+        "left": _LABEL,
         "width": x,
-        "height": height + 20,
+        "height": bottom,
         "axis": height + 14,
-        "errors": _errors(cells, x),
     }
 
 
@@ -122,40 +131,59 @@ def _cell(box: tuple[float, float, float, float], entries: list[Entry], text: st
         "step": colour(mean(entries, "bits")),
         "text": text,
         "title": _title(entries),
+        "group": entries[0].group or entries[0].site,
+        "sensitivity": entries[0].sensitivity,
         "errors": (mean(entries, "error_before"), mean(entries, "error_after")),
     }
 
 
-def _errors(cells: list[dict[str, Any]], width: float, height: float = 150.0) -> dict[str, Any] | None:
-    """Relative errors on a logarithmic scale: a dot per cell under its column; None if nothing has an error."""
-    dots = [(cell, before, after) for cell in cells for before, after in [cell["errors"]] if after and after > 0]
+def _sensitivities(cells: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What each group alone would lose on one option: a dot per group and column."""
+    first: dict[tuple[float, str], dict[str, Any]] = {}
+    for cell in cells:
+        first.setdefault((cell["x"], cell["group"]), cell)
+    return _panel("sensitivity", [(cell, None, cell["sensitivity"]) for cell in first.values()])
+
+
+def _errors(cells: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Relative errors: a dot per cell, and a line from what plain rounding leaves."""
+    return _panel("relative error", [(cell, *cell["errors"]) for cell in cells])
+
+
+def _panel(name: str, values: Sequence[tuple[dict[str, Any], float | None, float | None]]) -> dict[str, Any] | None:
+    """Values on a logarithmic scale, a dot for each (cell, start, value) under the cell's column, those of a column
+    side by side in the order of the rows; None if there is nothing to show."""
+    dots = [(cell, start, value) for cell, start, value in values if value and value > 0]
     if not dots:
         return None
-    values = [value for _, before, after in dots for value in (before, after) if value and value > 0]
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    every = [value for _, *both in dots for value in both if value and value > 0]
+    low, high = math.floor(math.log10(min(every))), math.ceil(math.log10(max(every)))
     high = max(high, low + 1)
 
     def y(value: float) -> float:
-        return round(6 + (height - 12) * (high - math.log10(value)) / (high - low), 2)
+        return round(_PANEL * (high - math.log10(value)) / (high - low), 2)
 
-    ticks = range(low, high + 1, max(1, (high - low) // 5))
+    columns: dict[float, list[dict[str, Any]]] = {}
+    for cell, _, _ in dots:
+        columns.setdefault(cell["x"], []).append(cell)
+
+    def x(cell: dict[str, Any]) -> float:
+        own = sorted(columns[cell["x"]], key=lambda other: other["y"])
+        place = next(index for index, other in enumerate(own) if other is cell)
+        return round(cell["x"] + cell["width"] * (place + 0.5) / len(own), 2)
+
+    moved = [bool(start and value and start - value > 0.02 * value) for _, start, value in dots]
+    step = max(1, -(-(high - low) // 4))
     return {
+        "name": name,
         "dots": [
-            {
-                "x": round(cell["x"] + cell["width"] / 2, 2),
-                "y": y(after),
-                "start": y(before) if before and before - after > 0.02 * after else None,
-                "step": cell["step"],
-                "title": cell["title"],
-            }
-            for cell, before, after in dots
+            {"x": x(cell), "y": y(value or 1), "start": y(start) if start and far else None, "step": cell["step"],
+             "title": cell["title"]}
+            for (cell, start, value), far in zip(dots, moved, strict=True)
         ],
-        "ticks": [{"y": y(10.0**power), "label": f"{10.0**power:g}"} for power in ticks],
-        "height": height,
-        "width": width,
-        "left": _LABEL,
-        "moved": any(before and before - after > 0.02 * after for _, before, after in dots),
-    }
+        "ticks": [{"y": y(10.0**power), "label": f"{10.0**power:g}"} for power in range(low, high + 1, step)],
+        "moved": any(moved),
+    }  # fmt: skip
 
 
 def _short(bits: float | None) -> str:
@@ -189,52 +217,98 @@ def legend(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     ]
 
 
-_PLOT = (720.0, 250.0)
+_PLOT = (560.0, 270.0)
+_LETTER, _LINE = 8.0, 16.0  # of a label on a phone, about
+_MARGIN = 64  # for the losses at the left
+_NEAR = 3.0
 
 
 def searched(search: Mapping[str, Any], chosen: float | None, measured: float | None) -> dict[str, Any] | None:
-    """What the search saw: least loss by size, one grid everywhere, the chosen point and what was measured there; None
-    where the report has too little of it.
+    """What the search saw: least loss by size, the best of single families, one grid everywhere, the chosen point and
+    what was measured there; None where the report has too little of it. Sizes up to three times the chosen one.
 
     Args:
         search: of the report.
         chosen: bytes of the result.
         measured: its KL, where losses are in nats too.
     """
-    curve = _points((size, loss) for size, loss in search.get("curve") or ())
-    single = [(str(name), *point) for name, *rest in search.get("everywhere") or () for point in _points([rest])]
+    curve = _points(search.get("curve") or ())
     if len(curve) < 2:
         return None
-    front = [one for one in single if not any(b <= one[1] and y < one[2] for _, b, y in single)]
-    marks = _points([(chosen, search.get("predicted"))])
-    found = _points([(chosen, measured)])
-    points = curve + [(b, y) for _, b, y in front] + marks + found
-    right = 1.02 * max(b for b, _ in points)
-    top, bottom = math.ceil(math.log10(max(y for _, y in points))), math.floor(math.log10(min(y for _, y in points)))
-    top = max(top, bottom + 1)
+    marks = {
+        "chosen": [("chosen", *p) for p in _points([(chosen, search.get("predicted"))])],
+        "measured": [("measured", *p) for p in _points([(chosen, measured)])],
+        "family": named_points(search.get("families")),
+        "single": named_points(search.get("everywhere")),
+    }
+    far = _NEAR * chosen if chosen and any(size <= _NEAR * chosen for size, _ in curve) else math.inf
+    curve = [point for point in curve if point[0] <= far]
+    least = min(loss for _, loss in curve)
+    single = [one for one in marks["single"] if one[1] <= far and one[2] >= least]
+    marks["single"] = [one for one in single if not any(b <= one[1] and y < one[2] for _, b, y in single)]
+    points = [*curve, *((size, loss) for found in marks.values() for _, size, loss in found)]
+    left, right = min(size for size, _ in points), max(size for size, _ in points)
+    left, right = max(0.0, left - 0.06 * (right - left)), right + 0.06 * (right - left)
+    top, bottom = (math.log10(function(loss for _, loss in points)) for function in (max, min))
+    top, bottom = top + 0.05 * (top - bottom) + 0.05, bottom - 0.05 * (top - bottom) - 0.05
     width, height = _PLOT
 
     def place(size: float, loss: float) -> tuple[float, float]:
-        x = _LABEL + (width - _LABEL - 12) * size / right
+        x = _MARGIN + (width - _MARGIN - 12) * (size - left) / (right - left)
         return round(x, 2), round(8 + (height - 36) * (top - math.log10(loss)) / (top - bottom), 2)
 
-    return {
-        "line": " ".join(f"{x},{y}" for x, y in (place(*point) for point in curve)),
-        "single": [
-            {"at": place(b, y), "label": name, "title": f"{name} everywhere\n{size(b)}\nloss {significant(y)}"}
-            for name, b, y in front
-        ],
-        "chosen": [{"at": place(*p), "title": f"chosen\n{size(p[0])}\npredicted {significant(p[1])}"} for p in marks],
-        "measured": [{"at": place(*p), "title": f"measured\n{size(p[0])}\nKL {significant(p[1])}"} for p in found],
-        "rows": [
-            {"y": place(0, 10.0**power)[1], "label": f"{10.0**power:g}"}
-            for power in range(bottom, top + 1, max(1, (top - bottom) // 5))
-        ],
-        "columns": [
-            {"x": place(right * part / 4, 10.0**top)[0], "label": size(right * part / 4)} for part in (1, 2, 3)
-        ],
-        "width": width, "height": height, "left": _LABEL, "unit": str(search.get("unit") or ""),
+    taken: list[tuple[float, float, float, float]] = [
+        (x - 7, y - 7, x + 7, y + 7) for found in marks.values() for _, b, v in found for x, y in [place(b, v)]
+    ]
+    drawn = {
+        kind: [
+            {"at": place(b, y), "title": f"{name}\n{size(b)}\nloss {significant(y)}",
+             "label": _free(kind, name, place(b, y), taken, width)}
+            for name, b, y in found
+        ]
+        for kind, found in marks.items()
     }  # fmt: skip
+    quarters = [left + (right - left) * part / 4 for part in range(5)]
+    powers = range(math.ceil(bottom), math.floor(top) + 1)
+    ticks = [10.0**power for power in powers]
+    if len(ticks) < 3:
+        ticks = [step * 10.0**power for power in range(math.floor(bottom), math.ceil(top)) for step in (1, 2, 5)]
+    return {
+        **drawn,
+        "line": " ".join(f"{x},{y}" for x, y in (place(*point) for point in curve)),
+        "rows": [
+            {"y": place(left, tick)[1], "label": f"{tick:g}"} for tick in ticks if bottom <= math.log10(tick) <= top
+        ],
+        "columns": [{"x": place(tick, 10.0**top)[0], "label": size(tick)} for tick in quarters[1:4]],
+        "width": width, "height": height, "left": _MARGIN, "unit": str(search.get("unit") or ""),
+    }  # fmt: skip
+
+
+_PLACES = ((11, 4), (9, -9), (-11, 4), (-9, -9), (9, 18), (-9, 18))
+
+
+def _free(
+    kind: str, name: str, at: tuple[float, float], taken: list[tuple[float, float, float, float]], width: float
+) -> dict[str, Any] | None:
+    """Where a point's label fits beside it without covering another, added to ``taken``; None: nowhere."""
+    long = _LETTER * len(name)
+    x, y = at
+    for dx, dy in _PLACES[: 2 if kind == "single" else None]:
+        left = dx < 0
+        start = x + dx - (long if left else 0)
+        box = (start, y + dy - 10, start + long, y + dy - 10 + _LINE)
+        inside = box[0] >= _MARGIN and box[2] <= width
+        if inside and not any(
+            a[0] < box[2] and box[0] < a[2] and a[1] < box[3] and box[1] < a[3] for a in taken
+        ):  # fmt: skip
+            taken.append(box)
+            return {"x": round(box[2] if left else box[0], 2), "y": round(y + dy, 2), "text": name, "left": left}
+    return None
+
+
+def named_points(points: Any) -> list[tuple[str, float, float]]:
+    """(name, bytes, loss) of those that can stand on a logarithmic scale."""
+    return [(str(name), *point) for name, *rest in points or () for point in _points([rest])]
 
 
 def _points(pairs: Iterable[Any]) -> list[tuple[float, float]]:

@@ -41,6 +41,7 @@ def test_the_bundled_lm(tmp_path: Path, as_users_do: None) -> None:
     report = fitted(str(bundled_path()), tmp_path / "out", grid="int4:g64")
     assert report["verified"]["inputs"] == "held-out text of the Python standard library"
     assert 0 < report["quality"]["kl"]["value"] < 0.5 and report["quality"]["top1_agreement"]["value"] > 0.7
-    assert report["samples"] and report["samples"][0]["after"]
+    assert len({sample["prompt"] for sample in report["samples"]}) == 3
+    assert all(sample["before"] and sample["after"] for sample in report["samples"])
     job = report["job"]
     assert 1 / 1.5 < job["predicted"]["peak_memory_bytes"] / job["peak_memory_bytes"] < 1.5

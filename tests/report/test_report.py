@@ -81,8 +81,7 @@ def test_self_contained_and_complete(experts):
     headings = page.text("h2")
     for heading in (
         "Before and after",
-        "Bits per layer",
-        "Relative error per layer",
+        "Bits and error per layer",
         "Where the bytes went",
         "Every parameter accounted for",
         "Verification",
