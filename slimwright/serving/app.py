@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
+import functools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -63,6 +65,7 @@ def create_app(served: Served, limits: Limits, key: str | None = None, hosts: fr
         title="slimwright", version=slimwright.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
         responses=_ERRORS,
     )  # fmt: skip
+    app.openapi = functools.partial(_openapi, app.openapi, served)  # type: ignore[method-assign]
     app.add_middleware(Guard, limits=limits, key=key, hosts=hosts, metrics=served.metrics)  # type: ignore[arg-type]
     _add_failures(app)
 
@@ -198,6 +201,15 @@ def create_app(served: Served, limits: Limits, key: str | None = None, hosts: fr
         return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
 
     return app
+
+
+def _openapi(described: Callable[[], dict[str, Any]], served: Served) -> dict[str, Any]:
+    """The server's OpenAPI, which says by what names requests may call the model now."""
+    found = copy.deepcopy(described())
+    for schema in found["components"]["schemas"].values():
+        if "model" in schema.get("properties", {}):
+            schema["properties"]["model"]["enum"] = [served.name, *served.adapters]
+    return found
 
 
 def _add_failures(app: FastAPI) -> None:

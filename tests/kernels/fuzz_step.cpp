@@ -111,10 +111,10 @@ static void one() {
     Heap heap;
     const int64_t type = below(2), batch = 1 + below(5), kv_heads = 1 + below(2), group = 1 + below(3), heads = kv_heads * group;
     const int64_t dim = 8 * (1 + below(6)), width = 8 + below(90), inner = 8 + below(150), layers = below(3);
-    const bool own = below(3) > 0;  // texts have caches of their own, each with some of the rows
+    const bool apart = below(3) > 0;  // texts have caches of their own, each with some of the rows
     std::vector<int64_t> tokens;
-    for (int64_t left = batch; own && left > 0; left -= tokens.back()) tokens.push_back(1 + below(below(2) ? 1 : left));
-    const int64_t caches = own ? int64_t(tokens.size()) : 1;
+    for (int64_t left = batch; apart && left > 0; left -= tokens.back()) tokens.push_back(1 + below(below(2) ? 1 : left));
+    const int64_t caches = apart ? int64_t(tokens.size()) : 1;
     std::vector<SlimwrightLayer> blocks;
     std::vector<SlimwrightKv*> all;
     for (int64_t i = 0; i < layers; i++) {
@@ -127,13 +127,13 @@ static void one() {
         if (below(2)) layer.q_gain = heap.floats(dim), layer.k_gain = heap.floats(dim);
         SlimwrightKv** kvs = reinterpret_cast<SlimwrightKv**>(heap.bytes(caches * int64_t(sizeof(SlimwrightKv*))));
         for (int64_t c = 0; c < caches; c++)
-            all.push_back(kvs[c] = cache(heap, own ? 1 : batch, own ? tokens[size_t(c)] : 1, heads, kv_heads, dim, type));
+            all.push_back(kvs[c] = cache(heap, apart ? 1 : batch, apart ? tokens[size_t(c)] : 1, heads, kv_heads, dim, type));
         layer.kv = kvs;
         blocks.push_back(layer);
     }
     SlimwrightStep step{};
     step.batch = batch, step.width = width, step.layers = layers, step.caches = caches;
-    step.tokens = own ? tokens.data() : nullptr;
+    step.tokens = apart ? tokens.data() : nullptr;
     std::vector<int64_t> rows;
     for (int64_t row = 0; row < batch; row++) if (below(2) || (row == batch - 1 && rows.empty())) rows.push_back(row);
     const bool some = below(2);
@@ -159,7 +159,7 @@ static void one() {
         }
         memcpy(out->data(), logits.get(), first.size() * 4);
         for (size_t i = 0; i < all.size(); i++)  // the same tokens once more, into the same places
-            all[i]->length -= own ? tokens[i % size_t(caches)] : 1;
+            all[i]->length -= apart ? tokens[i % size_t(caches)] : 1;
     }
     bool packs = false;  // a token that moves others to the packed part leaves another cache behind
     for (const SlimwrightKv* kv : all) packs |= kv->bits < 16;
@@ -201,7 +201,7 @@ static void one() {
         refused(kv->value_dim, {0, -1, large});
         refused(kv->length, {-2, INT64_MIN});
         if (!kv->sliding) refused(kv->length, {large});
-        if (own) refused(kv->batch, {2});
+        if (apart) refused(kv->batch, {2});
         refused(kv->window, {0, -1, INT64_MIN});
     }
     for (SlimwrightLayer& layer : blocks)

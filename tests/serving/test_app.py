@@ -239,8 +239,14 @@ def test_limits(served: Served) -> None:
 
 
 def test_a_full_queue_answers_429(served: Served) -> None:
-    answer = post(served, "/v1/completions", asked(served, n=16))
+    async def go(client: Any) -> list[Any]:
+        bodies = [asked(served, n=12, max_tokens=40)] * 2
+        return list(await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies)))
+
+    _, answer = sorted(ask(served, go), key=lambda found: found.status_code)
     assert "try again" in refusal(answer, 429) and answer.headers["retry-after"]
+    said = refusal(post(served, "/v1/completions", asked(served, n=13)), 400)
+    assert "13 texts are asked for in one request" in said
 
 
 def test_keys(served: Served) -> None:
@@ -268,6 +274,8 @@ def test_models_metrics_and_unknown_paths(served: Served) -> None:
     assert get(served, f"/v1/models/{served.name}").json() == listed["data"][0]
     refusal(get(served, "/v1/models/none"), 404)
     refusal(get(served, "/v1/nothing"), 404)
+    described = get(served, "/openapi.json").json()["components"]["schemas"]
+    assert described["ChatBody"]["properties"]["model"]["enum"] == [served.name]
     refusal(get(served, "/v1/completions"), 405)
     before = _figures(get(served, "/metrics").text)
     post(served, "/v1/completions", asked(served))
@@ -349,7 +357,7 @@ def test_an_answer_that_fails_is_a_sentence(served: Served, monkeypatch: pytest.
         raise MemoryError
 
     assert served.engine is not None
-    monkeypatch.setattr(served.engine.batcher, "prefill", failing)
+    monkeypatch.setattr(served.engine.batcher, "run", failing)
     assert "not enough memory" in refusal(post(served, "/v1/completions", asked(served)), 500)
 
 
