@@ -171,72 +171,74 @@ void linear_task(void* context, int64_t index) {
 
 // -- many inputs ----------------------------------------------------------------------------------------------------
 
-constexpr int64_t MOST_INPUTS = 768;       // prepared at a time: with 4864 columns 7.5 MB in bfloat16
+constexpr int64_t MOST_INPUTS = 768;       // multiplied at a time: with 4864 columns 7.5 MB in bfloat16
 constexpr int64_t CACHED = 640 << 10;      // bytes of decoded rows of a task, which stay in a second-level cache
 
-struct Many {
+struct ManyLinear {
     const Weight& weight;
-    Panels panels;
-    const void *x, *bias;
+    Inputs inputs;                         // where they have to be written anew
+    Many many;
+    const uint8_t* x;
+    const void* bias;
     uint8_t* out;
     int64_t first, last, step;
     int32_t type;
     std::atomic<bool> failed{false};
     int64_t element() const { return type == FLOAT32 ? 4 : 2; }
+    int64_t row() const { return chunks_of(weight) * CHUNK * (many.bfloats ? 2 : 4); }
 };
 
-// Bytes of `count` decoded rows, rounded up, and their sums with one panel.
-int64_t panel_bytes(const Many& job, int64_t count) {
-    const int64_t row = chunks_of(job.weight) * CHUNK * (job.panels.bfloats ? 2 : 4);
-    return divide_up(count, 8) * 8 * (row + PANEL_VECTORS * rows.width * 4);
-}
-
-void panel_task(void* context, int64_t index) {
-    Many& job = *static_cast<Many*>(context);
-    rows.prepare_panel(job.x, job.type, job.weight.columns, index, job.panels);
+void write_input(void* context, int64_t index) {
+    ManyLinear& job = *static_cast<ManyLinear*>(context);
+    rows.prepare(job.weight, job.x + index * job.weight.columns * job.element(), job.type, index, job.inputs);
 }
 
 void many_task(void* context, int64_t index) {
-    Many& job = *static_cast<Many*>(context);
+    ManyLinear& job = *static_cast<ManyLinear*>(context);
     thread_local Buffer kept;
     const int64_t first = job.first + index * job.step;
     const int64_t last = first + job.step < job.last ? first + job.step : job.last;
-    uint8_t *scratch = row_memory(job.weight), *memory = kept.get(size_t(panel_bytes(job, job.step)));
+    const int64_t bytes = (divide_up(job.step, rows.width) + 1) * rows.width * job.row();
+    uint8_t *scratch = row_memory(job.weight), *memory = kept.get(size_t(bytes));
     if (!scratch || !memory) return job.failed.store(true);
-    const int64_t column = first - job.first;
-    const uint8_t* bias = job.bias ? static_cast<const uint8_t*>(job.bias) + column * job.element() : nullptr;
-    rows.multiply_panels(job.weight, job.panels, first, last, bias, job.out + column * job.element(), job.last - job.first,
-                         job.type, memory, scratch);
+    const int64_t column = (first - job.first) * job.element();
+    const uint8_t* bias = job.bias ? static_cast<const uint8_t*>(job.bias) + column : nullptr;
+    rows.multiply_many(job.weight, job.many, first, last, bias, job.out + column, job.last - job.first, job.type, memory,
+                       scratch);
 }
 
-// Rows of a task: at most as many as stay cached, so many that threads end together.
-int64_t many_rows(const Many& job, int threads) {
-    const int64_t count = job.last - job.first, row = chunks_of(job.weight) * CHUNK * (job.panels.bfloats ? 2 : 4);
-    int64_t most = CACHED / row / 8 * 8, best = 0, least = 0;
-    most = most < 16 ? 16 : most > 96 ? 96 : most;
-    for (int64_t step = most; step >= (most < 32 ? 8 : 24); step -= 8) {
+// Rows of a task, whole vectors: at most as many as stay cached, so many that threads end together.
+int64_t many_rows(const ManyLinear& job, int threads) {
+    const int64_t count = job.last - job.first, width = rows.width;
+    int64_t best = 0, least = 0, most = CACHED / job.row();
+    most = (most > 96 ? 96 : most < width ? width : most) / width * width;
+    for (int64_t step = most; step >= width; step -= width) {
         const int64_t longest = divide_up(divide_up(count, step), threads) * step;
         if (!best || longest < least) best = step, least = longest;
     }
     return best;
 }
 
-// As slimwright_packed_linear; a part of the inputs after the other, for each of which rows are decoded anew.
-int many(const Weight& w, const void* x, int64_t batch, int64_t first, int64_t last, const void* bias, void* out,
-         int32_t type, bool bfloats, int threads) {
-    const int64_t parts = divide_up(batch, MOST_INPUTS), width = PANEL_VECTORS * rows.width;
-    const int64_t part = divide_up(divide_up(batch, parts), width) * width;
+// As slimwright_packed_linear; a part of the inputs after the other, for each of which rows are decoded anew. Inputs are
+// read where they lie, except bfloat16 ones that are multiplied in float32 and those with half a step at the end.
+int many_linear(const Weight& w, const void* x, int64_t batch, int64_t first, int64_t last, const void* bias, void* out,
+                int32_t type, bool bfloats, int threads) {
+    const int64_t parts = divide_up(batch, MOST_INPUTS), part = divide_up(batch, parts);
+    const bool anew = bfloats ? w.columns % 2 != 0 : type == BFLOAT16;
     for (int64_t start = 0; start < batch; start += part) {
-        const int64_t count = batch - start < part ? batch - start : part;
-        Panels panels{count, divide_up(count, rows.width) * rows.width, bfloats ? divide_up(w.columns, 2) : w.columns,
-                      bfloats, nullptr};
-        panels.values = reinterpret_cast<uint32_t*>(inputs_memory.get(size_t(panels.padded * panels.steps * 4)));
-        if (!panels.values) return NO_MEMORY;
-        const int64_t element = type == FLOAT32 ? 4 : 2;
-        Many job{w, panels, static_cast<const uint8_t*>(x) + start * w.columns * element, bias,
-                 static_cast<uint8_t*>(out) + start * (last - first) * element, first, last, 0, type};
+        const int64_t count = batch - start < part ? batch - start : part, element = type == FLOAT32 ? 4 : 2;
+        ManyLinear job{w, inputs_of(w, count, bfloats ? BFLOATS : 0), {count, w.columns * element, bfloats, nullptr},
+                       static_cast<const uint8_t*>(x) + start * w.columns * element, bias,
+                       static_cast<uint8_t*>(out) + start * (last - first) * element, first, last, 0, type};
+        job.many.x = job.x;
+        if (anew) {
+            uint8_t* memory = inputs_memory.get(size_t(inputs_bytes(job.inputs)));
+            if (!memory) return NO_MEMORY;
+            place_inputs(w, job.inputs, memory);
+            job.many.x = memory, job.many.stride = job.row();
+            parallel(write_input, &job, count, threads);
+        }
         job.step = many_rows(job, threads);
-        parallel(panel_task, &job, panels.padded / rows.width, threads);
         parallel(many_task, &job, divide_up(last - first, job.step), threads);
         if (job.failed) return NO_MEMORY;
     }
@@ -303,7 +305,7 @@ int slimwright_packed_linear(const Weight* weight, const void* x, int64_t batch,
     if (!x || !out || batch < 1 || batch > (1 << 20) || threads < 1 || threads > 4096) return BAD_ARGUMENT;
     if (!takes(w, digits, type)) return digits > 0 && digits < BFLOATS && (type == FLOAT32 || type == BFLOAT16)
                                         ? BAD_GRID : BAD_ARGUMENT;
-    if (digits >= PANELS) return many(w, x, batch, first, last, bias, out, type, digits == BFLOAT_PANELS, threads);
+    if (digits >= PANELS) return many_linear(w, x, batch, first, last, bias, out, type, digits == BFLOAT_PANELS, threads);
     Inputs in = inputs_of(w, batch, digits);
     uint8_t* memory = inputs_memory.get(size_t(inputs_bytes(in)));
     if (!memory) return NO_MEMORY;

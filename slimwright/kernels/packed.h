@@ -48,12 +48,11 @@ struct Inputs {
     const int32_t* start;             // what sums of products start from: minus the one zero point times the inputs
 };
 
-// Many inputs side by side (packed_panels.h).
-struct Panels {
-    int64_t batch, padded;            // inputs, and these rounded up to whole vectors
-    int64_t steps;                    // columns, or pairs of them in bfloat16
-    bool bfloats;
-    uint32_t* values;                 // by panel of PANEL_VECTORS vectors: (steps, inputs of the panel)
+// Many inputs (packed_panels.h).
+struct Many {
+    int64_t batch, stride;            // stride: bytes from input to input
+    bool bfloats;                     // values are bfloat16, padded to pairs, else float32
+    const uint8_t* x;
 };
 
 // One instruction set's functions.
@@ -69,12 +68,11 @@ struct Rows {
     // out (batch, out_stride)[first..last) = x W' + bias; `scratch` has scratch_bytes.
     void (*linear)(const Weight& weight, const Inputs& inputs, int64_t first, int64_t last, const void* bias, void* out,
                    int64_t out_stride, int64_t out_first, int32_t type, uint8_t* scratch);
-    // Numbers of a vector; the inputs of one vector of the panels from x (batch, columns); rows first .. last with all
-    // panels to out (batch, stride), whose first column is row first; memory: panel_bytes.
+    // Numbers of a vector; rows first .. last with many inputs to out (batch, stride), whose first column is row first;
+    // memory: many_bytes.
     int64_t width;
-    void (*prepare_panel)(const void* x, int32_t type, int64_t columns, int64_t index, const Panels& panels);
-    void (*multiply_panels)(const Weight& weight, const Panels& panels, int64_t first, int64_t last, const void* bias,
-                            void* out, int64_t stride, int32_t type, uint8_t* memory, uint8_t* scratch);
+    void (*multiply_many)(const Weight& weight, const Many& inputs, int64_t first, int64_t last, const void* bias,
+                          void* out, int64_t stride, int32_t type, uint8_t* memory, uint8_t* scratch);
     // One row as dense values.
     void (*decode)(const Weight& weight, int64_t row, void* out, int32_t type, uint8_t* scratch);
 };

@@ -382,8 +382,7 @@ void linear(const Weight& w, const Inputs& in, int64_t first, int64_t last, cons
 }  // namespace
 
 extern const Rows rows;
-const Rows rows = {NAME_OF(ISA), BF16, chunk_bytes, start_numbers, prepare, linear, WIDTH, prepare_panel, multiply_panels,
-                   decode};
+const Rows rows = {NAME_OF(ISA), BF16, chunk_bytes, start_numbers, prepare, linear, WIDTH, multiply_many, decode};
 
 }  // namespace ISA
 }  // namespace slimwright

@@ -38,7 +38,7 @@ from slimwright.kernels.packed import Matrix
 from slimwright.weights import Form, Grid, matrix_shape, parse_grid
 from slimwright.weights.matrix import kernel_layout, kernel_matrix
 
-MOST_ROWS = 16
+MOST_ROWS = 48
 """Rows of input up to which each is multiplied by itself."""
 TILE_ELEMENTS = 8 << 20
 """Most elements of a dense tile."""
