@@ -280,7 +280,7 @@ def plan_rows(name: str, options: argparse.Namespace, folder: Path) -> list[Row]
             rank = float(spearmanr(predicted, kl)[0])
             row |= {"rank": rank, "ok": rank >= kinds[kind][2]}
         else:
-            row |= {"kl": kl[0], "predicted": predicted[0], "ok": 0.5 <= ratio[0] <= 2}
+            row |= {"kl": float(kl[0]), "predicted": float(predicted[0]), "ok": bool(0.5 <= ratio[0] <= 2)}
         rows.append(row)
         print(json.dumps(rows[-1]), flush=True)
     return rows

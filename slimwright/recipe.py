@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from slimwright.checkpoint import job_key, write_bytes_atomic, write_json_atomic
+from slimwright.checkpoint import Checkpoint, job_key, write_bytes_atomic, write_json_atomic
 from slimwright.errors import InputError
 
 RECIPE_VERSION = 1
@@ -166,10 +166,30 @@ def _step(name: str, given: Any, names: Sequence[str], where: str, base: Path) -
     wanted = list if verb == "measure" else Mapping if verb == "merge" else str
     if not isinstance(subject, wanted) or (verb == "measure" and not all(isinstance(m, str) for m in subject)):
         raise InputError(f"{where}: the step '{name}' is done to {subject!r}, which names no model.")
-    mentioned = set(_models(subject) + _models(options.get("reference"))) & set(names)
+    models = _models(subject) + _models(options.get("reference"))
+    for model in models:
+        _check_misspelt(model, names, f"{where}: the step '{name}'")
+    mentioned = set(models) & set(names)
     if name in mentioned:
         raise InputError(f"{where}: the step '{name}' needs itself.")
     return Step(name, verb, subject, options, tuple(n for n in names if n in mentioned))
+
+
+def _check_misspelt(model: str, names: Sequence[str], where: str) -> None:
+    """Refuse what is no model but nearly the name of a step: it would only fail when its turn has come.
+
+    Raises:
+        InputError: naming the step.
+    """
+    near = difflib.get_close_matches(model, names, 1, 0.8)
+    if model in names or not near or "/" in model or Path(model).exists():
+        return
+    try:
+        Checkpoint.open(model)
+    except InputError:
+        raise InputError(
+            f"{where} is done to '{model}', which is no step and no model; did you mean the step '{near[0]}'?"
+        ) from None
 
 
 def _is_map(value: Any) -> bool:

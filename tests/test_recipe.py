@@ -148,6 +148,7 @@ def test_measuring_is_not_repeated_and_not_overwritten(tmp_path: Path, monkeypat
         ({"a": {"fit": "x", "out": "here"}}, "which fit has not"),
         ({"a": {"fit": "b"}, "b": {"fit": "a"}}, "need each other"),
         ({"a": {"fit": "a"}}, "needs itself"),
+        ({"merged": {"merge": {"models": ["x"]}}, "a": {"fit": "mergd"}}, "did you mean the step 'merged'"),
         ({"a/b": {"fit": "x"}}, "cannot be a step's name"),
         ({"a": {"fit": 3}}, "names no model"),
         ({"a": {"merge": 3}}, "neither a file nor a merge"),

@@ -15,6 +15,9 @@ from slimwright.errors import InputError
 REORDERED_ROWS = 256
 """Rows of a Gram that are put in order at once."""
 
+SUBTRACTED_TOKENS = 512
+"""Inputs that are taken out of a Gram at once."""
+
 REVERSED_ELEMENTS = 1 << 18
 """Elements of a factor that are turned round at once."""
 
@@ -139,11 +142,10 @@ class SiteStatistics:
 
 def _factor(gram: Tensor, damp: float, order: Tensor | None, apart: Apart | None = None) -> tuple[Tensor, float]:
     """:meth:`SiteStatistics.factor`, in the memory of one matrix beside the Gram."""
-    without = None
-    diagonal = gram.diagonal().clone()
-    if apart is not None:
-        without = apart.inputs.float() * math.sqrt(apart.share / apart.inputs.shape[0])
-        diagonal -= without.square().sum(0)
+    diagonal, parts = gram.diagonal().clone(), () if apart is None else apart.inputs.split(SUBTRACTED_TOKENS)
+    weight = 0.0 if apart is None else apart.share / apart.inputs.shape[0]
+    for part in parts:
+        diagonal -= part.float().square().sum(0) * weight
     mean = float(diagonal.mean())
     if not math.isfinite(mean):
         raise InputError("The Gram holds NaN or Inf.")
@@ -152,13 +154,13 @@ def _factor(gram: Tensor, damp: float, order: Tensor | None, apart: Apart | None
     backwards = backwards.flip(0)  # a lower factor of the reversed matrix is an upper one of the matrix itself
     diagonal = diagonal[backwards]
     diagonal[diagonal <= 0] = mean
-    without = None if without is None else without[:, backwards]
     damping = damp * mean
     failed = torch.empty((), dtype=torch.int32)
     for _ in range(60):
         lower = _reordered(gram, backwards).t()  # symmetric; stored by columns it is factorized where it lies
-        if without is not None:
-            lower.t().addmm_(without.t(), without, alpha=-1)
+        for part in parts:
+            inputs = part.float()[:, backwards]
+            lower.t().addmm_(inputs.t(), inputs, alpha=-weight)
         lower.diagonal().copy_(diagonal + damping)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed and torch.isfinite(lower.diagonal()).all():

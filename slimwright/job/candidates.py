@@ -50,8 +50,8 @@ CLOSE = 0.9
 LEAST_MEMORY_USED = 0.93
 """Share of a ``--memory`` that a result uses at least."""
 
-FIRST_SHARE = 0.6
-"""Predicted loss of the first candidate as a share of what the floors allow: measured losses were 1.4 to 1.9 times the
+FIRST_SHARE = 0.7
+"""Predicted loss of the first candidate as a share of what the floors allow: measured losses were 1.1 to 1.4 times the
 predicted ones (docs/search.md)."""
 
 MOST_STEP = 8.0

@@ -332,9 +332,7 @@ def walk_cost(
     movable = states
     if searched:
         apart = int(1.5 * min(APART_SHARE * tokens, APART_TOKENS))
-        widths = max([sum(group.values()) for group in grams] or [0])
-        widest = max([n for group in grams for n in group.values()] or [0])
-        peak = max(peak, base + max(solving, collecting) + apart * (size * widths + 4 * widest))
+        peak += apart * size * max([sum(group.values()) for group in grams] or [0])
         backwards = min(tokens, BATCH_TOKENS, max(512, REVERSE_LOGITS // max(1, logits_width(structure))))
         graph = backwards * (size * 2 * (4 * tallest + 8 * hidden) + 24 * hidden)
         peak = max(peak, base + graph + 6 * 4 * REVERSE_LOGITS)
