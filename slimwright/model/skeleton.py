@@ -23,7 +23,9 @@ from slimwright.runtime.transformers_private import (
 )
 
 # Keys of config.json that transformers loops over in Python while it makes a config or a model.
-_COUNT = re.compile(r"layer|block|depth|stage|experts|n_head|num_heads|_heads|num_labels|num_classes|codebooks|levels")
+_COUNT = re.compile(
+    r"^(?!.*theta$).*(layer|block|depth|stage|experts|n_head|num_heads|_heads|num_labels|num_classes|codebooks|levels)"
+)
 _LAYERS = re.compile(r"layers?$|depths?$|_groups$")
 _POSITIONS = re.compile(r"position|n_ctx|max_seq_len|max_source|max_target")
 _MOST_POSITIONS = 1 << 27

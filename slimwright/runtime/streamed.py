@@ -129,7 +129,7 @@ class _StreamedEmbedding(nn.Embedding):
         out = rows.to(self.dtype)[inverse]
         if self.source.watch_output is not None:
             self.source.watch_output(out.requires_grad_(torch.is_grad_enabled()), ids, slice(None))
-        return out
+        return out.clone() if out.requires_grad else out  # CTRL scales its embeddings in place, which no leaf allows
 
 
 class _Expert:

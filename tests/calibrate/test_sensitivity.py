@@ -181,6 +181,22 @@ def test_embeddings_know_how_often_their_rows_are_looked_up() -> None:
     assert float(looked_up.outputs.min()) > 0
 
 
+def test_embeddings_may_be_scaled_in_place() -> None:
+    """As CTRL does, where every output of the walk's own would be a leaf of the graph."""
+
+    def scaled(factor: float, in_place: bool) -> dict:
+        _, structure, _, _, walk = reversed_walk("llama")
+        embed = walk.model.get_submodule(next(s.module for s in structure.sites.values() if s.role == "embed"))
+        embed.register_forward_hook(lambda m, x, out: out.mul_(factor) if in_place else out * factor)
+        return walk.run()
+
+    found, expected = scaled(8.0, True), scaled(8.0, False)
+    assert found.keys() == expected.keys()
+    for name, matrices in found.items():
+        for one, two in zip(matrices, expected[name], strict=True):
+            assert torch.equal(one.outputs, two.outputs)
+
+
 def test_spilled_states_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sensitivity, "SPILLED_BYTES", 1)
     found = []

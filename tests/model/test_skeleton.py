@@ -66,6 +66,11 @@ def test_bad_configs_are_refused(changes: dict[str, Any], message: str) -> None:
     assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
 
+def test_a_number_for_each_layer_is_no_number_of_layers() -> None:
+    """Granite has ``layer_rope_theta``."""
+    assert skeleton(_config("llama", layer_rope_theta=[10_000.0, 1e6])) is not None
+
+
 def test_deep_nesting_is_refused() -> None:
     nested: dict[str, Any] = {}
     for _ in range(5000):
