@@ -247,7 +247,11 @@ class SlimwrightQuantizer(HfQuantizer):
         # imported late: this module is loaded while transformers' models are
         from slimwright.runtime.generate import Generation
         from slimwright.runtime.kv_cache import attention_layers, refusal
+        from slimwright.runtime.placeholder import add_placeholders
 
+        packed = next((module for module in model.modules() if isinstance(module, PackedModule)), None)
+        if packed is not None:
+            add_placeholders(model, packed.compute_dtype)
         if model.can_generate():
             packable = attention_layers(model.config)
             for index in self.cache:
@@ -543,6 +547,8 @@ class SlimwrightQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Put dense parameters back, and what belongs to them: classes, ties, converters."""
+        from slimwright.runtime.placeholder import remove_placeholders
+
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         if any(is_dropped(module) for module in model.modules()):
             with torch.device("meta"):
@@ -567,6 +573,7 @@ class SlimwrightQuantizer(HfQuantizer):
                     module.__dict__.pop(key, None)
                 module.__dict__["_parameters"] = dict(module._parameters)
                 module.__class__ = type(module).own_class  # type: ignore[assignment]
+        remove_placeholders(model)
         for module in model.modules():
             module.__dict__.pop("_tied_weights_keys", None)
         for module in model.modules():

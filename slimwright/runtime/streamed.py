@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimwright.errors import SlimwrightError
 from slimwright.model.structure import Site
+from slimwright.runtime.placeholder import add_placeholders
 from slimwright.weights.activations import Activations
 
 TILE_BYTES = 64 << 20
@@ -329,4 +330,5 @@ def load_streamed(
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+    add_placeholders(model, dtype)
     return model.eval()
