@@ -48,11 +48,24 @@ BF16 void tile(const uint32_t* a, const uint32_t* b, int64_t pairs, float* total
         }
 }
 
+// Sums over the tokens of 16 columns: bits of the largest magnitude (NaN above Inf), sums of magnitudes and of values.
+struct Sums {
+    __m512i most;
+    __m512 magnitudes, values;
+};
+
 // One pair of tokens of 16 columns; second null: there is no second token.
-BF16 void pack_pair(const uint16_t* first, const uint16_t* second, __mmask16 real, uint32_t* out) {
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, first));
-    const __m512i high = second ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, second)) : _mm512_setzero_si512();
-    _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+BF16 inline void pack_pair(const uint16_t* first, const uint16_t* second, __mmask16 real, uint32_t* out, Sums* sums) {
+    const __m512i low = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, first)), 16);
+    const __m512i high = second ? _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, second)), 16)
+                                : _mm512_setzero_si512();
+    _mm512_storeu_si512(out, _mm512_or_si512(_mm512_srli_epi32(low, 16), high));
+    const __m512i sign = _mm512_set1_epi32(int(0x80000000u));
+    const __m512i left = _mm512_andnot_si512(sign, low), right = _mm512_andnot_si512(sign, high);
+    sums->most = _mm512_max_epu32(sums->most, _mm512_max_epu32(left, right));
+    sums->magnitudes = _mm512_add_ps(sums->magnitudes,
+                                     _mm512_add_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right)));
+    sums->values = _mm512_add_ps(sums->values, _mm512_add_ps(_mm512_castsi512_ps(low), _mm512_castsi512_ps(high)));
 }
 
 #endif
@@ -71,18 +84,28 @@ int slimwright_has_bf16() {
 }
 
 // Tokens (rows of x, columns) in pairs, by panels of 16 columns: packed (panels, pairs, 16) of two bfloat16 each.
-// Panels number first, first + step, ... are written.
+// Panels number first, first + step, ... are written. moments: (3, columns) the largest magnitudes so far, which NaN
+// stays in, sums of magnitudes and of values, to which these tokens' are added.
 #if HAS_BF16
 BF16 void slimwright_gram_pack(const uint16_t* x, int64_t tokens, int64_t columns, int64_t first, int64_t step,
-                               uint32_t* packed) {
+                               uint32_t* packed, float* moments) {
     const int64_t panels = (columns + PANEL - 1) / PANEL, pairs = (tokens + 1) / 2;
     for (int64_t p = first; p < panels; p += step) {
         const int64_t left = columns - p * PANEL;
         const __mmask16 real = left >= PANEL ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
+        Sums sums = {_mm512_setzero_si512(), _mm512_setzero_ps(), _mm512_setzero_ps()};
         for (int64_t k = 0; k < pairs; k++) {
             const uint16_t* token = x + 2 * k * columns + p * PANEL;
-            pack_pair(token, 2 * k + 1 < tokens ? token + columns : nullptr, real, packed + (p * pairs + k) * PANEL);
+            const uint16_t* second = 2 * k + 1 < tokens ? token + columns : nullptr;
+            pack_pair(token, second, real, packed + (p * pairs + k) * PANEL, &sums);
         }
+        float* own = moments + p * PANEL;
+        const __m512i most = _mm512_maskz_loadu_epi32(real, own);
+        _mm512_mask_storeu_epi32(own, real, _mm512_max_epu32(most, sums.most));
+        own += columns;
+        _mm512_mask_storeu_ps(own, real, _mm512_add_ps(_mm512_maskz_loadu_ps(real, own), sums.magnitudes));
+        own += columns;
+        _mm512_mask_storeu_ps(own, real, _mm512_add_ps(_mm512_maskz_loadu_ps(real, own), sums.values));
     }
 }
 
@@ -107,7 +130,7 @@ BF16 void slimwright_gram_add(const uint32_t* packed, int64_t pairs, int64_t col
     }
 }
 #else
-void slimwright_gram_pack(const uint16_t*, int64_t, int64_t, int64_t, int64_t, uint32_t*) {}
+void slimwright_gram_pack(const uint16_t*, int64_t, int64_t, int64_t, int64_t, uint32_t*, float*) {}
 void slimwright_gram_add(const uint32_t*, int64_t, int64_t, int64_t*, float*) {}
 #endif
 

@@ -28,9 +28,9 @@ def gram_available(x: Tensor, total: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and total.dtype == torch.float32 and available(x, total) and _supported()
 
 
-def add_gram(total: Tensor, x: Tensor) -> None:
+def add_gram(total: Tensor, x: Tensor, moments: Tensor) -> None:
     """Add ``xᵀ x`` to the lower triangle of ``total``, on all of torch's threads; what lies right of the diagonal is
-    not to be used.
+    not to be used. Moments come along, since every input is read anyway.
 
     Products are exact and sums float32, of :data:`TOKENS` tokens at a time. The result does not depend on the number of
     threads.
@@ -38,6 +38,8 @@ def add_gram(total: Tensor, x: Tensor) -> None:
     Args:
         total: (in, in) float32, contiguous.
         x: (tokens, in) bfloat16, contiguous.
+        moments: (3, in) float32, contiguous: each input's largest magnitude so far (NaN once there was one), and the
+            sums of its magnitudes and of its values, to which those of ``x`` are added.
     """
     loaded = library("gram")
     assert loaded is not None
@@ -56,6 +58,7 @@ def add_gram(total: Tensor, x: Tensor) -> None:
                 loaded.slimwright_gram_pack(
                     pointer(part, torch.bfloat16), ctypes.c_int64(part.shape[0]), ctypes.c_int64(columns),
                     ctypes.c_int64(first), ctypes.c_int64(threads), pointer(packed, torch.int32),
+                    pointer(moments),
                 )  # fmt: skip
 
             def add(_: int, pairs: int = pairs) -> None:
