@@ -4,8 +4,9 @@ Two parts. *Injected*: a crash at every point of slimwright.checkpoint.faults th
 and torn; renames; shard boundaries; writes, whole and torn; steps of publishing), on a small model in several shards,
 through both walks. The jobs run in forked children of one process that has imported everything; their model's class is
 registered in that process only, so that verification runs there too. *Killed*: kill -9 of real ``python -m slimwright
-fit`` processes on the bundled LM, calibrated, at random instants of the whole run, some aimed at its last seconds;
-every other time only the main process dies, and its verifying child is left to itself.
+fit`` processes on the bundled LM, calibrated, at random instants: by turns of the whole run, of the walks that score
+options, of the walk that builds, and of publishing; every other turn only the main process dies, and a verifying child
+is left to itself.
 
 Each time OUT must be absent or whole; the same command must then end well, with byte-identical weight files, plan and
 config, and leave nothing else behind.
@@ -39,6 +40,8 @@ SEED = 7
 WORKERS = 3
 KILLED_AT_ONCE = 2
 FAMILY = "home_made"
+AIMS = ("", "score", "build", "publish")
+"""The phases that kills are aimed at by turns: two with walks, one that random instants seldom meet; the whole run."""
 COMMIT_BYTES = 4_000
 """The journal is committed this often in the injected part (256 MB otherwise), so that there are many commits."""
 
@@ -181,21 +184,22 @@ def killed(directory: Path, count: int) -> list[Row]:
         return [{"what": "undisturbed", "ok": False, "problem": message}]
     reference = Reference(first)
     times = [json.loads(line) for line in (first / "events.jsonl").read_text().splitlines()]
-    publishing = times[-1]["time"] - next(t["time"] for t in times if t["phase"] == "publish") + 0.3
+    begun = {phase: next(t["time"] for t in times if t["phase"] == phase) for phase in ("score", "build", "publish")}
+    ended = {"score": begun["build"], "build": next(t["time"] for t in times if t["phase"] == "verify")}
+    ended["publish"] = times[-1]["time"] + 0.3
 
     def kill(number: int) -> Row:
         out = directory / f"kill-{number}" / "out"
-        choose, aimed = random.Random(SEED * 1000 + number), number % 4 == 3
+        choose, aimed = random.Random(SEED * 1000 + number), AIMS[number % len(AIMS)]
         events = out.with_name("out.partial") / "events.jsonl"
         shorter = 1.0
         while True:
             out.parent.mkdir()
-            # One in four is aimed at the publishing, which random instants seldom meet.
-            delay = shorter * choose.uniform(0, publishing if aimed else seconds)
+            delay = shorter * choose.uniform(0, ended[aimed] - begun[aimed] if aimed else seconds)
             job = subprocess.Popen(
                 command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
             )
-            while aimed and job.poll() is None and not _publishing(events):
+            while aimed and job.poll() is None and _last_event(events).get("phase") != aimed:
                 time.sleep(0.002)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 job.wait(delay)
@@ -203,7 +207,7 @@ def killed(directory: Path, count: int) -> list[Row]:
                 break
             shorter *= 0.9  # that instant lay after the end: another is drawn
             shutil.rmtree(out.parent)
-        (os.killpg if number % 2 else os.kill)(job.pid, signal.SIGKILL)
+        (os.killpg if number // len(AIMS) % 2 else os.kill)(job.pid, signal.SIGKILL)
         job.wait()
         phase, there = _phase(events, out), out.exists()
         problem = reference.difference(out) if there else None
@@ -212,7 +216,7 @@ def killed(directory: Path, count: int) -> list[Row]:
         problem = problem or settled(out, reference, status)
         shutil.rmtree(out.parent, ignore_errors=True)
         return {
-            "what": f"kill -9 after {delay:.2f} s" + (" of publishing" if aimed else ""), "phase": phase, "crashes": 1,
+            "what": f"kill -9 after {delay:.2f} s" + (f" of {aimed}" if aimed else ""), "phase": phase, "crashes": 1,
             "of": 1, "out_whole": int(there), "ok": not problem, "problem": f"{problem}: {message}" if problem else "",
         }  # fmt: skip
 
@@ -225,10 +229,6 @@ def _last_event(events: Path) -> dict[str, object]:
         return dict(json.loads(events.read_text().splitlines()[-1]))
     except (OSError, ValueError, IndexError):
         return {}
-
-
-def _publishing(events: Path) -> bool:
-    return _last_event(events).get("phase") == "publish"
 
 
 def _phase(events: Path, out: Path) -> str:

@@ -97,7 +97,8 @@ def logits_of(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
 
 def floor() -> Row:
     """Seconds of the parts that any GPTQ of this shape needs, each at the rate of this machine's own products now:
-    two forwards and half of the Grams' products in bfloat16, Cholesky factors and updates in float32."""
+    two forwards and half of the Grams' products in bfloat16, Cholesky factors and updates in float32. Taken before and
+    after the runs; the better one counts."""
     tokens, hidden, inner, kv, blocks = SEQUENCES * LENGTH, 1024, 2816, 256, 8
     weights = blocks * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
     grams = blocks * (3 * hidden**2 + inner**2)
@@ -107,7 +108,7 @@ def floor() -> Row:
     def rate(dtype: torch.dtype) -> float:
         a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
         best = float("inf")
-        for _ in range(5):
+        for _ in range(12):
             started = time.perf_counter()
             a @ b
             best = min(best, time.perf_counter() - started)
@@ -134,6 +135,7 @@ def main() -> int:
         seconds: dict[str, list[float]] = {"slimwright": [], "llm-compressor": []}
         errors: dict[str, list[float]] = {name: [] for name in seconds}
         facts: dict[str, Row] = {}
+        least = floor()
         for run in range(RUNS):
             generator = torch.Generator().manual_seed(run)
             files = {name: directory / f"{name}{run}.pt" for name in ("tokens", "heldout")}
@@ -149,7 +151,7 @@ def main() -> int:
                 seconds[name].append(result["seconds"])
                 errors[name].append(float((logits - dense).norm() / dense.norm()))
                 facts[name] = {key: result[key] for key in ("peak_bytes", "cpu_seconds")}
-        least = floor()
+        least = min(least, floor(), key=lambda found: found["seconds"])
         for name, times in seconds.items():
             if times:
                 median = statistics.median(times)

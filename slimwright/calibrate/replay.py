@@ -27,7 +27,7 @@ def runs_apart(
 
     Args:
         model: both read its weights in the same way, whatever that is.
-        batch: of whose first sample this is asked, where samples can be told apart.
+        batch: of whose first sample this is asked, where samples can be told apart; of a text, of its beginning.
     """
     batch = _first_sample(batch)
     with torch.no_grad(), without_caches(model):
@@ -47,12 +47,16 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return torch.equal(nan, second.isnan()) and torch.equal(first.masked_fill(nan, 0), second.masked_fill(nan, 0))
 
 
+GUARDED_TOKENS = 128
+"""Of a text, how many tokens the guard runs on: what a block remembers shows on few."""
+
+
 def _first_sample(batch: Batch) -> Batch:
-    """The batch's first row where all that it holds are token ids and masks."""
+    """The beginning of the batch's first row where all that it holds are token ids and masks."""
     tensors = batch.inputs.values()
     if any(t.ndim != 2 or t.is_floating_point() for t in tensors) or len({t.shape[0] for t in tensors}) != 1:
         return batch
-    return Batch({name: t[:1] for name, t in batch.inputs.items()}, documents=batch.documents[:1])
+    return Batch({name: t[:1, :GUARDED_TOKENS] for name, t in batch.inputs.items()}, documents=batch.documents[:1])
 
 
 def _tensors(output: Any) -> dict[str, Tensor]:

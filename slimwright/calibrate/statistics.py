@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -78,6 +79,11 @@ def _has_tiles() -> bool:
     return bool(found is not None and found())
 
 
+def _by_kernel(x: Tensor, total: Tensor) -> bool:
+    """Whether the compiled kernel sums these inputs up: it is the fastest where there are no tiles."""
+    return not _has_tiles() and gram_available(x, total)
+
+
 @contextmanager
 def _products_in_bf16(wanted: bool) -> Iterator[None]:
     """Let float32 products multiply in bfloat16 and add in float32: exact where the factors are bfloat16 values."""
@@ -98,12 +104,11 @@ def add_gram(total: Tensor, x: Tensor) -> None:
         total: (in, in) float32.
         x: (tokens, in) of any float dtype. The sums are float32 whatever that is; bfloat16 factors are exact.
     """
-    tiles = _has_tiles()
     x = x.contiguous()
-    if not tiles and gram_available(x, total):
-        add_gram_compiled(total, x)
+    if _by_kernel(x, total):
+        add_gram_compiled(total, x, torch.zeros(3, x.shape[1]))
         return
-    columns = x.shape[1]
+    tiles, columns = _has_tiles(), x.shape[1]
     step = columns if columns < 512 else -(-columns // STRIPS)
     for part in x.split(SUMMED_TOKENS):
         factor = part.float()
@@ -144,9 +149,8 @@ class InputSums:
         self._gram = gram
         self._sum: Tensor | None = None if keep or not gram else torch.zeros(columns, columns)
         self._kept: list[Tensor] = []
-        self._absmax = torch.zeros(columns)
-        self._abssum = torch.zeros(columns)
-        self._sum_of_inputs = torch.zeros(columns)
+        self._moments = torch.zeros(3, columns)
+        self._absmax, self._abssum, self._sum_of_inputs = self._moments
         self._columns = columns
         self._apart: list[Tensor] = []
 
@@ -169,6 +173,11 @@ class InputSums:
         if not x.shape[0]:
             return
         self.tokens += x.shape[0]
+        x = x.detach().contiguous()
+        if weights is None and self.magnitudes is None and self._sum is not None and _by_kernel(x, self._sum):
+            self._weight += x.shape[0]
+            add_gram_compiled(self._sum, x, self._moments)
+            return
         for part in x.split(SUMMED_TOKENS):
             size = part.abs()
             torch.maximum(self._absmax, size.amax(0).float(), out=self._absmax)
@@ -186,9 +195,9 @@ class InputSums:
         if not self._gram:
             return
         if self._sum is None:
-            self._kept.append(x.detach().clone())
+            self._kept.append(x.clone())
         else:
-            add_gram(self._sum, x.detach())
+            add_gram(self._sum, x)
 
     @property
     def finite(self) -> bool:
@@ -251,16 +260,39 @@ class Collector:
         self._layers: dict[tuple[str, int, str], Tensor] = {}
         self._batch = Batch({})
         self._weights: Tensor | None = None
+        self._expected: Counter[str] = Counter()
+        self._left: Counter[str] = Counter()
 
     @contextmanager
-    def watching(self, batch: Batch, weights: Tensor | None = None) -> Iterator[None]:
-        """Count what the sites are fed within, as part of this batch, its tokens by their weights (samples, tokens)."""
+    def watching(self, batch: Batch, weights: Tensor | None = None, whole: bool = True) -> Iterator[None]:
+        """Count what the sites are fed within, as part of this batch, its tokens by their weights (samples, tokens).
+
+        Args:
+            whole: let what runs within run to its end; else it is left when every site has been fed as often as in the
+                first batch, which spares the products behind the last of them. Where there are experts, which are fed
+                now more and now less often, it always runs to its end.
+        """
         self._batch, self._weights = batch, weights
         self._layers.clear()
+        experts = any(site.kind == "experts" for site in self._leaders.values())
+        self._left = Counter() if whole or experts else self._expected.copy()
+        fed: Counter[str] = Counter()
+
+        def watch(key: str, site: Site, x: Tensor, expert: int) -> None:
+            fed[key] += 1
+            self._add(key, site, x, expert)
+            if key in self._left:
+                self._left[key] -= 1
+                if not +self._left:
+                    raise _AllFedError
+
         for key, site in self._leaders.items():
-            self._sources[site.name].watch = lambda x, expert, key=key, site=site: self._add(key, site, x, expert)
+            self._sources[site.name].watch = lambda x, expert, key=key, site=site: watch(key, site, x, expert)
         try:
             yield
+            self._expected = fed if len(fed) == len(self._leaders) else Counter()
+        except _AllFedError:
+            pass
         finally:
             for site in self._leaders.values():
                 self._sources[site.name].watch = None
@@ -342,6 +374,10 @@ def not_finite(site: Site, batch: Batch, x: Tensor) -> InputError:
         f"The inputs of '{site.name}'{f' in {site.block}' if site.block else ''} hold NaN or Inf on {batch.named(x)}: "
         "leave that sample out, repair the model, or fit without data (--data none)."
     )
+
+
+class _AllFedError(Exception):
+    """Every site has been fed: what still runs is of no use to its watcher."""
 
 
 def _kind(site: Site) -> tuple[str, int, str]:

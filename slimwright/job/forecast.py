@@ -11,20 +11,15 @@ from pathlib import Path
 import psutil
 import torch
 
-from slimwright.calibrate.statistics import APART_SHARE, APART_TOKENS
-from slimwright.calibrate.tokens import BATCH_TOKENS
-from slimwright.calibrate.walk import walk_units
 from slimwright.checkpoint import Checkpoint
 from slimwright.job.fold_walk import SCORED_PRODUCTS as FOLD_PRODUCTS
 from slimwright.job.held_out import RETRIEVED_TOKENS, retrieves
 from slimwright.job.low_rank import Work as LowRankWork
 from slimwright.job.options import FEW_GROUPS, FINE_LADDER, LADDER, sampling
 from slimwright.job.parallel import in_order
-from slimwright.job.probe import REVERSE_LOGITS, REVERSE_TOKENS, SCORED_PRODUCTS
 from slimwright.job.verify import SAMPLE_TOKENS, SAMPLED_BELOW, logits_width, spare_bytes, tokens_for
 from slimwright.job.verify_files import SAMPLED_TILES
-from slimwright.job.walked import walk_dtype
-from slimwright.job.walked_build import SOLVED_ELEMENTS
+from slimwright.job.walk_forecast import THREAD_BYTES, rate_of, walk_cost
 from slimwright.job.weights import TILE_ELEMENTS, plain_rounding
 from slimwright.kernels import attend, packed, switched_off
 from slimwright.methods import GroupFold, SiteStatistics, WeightSolver
@@ -36,9 +31,6 @@ WRITE_RATE = 8e8
 
 CHILD_IMPORT = 330_000_000
 """Anonymous bytes of the verifying process once torch, transformers and a model's class are imported (measured)."""
-
-THREAD_BYTES = 30_000_000
-"""Anonymous bytes that each thread's buffers of matrix products and its heap take (measured)."""
 
 COMPILE_SECONDS = 15.0
 """Time that compiling one of the larger kernels takes when it is first used (measured)."""
@@ -107,21 +99,10 @@ class Forecast:
         return sum(self.phases.values())
 
 
-def _rate(work: int, function: Callable[[], object]) -> float:
-    """Work per second of the calling thread, best of the second and third call."""
-    function()
-    best = float("inf")
-    for _ in range(2):
-        started = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - started)
-    return work / max(best, 1e-9)
-
-
 def _pooled_rate(work: int, function: Callable[[], object]) -> float:
     """Work per second of all worker threads together, each doing ``work`` in a call."""
     calls = 2 * torch.get_num_threads()
-    return _rate(work * calls, lambda: [None for _ in in_order(lambda _: function(), range(calls))])
+    return rate_of(work * calls, lambda: [None for _ in in_order(lambda _: function(), range(calls))])
 
 
 def measure_rates(solver: WeightSolver) -> Rates:
@@ -152,8 +133,8 @@ def measure_rates(solver: WeightSolver) -> Rates:
     return Rates(
         solve=_pooled_rate(weight.numel(), solve),
         score=_pooled_rate(weight.numel(), lambda: solver.solve(weight, stats).dense()),
-        decode=_rate(weight.numel(), decode),
-        multiply=_rate(a.shape[0] * b.numel(), lambda: a @ b),
+        decode=rate_of(weight.numel(), decode),
+        multiply=rate_of(a.shape[0] * b.numel(), lambda: a @ b),
         start=STARTED,
     )
 
@@ -197,7 +178,7 @@ def forecast(
     compared = sum(min(site.numel, SAMPLED_TILES * TILE_ELEMENTS) for site in sites)
     overhead = 3e-4 * len(source.tensors)
     phases = {}
-    walks = walk_cost(source, structure, solver, rates, tokens_seen, cap, searched) if tokens_seen else None
+    walks = walk_cost(source, structure, solver, rates.multiply, tokens_seen, cap, searched) if tokens_seen else None
     if folds and walks is not None:
         products = min(FOLD_PRODUCTS, sum(site.numel * site.columns for site in sites))
         phases["fold"] = sum(walks.fold + fold.trials * products / rates.multiply for fold in folds)
@@ -268,79 +249,3 @@ def _memory(source: Checkpoint, structure: Structure, batch: int, vocabulary: in
         return child + 3 * dense + 4 * tile + 6 * tokens * vocabulary + 128 * tokens * hidden + 30_000_000
 
     return max(build, verifying(batch)), max(build, verifying(64))
-
-
-@dataclass(frozen=True)
-class WalkCost:
-    """Seconds of a walk that only collects statistics, of the probe and of the build walk, bytes at their peak and at
-    least."""
-
-    fold: float
-    probe: float
-    build: float
-    memory: int
-    least_memory: int
-
-
-def walk_cost(
-    source: Checkpoint,
-    structure: Structure,
-    solver: WeightSolver,
-    rates: Rates,
-    tokens: int,
-    cap: int,
-    searched: bool,
-) -> WalkCost:
-    """What calibrating on ``tokens`` takes beside solving: forwards, Grams, their factors; where options are searched,
-    scoring them and the reverse walk."""
-    dtype = walk_dtype(source, structure)
-    multiply = _multiply_rate(dtype)
-    units = [unit for unit in walk_units(structure).values() if unit.sites]
-    block_weights = sum(site.numel * unit.runs for unit in units for site in unit.sites if unit.block)
-    grams = [
-        {site.gram_group or site.name: site.columns for site in unit.sites if site.kind != "experts"} for unit in units
-    ]  # fmt: skip
-    squares = sum(n * n for group in grams for n in group.values())
-    cubes = sum(n**3 for group in grams for n in group.values())
-    forward = 1.3 * tokens * block_weights / multiply  # attention and what lies between the products
-    gram = 0.65 * tokens * squares / multiply  # half the products, at four fifths of the rate
-    factor = cubes / 6 / (0.3 * rates.multiply)
-    products = sum(site.numel * site.columns for site in structure.sites.values())
-    scored = min(products, SCORED_PRODUCTS) * len(LADDER) / rates.multiply
-    reverse = min(tokens, REVERSE_TOKENS)
-    head = sum(site.numel for unit in units if not unit.block for site in unit.sites)
-    fed = products / 2 / rates.multiply if solver.needs else 0.0  # the feedback from the columns before a block's
-    probe = forward + gram + factor + scored + reverse * (4 * block_weights + 3 * head) / rates.multiply + 1.0
-    build = 2 * forward + gram + factor + fed + 1.0
-
-    largest = max([sum(site.numel for site in unit.sites) for unit in units] or [0])
-    size = dtype.itemsize
-    held = largest * size
-    whole = max([sum(4 * n * n for n in group.values()) for group in grams] or [0])
-    tallest = max([site.weight_shape[-2] for unit in units if unit.block for site in unit.sites] or [1])
-    hidden = max(
-        [site.columns for site in structure.sites.values() if site.role in ("q", "qkv", "gate", "up")] or [512]
-    )
-    running = min(tokens, BATCH_TOKENS) * (size * (3 * tallest + 4 * hidden) + 2 * 4 * hidden)
-    tiles = torch.get_num_threads() * 7 * 4 * SOLVED_ELEMENTS
-    kept = size * sum(source.tensors[name].numel for name in structure.kept if name in source.tensors)
-    states = tokens * hidden * size
-    base = held + states + 2 * kept + 60_000_000 + torch.get_num_threads() * THREAD_BYTES
-    solving = 2 * whole + tiles  # Grams and their factors
-    collecting = whole + running
-    peak = base + max(solving, collecting)
-    movable = states
-    if searched:
-        apart = int(1.5 * min(APART_SHARE * tokens, APART_TOKENS))
-        peak += apart * size * max([sum(group.values()) for group in grams] or [0])
-        backwards = min(tokens, BATCH_TOKENS, max(512, REVERSE_LOGITS // max(1, logits_width(structure))))
-        graph = backwards * (size * 2 * (4 * tallest + 8 * hidden) + 24 * hidden)
-        peak = max(peak, base + graph + 6 * 4 * REVERSE_LOGITS)
-        movable = max(movable, reverse * hidden * size * len(units))
-    return WalkCost(forward + gram + 1.0, probe, build, int(peak + min(movable, cap // 4)), int(peak))
-
-
-def _multiply_rate(dtype: torch.dtype) -> float:
-    """Multiply-adds per second of a matrix product in that dtype on all threads."""
-    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    return _rate(1024**3, lambda: a @ b)

@@ -132,7 +132,7 @@ class WalkedBuild:
         weighting = next((w for site in self._open(step.unit) if (w := self.units[site.name].solver().weighting)), None)
         for index in step.indices:
             weights = token_weights(step, index, weighting) if weighting is not None and step.unit.block else None
-            with collector.watching(step.batch(index), weights):
+            with collector.watching(step.batch(index), weights, whole=False):
                 step.show(index)
 
     def _solved_early(self) -> list[WalkUnit]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimwright.calibrate.statistics import InputSums
+from slimwright.calibrate.statistics import Collector, InputSums
 from slimwright.calibrate.walk import Batch, Walk, walk_units
 from slimwright.checkpoint import Checkpoint
 from slimwright.job.open import model_of
@@ -103,6 +103,30 @@ def test_every_site_s_inputs_are_seen(name: str) -> None:
             for expert, x in seen.get(site.name, []):
                 assert x.shape[-1] == site.columns and x.shape[0] > 0
                 assert expert < (site.shape[0] if len(site.shape) == 3 else 1)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "mixtral"])
+def test_a_forward_is_left_when_every_site_was_fed(name: str) -> None:
+    """Statistics are those of whole forwards; behind the last site nothing runs, unless there are experts."""
+    _, structure, model, sources = opened(name)
+    batches = [Batch(dummy_inputs(model, batch=2, length=12, seed=seed)) for seed in range(3)]
+    ended: list[bool] = []
+    for step in Walk(model, structure, batches):
+        sites = [site for site in step.unit.sites if step.unit.block]
+        if not sites:
+            continue
+        found: list[Collector] = []
+        for whole in (True, False):
+            found.append(Collector(sources, sites))
+            for index in step.indices:
+                with found[-1].watching(step.batch(index), whole=whole):
+                    step.show(index)
+                    ended += [] if whole or index == 0 else [True]
+        for site in sites:
+            for one, other in zip(*(collector.statistics(site) for collector in found), strict=True):
+                assert one.tokens == other.tokens
+                assert one.gram is None or torch.equal(one.gram, other.gram)  # type: ignore[arg-type]
+    assert bool(ended) == (name == "mixtral")
 
 
 def test_masks_leave_padding_out() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from slimwright.checkpoint import faults
+from slimwright.job import fit as job_fit
 from slimwright.job import verify as verification
+from slimwright.job import walk_forecast
 from slimwright.job.fit import FitReport, fit
 from slimwright.job.work import Work
 from slimwright.zoo import bundled_path
@@ -29,8 +32,12 @@ def verify_here(job: Work, held: Any, spec: verification.Spec, step: Callable[[i
 
 @pytest.fixture(scope="session", autouse=True)
 def in_this_process() -> Iterator[None]:
-    """Verify in this process, with few tokens; ``fresh_process`` undoes it for one test."""
+    """Verify in this process, with few tokens; ``fresh_process`` undoes it for one test. The machine's rates are timed
+    once for all jobs: a forecast's seconds are of no interest here."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_fit, "measure_rates", functools.cache(job_fit.measure_rates))
+        for name in ("_multiply_rate", "_between_products", "_seconds_of_sums"):
+            patch.setattr(walk_forecast, name, functools.cache(getattr(walk_forecast, name)))
         patch.setattr(Work, "_verify_in_fresh_process", verify_here)
         patch.setattr(verification, "tokens_for", lambda parameters, words, free, asked=None: (asked or 64, 64))
         yield

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from slimwright.calibrate import walk
 from slimwright.calibrate.walk import Walk
 from slimwright.errors import InputError
-from slimwright.job import choosing
+from slimwright.job import choosing, forecast
 from slimwright.job.probe import Probe
 from slimwright.job.tiles import Tile
 from slimwright.zoo import bundled_path
@@ -28,6 +29,8 @@ def test_every_family_is_solved_by_gptq_in_the_walk(name: str, tmp_path: Path) -
     report = fitted(tiny(name), tmp_path / "out", grid="int4:g32", method="quantize/gptq", **FEW)
     assert report["verified"]["ok"] and report["verified"]["logits_error"] <= 1e-4
     assert report["calibration"]["kind"] == "random inputs"
+    # The guard: of every family, block by block is bit for bit what a plain forward gives.
+    assert not any("run apart" in note for note in report["notes"])
     solved = [line for line in report["ledger"] if line["state"] != "kept"]
     calibrated = [line for line in solved if line["state"] == "calibrated"]
     # A pooled vector is one token a document, so a projection behind it sees few.
@@ -41,10 +44,27 @@ def test_every_family_is_solved_by_gptq_in_the_walk(name: str, tmp_path: Path) -
     assert sum(better) >= 0.8 * len(better)
 
 
-def bundled(out: Path, **options: object):
+def bundled(out: Path, model: Path | None = None, **options: object):
     return fitted(
-        str(bundled_path()), out, **{"method": None, "calibration_tokens": 2048, "calibration_length": 128, **options}
+        str(model or bundled_path()),
+        out,
+        **{"method": None, "calibration_tokens": 2048, "calibration_length": 128, **options},
     )
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with the bundled model's tokenizer, for what does not depend on what a model has learned."""
+    directory = tmp_path_factory.mktemp("reader") / "model"
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=3072, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
+    AutoTokenizer.from_pretrained(bundled_path()).save_pretrained(directory)
+    return directory
 
 
 def test_the_search_uses_the_probe(tmp_path: Path) -> None:
@@ -57,15 +77,15 @@ def test_the_search_uses_the_probe(tmp_path: Path) -> None:
     assert with_data["quality"]["kl"]["value"] < 0.8 * without["quality"]["kl"]["value"]
 
 
-def test_user_data_is_used_and_a_tenth_of_it_kept(tmp_path: Path) -> None:
+def test_user_data_is_used_and_a_tenth_of_it_kept(reader: Path, tmp_path: Path) -> None:
     source = tmp_path / "data.jsonl"
     source.write_text(
         "\n".join(json.dumps({"text": f"def function_{i}(x):\n    return x + {i}\n" * 30}) for i in range(40))
     )
-    report = bundled(tmp_path / "out", grid="int4:g64", data=str(source))
+    report = bundled(tmp_path / "out", reader, grid="int4:g64", data=str(source))
     assert report["calibration"]["data"] == str(source)
     assert not any("generic" in note for note in report["notes"])
-    again = bundled(tmp_path / "again", grid="int4:g64", data=str(source))
+    again = bundled(tmp_path / "again", reader, grid="int4:g64", data=str(source))
     assert files(tmp_path / "out") == files(tmp_path / "again")
     assert again["calibration"]["sha256"] == report["calibration"]["sha256"]
 
@@ -118,11 +138,11 @@ def test_a_damaged_solved_tensor_is_found(tmp_path: Path, monkeypatch: pytest.Mo
         (b"one", "a single document"),
     ],
 )
-def test_bad_data_is_refused_before_work(content: bytes, sentence: str, tmp_path: Path) -> None:
+def test_bad_data_is_refused_before_work(content: bytes, sentence: str, reader: Path, tmp_path: Path) -> None:
     source = tmp_path / "data.txt"
     source.write_bytes(content)
     with pytest.raises(InputError, match=sentence):
-        bundled(tmp_path / "out", grid="int4:g64", data=str(source))
+        bundled(tmp_path / "out", reader, grid="int4:g64", data=str(source))
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
@@ -136,25 +156,68 @@ def test_bad_data_is_refused_before_work(content: bytes, sentence: str, tmp_path
         ('{"messages": [{"role": "user", "content": "hello"}]}', "no chat template"),
     ],
 )
-def test_bad_tables_are_refused_with_the_line(line: str, sentence: str, tmp_path: Path) -> None:
+def test_bad_tables_are_refused_with_the_line(line: str, sentence: str, reader: Path, tmp_path: Path) -> None:
     source = tmp_path / "data.jsonl"
     source.write_text(line + "\n" + line.replace("hello", "goodbye") + "\n")
     with pytest.raises(InputError, match=sentence):
-        bundled(tmp_path / "out", grid="int4:g64", data=str(source))
+        bundled(tmp_path / "out", reader, grid="int4:g64", data=str(source))
 
 
-def test_data_that_is_not_there(tmp_path: Path) -> None:
+def test_data_that_is_not_there(reader: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
-        bundled(tmp_path / "out", grid="int4:g64", data=str(tmp_path / "missing.txt"))
+        bundled(tmp_path / "out", reader, grid="int4:g64", data=str(tmp_path / "missing.txt"))
 
 
-def test_quality_is_measured_on_what_the_user_gave(tmp_path: Path) -> None:
+def test_fewer_tokens_than_one_sequence(reader: Path, tmp_path: Path) -> None:
+    source = tmp_path / "data.jsonl"
+    source.write_text("".join(json.dumps({"text": f"x = {i}"}) + "\n" for i in range(9)))
+    with pytest.raises(InputError, match="does not make one sequence of 128 tokens") as error:
+        bundled(tmp_path / "out", reader, grid="int4:g64", data=str(source))
+    assert len(str(error.value).splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_a_tokenizer_of_another_model(reader: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(reader, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<unseen>"])
+    tokenizer.save_pretrained(model)
+    source = tmp_path / "data.jsonl"
+    source.write_text("".join(json.dumps({"text": f"<unseen> {i}\n" * 200}) + "\n" for i in range(9)))
+    with pytest.raises(InputError, match="the id 3072, but the model has 3072 embeddings: they do not fit"):
+        bundled(tmp_path / "out", model, grid="int4:g64", data=str(source))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "model"]
+
+
+def test_a_cap_too_small_for_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before work, though rounding without data would fit; the least that would do is named."""
+    monkeypatch.setattr(forecast, "CHILD_IMPORT", 0)  # of the verification, which needs more than a tiny model's walk
+    options = {"grid": "int4:g32", "dry_run": True, "calibration_tokens": 65536}
+    least = [
+        fitted(tiny("llama"), tmp_path / "out", method=method, data=data, **options)["forecast"]["least_memory_bytes"]
+        for method, data in (("quantize/rtn", "none"), ("quantize/gptq", None))
+    ]
+    assert least[1] > least[0] + 2 * 1024**2
+    with pytest.raises(InputError, match=rf"is about {least[1] / 1e6:.0f} MB"):
+        fitted(tiny("llama"), tmp_path / "out", method="quantize/gptq", job_memory=f"{least[1] - 1024**2}B", **options)
+    fitted(
+        tiny("llama"),
+        tmp_path / "out",
+        method="quantize/rtn",
+        data="none",
+        job_memory=f"{least[1] - 1024**2}B",
+        **options,
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_quality_is_measured_on_what_the_user_gave(reader: Path, tmp_path: Path) -> None:
     rows = [json.dumps({"text": f"def function_{i}(x):\n    return x + {i}\n" * 60}) for i in range(30)]
     data, other = tmp_path / "data.jsonl", tmp_path / "other.jsonl"
     data.write_text("\n".join(rows))
     other.write_text("\n".join(rows[:3]))
-    kept = bundled(tmp_path / "a", grid="int4:g64", data=str(data), method="quantize/rtn")
-    given = bundled(tmp_path / "b", grid="int4:g64", data="none", eval_data=str(other))
+    kept = bundled(tmp_path / "a", reader, grid="int4:g64", data=str(data), method="quantize/rtn")
+    given = bundled(tmp_path / "b", reader, grid="int4:g64", data="none", eval_data=str(other))
     assert "a tenth of" in kept["verified"]["inputs"] and str(data) in kept["verified"]["inputs"]
     assert given["verified"]["inputs"] == str(other)
     assert kept["quality"]["kl"]["value"] != given["quality"]["kl"]["value"]

@@ -21,7 +21,7 @@ from slimwright.job.walked import WalkSource
 from slimwright.model.discover import discover
 from slimwright.runtime.streamed import load_streamed
 from tests.families import HomeMadeConfig, HomeMadeForCausalLM, HomeMadeLayer, make
-from tests.job.conftest import fitted, tiny
+from tests.job.conftest import fitted
 
 FEW: dict[str, Any] = {"calibration_tokens": 512, "calibration_length": 16, "data": None}
 
@@ -118,11 +118,3 @@ def test_a_budget_is_searched_without_sensitivities(remembering: str, tmp_path: 
 def test_tokens_cannot_be_weighed_there(remembering: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be run apart"):
         fitted(remembering, tmp_path / "out", grid="int4:g32", method="quantize/rsq", folds=["none"], **FEW)
-
-
-@pytest.mark.parametrize(
-    "name", ["gpt2", "bloom", "bert", "qwen2", "llava", "whisper", "t5", "albert", "mixtral", "mamba"]
-)
-def test_families_run_apart(name: str, tmp_path: Path) -> None:
-    report = fitted(tiny(name), tmp_path / "out", grid="int4:g32", method="quantize/gptq", **FEW)
-    assert not any("run apart" in note for note in report["notes"])

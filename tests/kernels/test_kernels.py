@@ -147,25 +147,44 @@ def test_without_a_compiler_torch_does_the_work(tmp_path: object, monkeypatch: p
 
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (3, 5), (7, 16), (100, 17), (513, 47), (1025, 100), (40, 257)])
 def test_grams_of_bfloat16_inputs(tokens: int, columns: int) -> None:
-    """Against double; on any number of threads the same bits; what lies beside the matrix is not touched."""
+    """Against double; on any number of threads the same bits; what lies beside the matrix is not touched. So are the
+    moments, whose largest magnitude is exact."""
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).bfloat16()
     room = torch.full((columns + 2, columns), 7.0)
     total = room[1:-1].zero_()
     if not gram.gram_available(x, total):
         pytest.skip("this CPU has no bfloat16 products")
     before = torch.get_num_threads()
-    found = []
-    for threads in (1, 2, 3):
+    found, moments = [], torch.zeros(3, 3, columns)
+    for own, threads in zip(moments, (1, 2, 3), strict=True):
         torch.set_num_threads(threads)
         total.zero_()
-        gram.add_gram(total, x)
-        gram.add_gram(total, x)
+        gram.add_gram(total, x, own)
+        gram.add_gram(total, x, own)
         found.append(total.tril())
     torch.set_num_threads(before)
     exact = 2 * (x.double().T @ x.double()).tril()
     assert float((found[0].double() - exact).abs().max()) <= 3e-6 * float(exact.abs().max())
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert (room[0] == 7).all() and (room[-1] == 7).all()
+    most, magnitudes, values = moments[0]
+    assert torch.equal(most, x.float().abs().amax(0)) and torch.equal(moments[0], moments[1])
+    assert torch.equal(moments[0], moments[2])
+    size = 2 * x.double().abs().sum(0)
+    torch.testing.assert_close(magnitudes.double(), size, rtol=1e-6, atol=0)
+    assert ((values - 2 * x.double().sum(0)).abs() <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_moments_keep_what_is_not_finite(value: float) -> None:
+    x = torch.ones(9, 17, dtype=torch.bfloat16)
+    total, moments = torch.zeros(17, 17), torch.zeros(3, 17)
+    if not gram.gram_available(x, total):
+        pytest.skip("this CPU has no bfloat16 products")
+    x[8, 16] = value
+    gram.add_gram(total, x, moments)
+    gram.add_gram(total, torch.ones_like(x), moments)
+    assert torch.isfinite(moments[0]).tolist() == [True] * 16 + [False]
 
 
 def test_a_wheel_has_every_library_that_is_ever_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

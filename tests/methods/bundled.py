@@ -20,7 +20,7 @@ from slimwright.model.structure import Site, Structure
 from slimwright.zoo import bundled_path
 from slimwright.zoo.text import Part, standard_library
 
-WINDOWS, LENGTH = 16, 256
+WINDOWS, LENGTH = 8, 256
 Tensors = dict[str, Tensor]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from slimwright.methods import WeightSolver, method
+from slimwright.methods import SiteStatistics, WeightSolver, method
 from slimwright.methods.folding import apply_fold, candidate_losses, chosen, input_channels
 from slimwright.methods.rotation import rotate
 from tests.methods.bundled import Tensors, loss, original, solved, statistics, structure, with_outliers
@@ -22,9 +23,28 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def smoothed(tensors: Tensors, name: str, solver: WeightSolver) -> tuple[Tensors, float]:
-    """Folded at every fold group, from the statistics of the model before; and the α that SmoothQuant+ chose."""
-    stats, alpha = statistics(tensors), float("nan")
+@cache
+def before() -> float:
+    """The original's loss."""
+    return loss(original())
+
+
+@cache
+def of_outliers() -> dict[str, SiteStatistics]:
+    """The statistics of the model with outliers."""
+    return statistics(with_outliers())
+
+
+@cache
+def rounded(solver: WeightSolver) -> float:
+    """What rounding the model with outliers adds to the loss."""
+    return loss(solved(with_outliers(), solver, of_outliers())) - before()
+
+
+def smoothed(name: str, solver: WeightSolver) -> tuple[Tensors, float]:
+    """The model with outliers folded at every fold group, from its statistics before; and the α that SmoothQuant+
+    chose."""
+    tensors, stats, alpha = with_outliers(), of_outliers(), float("nan")
     groups = []
     for fold in structure().folds:
         names = fold.consumers
@@ -44,18 +64,17 @@ def smoothed(tensors: Tensors, name: str, solver: WeightSolver) -> tuple[Tensors
 
 
 def test_the_outliers_preserve_the_function() -> None:
-    assert loss(with_outliers()) == pytest.approx(loss(original()), abs=1e-4)
+    assert loss(with_outliers()) == pytest.approx(before(), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["fold/smoothquant_plus", "fold/awq"])
 def test_folds_before_rounding_to_four_bits(name: str) -> None:
     """Card smoothquant_plus: on a model with function-preserving outliers, W4 g32, the loss added is at most 0.7 of
     plain rounding's, and the α chosen lies inside (0, 1)."""
-    solver, before = method("quantize/rtn", grid="int4:g32", clip="none"), loss(original())
-    plain = loss(solved(with_outliers(), solver, statistics(with_outliers()))) - before
-    folded, alpha = smoothed(with_outliers(), name, solver)
-    assert loss(folded) == pytest.approx(before, abs=1e-3)
-    assert loss(solved(folded, solver, statistics(folded))) - before <= 0.7 * plain
+    solver = method("quantize/rtn", grid="int4:g32", clip="none")
+    folded, alpha = smoothed(name, solver)
+    assert loss(folded) == pytest.approx(before(), abs=1e-3)
+    assert loss(solved(folded, solver, statistics(folded))) - before() <= 0.7 * rounded(solver)
     if name == "fold/smoothquant_plus":
         assert 0 < alpha < 1
 
@@ -63,9 +82,9 @@ def test_folds_before_rounding_to_four_bits(name: str) -> None:
 def test_decoupleq_at_two_bits() -> None:
     """Card decoupleq: W2 g64, the loss added is below GPTQ's by more than a fifth of it. Both from min-max ranges, as
     there; docs/solvers.md has what is left of it where both start from weighted ones."""
-    stats, before = statistics(original()), loss(original())
+    stats = statistics(original())
     added = [
-        loss(solved(original(), method(name, grid="int2:g64:real", clip="none", act_order=False), stats)) - before
+        loss(solved(original(), method(name, grid="int2:g64:real", clip="none", act_order=False), stats)) - before()
         for name in ("quantize/gptq", "quantize/decoupleq")
     ]
     assert added[1] < 0.8 * added[0]
@@ -89,10 +108,9 @@ def test_rotation_makes_four_bit_activations_possible() -> None:
         scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-6) / 7
         return (x / scale).round().clamp(-8, 7) * scale
 
-    solver, before = method("quantize/rtn", grid="int4:row:sym"), loss(original())
+    solver = method("quantize/rtn", grid="int4:row:sym")
     turned = {name: tensor.float() for name, tensor in rotate(with_outliers(), structure()).items()}
-    assert loss(turned) == pytest.approx(before, abs=1e-4)
-    added = [
-        loss(solved(tensors, solver, statistics(tensors)), four_bits) - before for tensors in (with_outliers(), turned)
-    ]
+    assert loss(turned) == pytest.approx(before(), abs=1e-4)
+    given = ((with_outliers(), of_outliers()), (turned, statistics(turned)))
+    added = [loss(solved(tensors, solver, stats), four_bits) - before() for tensors, stats in given]
     assert added[1] < 0.3 * added[0]
