@@ -214,6 +214,59 @@ INLINE float dot(const float* a, const float* b, int64_t n) {
     return sum + lanes[0];
 }
 
+typedef float Floats4 __attribute__((vector_size(16)));
+#ifdef __clang__
+#define PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t Ints4 __attribute__((vector_size(16)));
+#define PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, Ints4{i, j, k, l})
+#endif
+
+INLINE Floats4 folded(const Floats16& sum) {
+    Floats4 parts[4];
+    std::memcpy(parts, &sum, sizeof(parts));
+    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+// One vector with four others, each result in the same order of sums.
+INLINE void dot_four(const float* x, const float* const* rows, int64_t n, float* out) {
+    Floats16 sums[4] = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Floats16 own, other;
+        std::memcpy(&own, x + i, sizeof(own));
+        for (int k = 0; k < 4; ++k) {
+            std::memcpy(&other, rows[k] + i, sizeof(other));
+            sums[k] += own * other;
+        }
+    }
+    const Floats4 a = folded(sums[0]), b = folded(sums[1]), c = folded(sums[2]), d = folded(sums[3]);
+    const Floats4 ab = PICK(a, b, 0, 4, 1, 5) + PICK(a, b, 2, 6, 3, 7), cd = PICK(c, d, 0, 4, 1, 5) + PICK(c, d, 2, 6, 3, 7);
+    const Floats4 all = PICK(ab, cd, 0, 1, 4, 5) + PICK(ab, cd, 2, 3, 6, 7);
+    std::memcpy(out, &all, sizeof(all));
+    for (; i < n; ++i)
+        for (int k = 0; k < 4; ++k) out[k] += x[i] * rows[k][i];
+}
+
+// Tokens of a window as float32: where they lie, or copies in `buffer`, which has room for four.
+struct Rows {
+    const void* window;
+    const Kv& kv;
+    int64_t row, width;
+    float* buffer;
+    inline __attribute__((always_inline)) Rows(const void* window, const Kv& kv, int64_t row, int64_t width, float* buffer)
+        : window(window), kv(kv), row(row), width(width), buffer(buffer) {}
+    // Tokens t .. t + n; after them the last one again.
+    inline __attribute__((always_inline)) void load(int64_t t, int64_t n, const float** four) const {
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t at = (row * kv.window + (t + i) % kv.window) * width;
+            four[i] = kv.dtype == FLOAT32 ? static_cast<const float*>(window) + at : buffer + i * width;
+            if (kv.dtype != FLOAT32) load_row(window, kv.dtype, at, width, buffer + i * width);
+        }
+        for (int64_t i = n; i < 4; ++i) four[i] = four[n - 1];
+    }
+};
+
 struct Scratch {  // of one thread
     std::vector<float> scores, queries, scaled, row, weights, ranges;
 };
@@ -281,7 +334,7 @@ INLINE void attend_split(const Kv& kv, const void* query, int64_t row, int64_t b
     int64_t start = kv.start ? kv.start[batch] : 0;
     if (kv.sliding && kv.length - kv.sliding > start) start = kv.length - kv.sliding;
     const int64_t count = end - begin;
-    s.scores.resize(g * SPLIT); s.queries.resize(g * D); s.scaled.resize(g * D); s.row.resize(D > V ? D : V);
+    s.scores.resize(g * SPLIT); s.queries.resize(g * D); s.scaled.resize(g * D); s.row.resize(4 * (D > V ? D : V));
     s.weights.resize(g * SPLIT); s.ranges.resize(2 * SPLIT);
     float *scores = s.scores.data(), *queries = s.queries.data(), *scaled = s.scaled.data();
     load_row(query, kv.dtype, (batch * kv.heads + head) * D, g * D, queries);
@@ -310,10 +363,16 @@ INLINE void attend_split(const Kv& kv, const void* query, int64_t row, int64_t b
         }
         if (t > end) t = end;
     }
-    float* rowf = s.row.data();
-    for (; t < end; ++t) {
-        load_row(kv.key_window, kv.dtype, (row * kv.window + t % kv.window) * D, D, rowf);
-        for (int64_t h = 0; h < g; ++h) scores[h * SPLIT + t - begin] = dot(queries + h * D, rowf, D);
+    const Rows keys(kv.key_window, kv, row, D, s.row.data());
+    for (; t < end; t += 4) {
+        const int64_t n = end - t < 4 ? end - t : 4;
+        const float* four[4];
+        keys.load(t, n, four);
+        for (int64_t h = 0; h < g; ++h) {
+            float found[4];
+            dot_four(queries + h * D, four, D, found);
+            for (int64_t i = 0; i < n; ++i) scores[h * SPLIT + t - begin + i] = found[i];
+        }
     }
 
     const int64_t masked = start > begin ? (start < end ? start - begin : count) : 0;
@@ -355,12 +414,21 @@ INLINE void attend_split(const Kv& kv, const void* query, int64_t row, int64_t b
             t = stop;
         }
     }
-    for (; t < end; ++t) {
-        load_row(kv.value_window, kv.dtype, (row * kv.window + t % kv.window) * V, V, rowf);
+    const Rows values(kv.value_window, kv, row, V, s.row.data());
+    for (; t < end; t += 4) {
+        const int64_t n = end - t < 4 ? end - t : 4;
+        const float* four[4];
+        values.load(t, n, four);
         for (int64_t h = 0; h < g; ++h) {
-            const float weight = scores[h * SPLIT + t - begin];
+            const float* weight = scores + h * SPLIT + t - begin;
             float* out = partial + h * width + 2;
-            for (int64_t d = 0; d < V; ++d) out[d] += weight * rowf[d];
+            if (n == 4)
+                for (int64_t d = 0; d < V; ++d)
+                    out[d] = out[d] + weight[0] * four[0][d] + weight[1] * four[1][d] + weight[2] * four[2][d] +
+                             weight[3] * four[3][d];
+            else
+                for (int64_t i = 0; i < n; ++i)
+                    for (int64_t d = 0; d < V; ++d) out[d] += weight[i] * four[i][d];
         }
     }
 }

@@ -36,6 +36,7 @@ class ServedAdapter:
         directory: where it was read.
         changes: by module.
         checked: how it is known to belong to the model.
+        base: the model that PEFT names as its base.
         nbytes: in memory.
     """
 
@@ -44,6 +45,7 @@ class ServedAdapter:
     changes: Mapping[str, LowRankChange]
     checked: str
     nbytes: int
+    base: str | None = None
 
 
 class Applied:
@@ -154,7 +156,7 @@ def open_adapter(name: str, directory: str | Path, model: Any, lineage: Lineage)
             )
         changes[site] = change
     nbytes = sum(part.nbytes for change in changes.values() for part in (change.down, change.up))
-    return ServedAdapter(name, found.path, changes, checked, nbytes)
+    return ServedAdapter(name, found.path, changes, checked, nbytes, found.base_model)
 
 
 def _widths(module: nn.Module) -> tuple[Any, Any]:

@@ -249,6 +249,7 @@ def _models(served: Served) -> Iterator[dict[str, Any]]:
 def _described(adapter: Any) -> dict[str, Any]:
     return {
         "id": adapter.name, "object": "adapter", "path": str(adapter.directory), "checked_by": adapter.checked,
+        "base_model": adapter.base,
         "layers": len(adapter.changes), "bytes": adapter.nbytes,
     }  # fmt: skip
 

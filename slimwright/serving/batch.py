@@ -28,8 +28,8 @@ from slimwright.serving.adapters import Applied, ServedAdapter
 CHUNK = 512
 """Tokens of a prompt that go through the model at once, so that others' next tokens need not wait for a long one."""
 
-ROWS = 128
-"""Tokens that one call of the kernels takes at most."""
+ROWS = (128, 64, 32, 16)
+"""How many tokens one call of the kernels brings: the most that stay near the processor (of wide layers fewer do)."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Batcher:
 
     def room(self, rows: int) -> int:
         """Tokens of prompts that a turn has room for beside so many next tokens."""
-        return max(1, ROWS - rows) if self.whole and not self._formats else CHUNK
+        return max(ROWS[-1], self._rows - rows) if self.whole and not self._formats else CHUNK
 
     def run(self, parts: Sequence[Part]) -> Tensor:
         """Logits (parts, vocabulary) float32 after the last token of each part; parts are of different texts."""
@@ -214,7 +214,8 @@ class Batcher:
         self.why_single = ""
         try:
             together = self._as_alone()
-            if together and not fused.why_not(model, 1) and not fused.why_not(model, ROWS):
+            self._rows = next((rows for rows in ROWS if not fused.why_not(model, rows)), 0)
+            if together and self._rows and not fused.why_not(model, 1):
                 self.whole = Fused(model, fused.asked(model))
                 self.whole = self.whole if self._as_alone() else None
         except decode.NotSupportedError as error:

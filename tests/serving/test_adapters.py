@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimwright.checkpoint import Checkpoint, Lineage, fingerprint
+from slimwright.cli import main
 from slimwright.errors import InputError, NotBuiltError
 from slimwright.formats.peft import BASE_FINGERPRINT, base_fingerprint
 from slimwright.serving.adapters import Applied, open_adapter
@@ -100,6 +101,7 @@ def test_each_request_has_its_adapter(served: Served, folder: Path) -> None:
             loaded = await client.post("/v1/adapters", json={"name": name, "path": str(folder / name)})
             assert loaded.status_code == 200 and loaded.json()["layers"] == 15
             assert loaded.json()["checked_by"] == ("fingerprint" if name == "one" else "shapes")
+            assert loaded.json()["base_model"] == "someone/else"
         listed = (await client.get("/v1/models")).json()["data"]
         assert [model["id"] for model in listed] == [served.name, "one", "two"]
         names = [served.name, "one", "two", "one"] * 2
@@ -184,6 +186,23 @@ def test_damaged_adapters_are_refused(served: Served, folder: Path, tmp_path: Pa
     loaded = post(served, "/v1/adapters", {"name": "bad", "path": str(damaged(folder, tmp_path, how))})
     assert how in refusal(loaded, 400)  # the directory is named
     assert not served.adapters
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("cut", "cut"), ("wide", "of another base"), ("other", "of another base: that has the fingerprint")],
+)
+def test_a_server_does_not_start_with_such_an_adapter(
+    folder: Path, tmp_path: Path, how: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence and exit code 2; nothing was served."""
+    directory = write(tmp_path / how, told="0" * 64) if how == "other" else damaged(folder, tmp_path, how)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", str(bundled_path()), "--port", "0", "--adapter", f"a={directory}"])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and "Serving" not in said.out
+    sentence = said.err.strip().splitlines()[-1]
+    assert words in sentence and sentence.endswith(".")
 
 
 def test_names_and_kinds(served: Served, folder: Path, tmp_path: Path) -> None:
