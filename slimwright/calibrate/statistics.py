@@ -157,7 +157,7 @@ class InputSums:
     def keep_apart(self, x: Tensor) -> None:
         """Keep inputs (tokens, in) that were added, to judge on."""
         if x.shape[0]:
-            self._apart.append(x.detach().clone())
+            self._apart.append(x.detach())
 
     def keep_last_apart(self) -> None:
         """Keep the last of the inputs, where all are kept: what routing picked has no rows to tell documents by."""
