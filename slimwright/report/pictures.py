@@ -116,7 +116,7 @@ def _stack(name: str, inside: list[Entry], left: list[Entry], right: list[Entry]
         "panels": panels,
         "left": _LABEL,
         "width": x,
-        "height": bottom,
+        "height": bottom + (8 if panels else 0),
         "axis": height + 14,
     }
 
