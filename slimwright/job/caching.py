@@ -117,7 +117,7 @@ def cache_facts(model: Any, formats: Mapping[int, KvFormat]) -> dict[str, Any]:
         model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
     packed = 0
     for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, KvLayer):
+        if not isinstance(layer, KvLayer) or not layer.is_initialized:  # a dropped attention keeps nothing
             continue
         tokens = min(length, layer.sliding or length)
         whole = tokens * layer.heads * (layer.key_dim + layer.value_dim) * 2
