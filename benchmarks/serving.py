@@ -5,7 +5,7 @@ mixed lengths, half of them streamed: every answer must come, and be what ``gene
 connections are dropped, left idle and filled with what is no request; then memory after many requests is compared with
 that after a hundred; then schemathesis and the official ``openai`` client ask, where they are installed. Where
 ``--llama-server`` names llama.cpp's server and ``--gguf`` the same model for it, the same load goes to both in turns,
-with as many slots and threads.
+with as many slots and threads; llama.cpp rounds activations to 8 bits, this server has them in ``--dtype``.
 """
 
 from __future__ import annotations
@@ -294,7 +294,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--many", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["load", "hostile", "memory", "schema"])
+    parser.add_argument("--only", choices=["load", "hostile", "memory", "schema", "beside"])
     parser.add_argument("--llama-server")
     parser.add_argument("--gguf")
     asked = parser.parse_args()
@@ -346,12 +346,12 @@ def main() -> int:
 
 
 def beside(ours: Sequence[str], asked: Any, model: str, load: Sequence[Asked], folder: Path) -> list[Row]:
-    """The same load at both servers, in turns, each with the same slots and threads."""
+    """The same load at both servers, in turns, each with the same slots and threads; neither keeps prompts."""
     threads = str(torch.get_num_threads())
     context = str(SLOTS * (asked.longest + asked.tokens + 8))
     theirs = [
         asked.llama_server, "-m", asked.gguf, "-np", str(SLOTS), "-t", threads, "-tb", threads, "-c", context,
-        "--cache-ram", "0", "--no-webui",
+        "--cache-ram", "0", "--no-cache-prompt", "--no-webui",
     ]  # fmt: skip
     speeds: dict[str, list[Row]] = {"slimwright": [], "llama-server": []}
     for number in range(asked.rounds):
