@@ -290,9 +290,9 @@ def missing(peer: str, model: str) -> str:
     if peer == "llama.cpp" and model in NO_GGUF:
         return f"{NO_GGUF[model]} is not written as gguf here"
     if peer == "llm-compressor" and model == "gpt2":
-        return "it has no Conv1D"
+        return "the weights are no Linear modules"
     if peer == "autoround" and model == "minilm":
-        return "it rounds blocks of decoders"
+        return "not tried: it is made for decoders"
     if peer == "llama.cpp" and not (LLAMA_CPP / "llama-imatrix").exists():
         return f"there is no {LLAMA_CPP / 'llama-imatrix'}"
     return ""

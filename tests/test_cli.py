@@ -135,7 +135,7 @@ def test_bad_command_lines(run, arguments: tuple[str, ...], message: str, tmp_pa
 
 
 def test_a_job_that_fails_exits_with_1(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("slimwright.job.work.check_complete", lambda *given: 1 / 0)
+    monkeypatch.setattr("slimwright.job.state.check_complete", lambda *given: 1 / 0)
     ran = run("fit", tiny(), "--grid", "int4:g32", "--method", PLAIN, "--out", str(tmp_path / "out"))
     assert ran.code == 1 and "ZeroDivisionError" in said(ran)
     log = re.search(r"details in (\S+\.log)", said(ran))
