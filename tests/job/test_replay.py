@@ -93,6 +93,19 @@ def test_the_guard_tells_them_apart(remembering: str, tmp_path: Path) -> None:
     assert apart(str(tmp_path / "model"))
 
 
+def test_a_block_that_fails_when_it_is_run_again_is_told_too(remembering: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLM's attention puts the keys of the first run beside those of the second, and its mask is too short then."""
+
+    def forward(self: RememberingLayer, hidden_states: Tensor) -> Tensor:
+        if self.memory is not None:
+            raise RuntimeError("The expanded size of the tensor must match the existing size.")
+        self.memory = hidden_states
+        return HomeMadeLayer.forward(self, hidden_states)
+
+    monkeypatch.setattr(RememberingLayer, "forward", forward)
+    assert not apart(remembering)
+
+
 def test_whole_forwards_calibrate_what_remembers(remembering: str, tmp_path: Path) -> None:
     """The same weights without the memory give the same statistics, for a plain forward never uses it."""
     options = {"grid": "int4:g32", "method": "quantize/gptq", **FEW}
