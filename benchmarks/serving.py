@@ -364,6 +364,7 @@ def beside(ours: Sequence[str], asked: Any, model: str, load: Sequence[Asked], f
         keys = [key for key, value in found[0].items() if isinstance(value, float)]
         rows.append({"what": f"{name}, median of {len(found)}", "lost": sum(row["lost"] for row in found)})
         rows[-1] |= {key: statistics.median(row[key] for row in found) for key in keys}
+        rows[-1]["said"] = next((row["first_loss"] for row in found if "first_loss" in row), "")
     ratio = rows[0]["tokens_per_second"] / rows[1]["tokens_per_second"]
     rows.append({"what": "slimwright / llama-server", "tokens_per_second": ratio, "ok": ratio >= 0.8})
     return rows

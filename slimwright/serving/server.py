@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -185,7 +184,5 @@ def _run(app: Any, listening: socket.socket, seconds: float, served: Any) -> Non
         server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=int(seconds) + 10,
         h11_max_incomplete_event_size=64 << 10,
     )  # fmt: skip
-    # The engine comes back from the kernels every few milliseconds; it should not wait as long again for Python's lock.
-    sys.setswitchinterval(0.0005)
     with own_signals():
         Server(config).run(sockets=[listening])
