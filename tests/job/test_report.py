@@ -138,7 +138,7 @@ def test_an_unaccounted_tensor_fails_the_run(tmp_path: Path, monkeypatch: pytest
 
 def test_a_ledger_that_counts_wrong_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = ledger.check_complete
-    monkeypatch.setattr("slimwright.job.state.check_complete", lambda entries, source, n: honest(entries, source, n + 1))
+    monkeypatch.setattr("slimwright.job.state.check_complete", lambda lines, source, n: honest(lines, source, n + 1))
     with pytest.raises(SlimwrightError, match="were written"):
         fitted(tiny(), tmp_path / "out", grid="int4:g32")
     assert not (tmp_path / "out").exists()
