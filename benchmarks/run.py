@@ -14,6 +14,7 @@ from rich.table import Table
 
 BENCHMARKS = {
     "families": "every family fit to 40 %, verified, loaded, generating, saved again",
+    "model_types": "every other model type that transformers knows, made small and fit to 40 %",
     "drops": "sublayers and blocks dropped from every family, beside the zeroed model",
     "crashes": "killed anywhere, the same bytes",
     "hostile": "1,000 damaged checkpoints",
