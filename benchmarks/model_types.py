@@ -1,4 +1,4 @@
-"""Every model type that transformers knows, made small: ``python -m benchmarks.model_types [TYPE ...] [--of TABLE ...]``.
+"""Every model type that transformers knows, made small: ``python -m benchmarks.model_types [TYPE ...] [--of causal]``.
 
 The families of the tests are configured by hand. Here the default configuration of every other type is cut down by
 rules (a few layers, 64 wide), built with random weights, and fit to 40 %, without data and calibrated, each verified in
