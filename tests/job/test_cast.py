@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import build as building
-from slimwright.job import options
+from slimwright.job import options, tiles
 from slimwright.job import verify as verification
 from slimwright.job.export import export
 from slimwright.job.fit import FitReport
 from slimwright.job.open import open_source
 from slimwright.job.options import option_costs, score_options
+from slimwright.job.units import Unit
 from slimwright.model import discover as discovery
 from slimwright.model.discover import discover
 from slimwright.model.structure import Structure
@@ -142,15 +143,15 @@ def test_a_grid_everywhere_casts_nothing(tmp_path: Path) -> None:
 def test_an_interrupted_job_continues_with_its_casts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores and finished casts are taken from the journal, and the bytes are those of an uninterrupted run."""
     whole = fitted(wide("deit"), tmp_path / "whole", size="40%")
-    cast_rows, seen = building._cast_rows, list[str]()
+    cast_rows, seen = tiles._cast_rows, list[str]()
 
-    def once(source: Checkpoint, unit: building.Unit, *rest: Any) -> Any:
+    def once(source: Checkpoint, unit: Unit, *rest: Any) -> Any:
         seen.append(unit.name)
         if len(seen) == 2:
             raise SlimwrightError("interrupted")
         return cast_rows(source, unit, *rest)
 
-    monkeypatch.setattr(building, "_cast_rows", once)
+    monkeypatch.setattr(tiles, "_cast_rows", once)
     monkeypatch.setattr(building, "COMMIT_BYTES", 1)
     with pytest.raises(SlimwrightError, match="interrupted"):
         fitted(wide("deit"), tmp_path / "out", size="40%")
@@ -209,7 +210,7 @@ def test_a_wrong_value_is_noticed(
     tensor = CASTABLE[cast["model"]["family"]][which]
     assert cast.out is not None
     if not files_too:
-        monkeypatch.setattr(verification, "_compare_files", lambda *args: None)
+        monkeypatch.setattr(verification, "compare_files", lambda *args: (0, None))
     assert verified(cast, cast.out).ok
     problems = verified(cast, damaged(cast, tmp_path, tensor)).problems
     assert problems
