@@ -276,7 +276,7 @@ def signatures(f: Fixture) -> dict[str, float]:
     train(f.model, *f.data["train"], 300, 2e-3, 0.0, f.seed)
     f.base = f.state()
     clean, robust = tuned(0.0), tuned(0.6)
-    patched = merged("rws,keep_num=0", f.base, [clean, robust])
+    patched = merged("rws,keep_num=2", f.base, [clean, robust])
     patch = f.vector(patched) - f.vector(clean)
     random = torch.randn(patch.shape, generator=torch.Generator().manual_seed(f.seed + 1))
     chance = f.add(f.vector(clean) + random * (patch.norm() / random.norm())) | {
@@ -423,7 +423,7 @@ def compressed_adapter(seed: int) -> dict[str, float]:
             logits = model(windows[:, :-1], use_cache=False).logits
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
-    optimizer = torch.optim.AdamW(list(adapter.values()), lr=5e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(list(adapter.values()), lr=1e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(120):
         optimizer.zero_grad()

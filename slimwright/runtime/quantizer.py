@@ -7,6 +7,7 @@ silence raises here.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -190,30 +191,32 @@ class SlimwrightQuantizer(HfQuantizer):
             for entry in weight_conversions
             if (getattr(entry, "source_patterns", None), getattr(entry, "target_patterns", None)) not in self.dropped
         ]
-        return kept + self._part_renamings(kept)
+        return self._with_part_renamings(kept)
 
-    def _part_renamings(self, conversions: list[Any]) -> list[Any]:
-        """A pattern that ends with a whole name renames a payload, but not the parts beside it: the same for these."""
+    def _with_part_renamings(self, conversions: list[Any]) -> list[Any]:
+        """A pattern that ends with a whole name renames a payload, but not the parts beside it: the same for these, and
+        just before, because what follows may depend on it."""
         from slimwright.runtime.transformers_private import WeightRenaming
 
+        names = {disk: disk for disk in self.grids}
         found = []
         for entry in conversions:
-            if not isinstance(entry, WeightRenaming) or len(entry._original_source_patterns) != 1:
-                continue
-            source, target = entry._original_source_patterns[0], entry._original_target_patterns[0]
-            suffixes = {
-                part
-                for disk, form in self.grids.items()
-                if (match := entry.compiled_sources.search(disk)) and match.end() == len(disk)
-                for part in form.parts_of((256, 256))
-                if part and not entry.compiled_sources.search(disk + part)
-            }
-            if not (source[-1:].isalnum() and target[-1:].isalnum()):
-                continue
-            for part in sorted(suffixes):
-                renaming = WeightRenaming([source + part], [target + part])
-                renaming.scope_prefix, renaming.base_model_prefix = entry.scope_prefix, entry.base_model_prefix
-                found.append(renaming)
+            if isinstance(entry, WeightRenaming):
+                source, target = entry._original_source_patterns[0], entry._original_target_patterns[0]
+                suffixes = {
+                    part
+                    for disk, form in self.grids.items()
+                    if (match := entry.compiled_sources.search(names[disk])) and match.end() == len(names[disk])
+                    for part in form.parts_of((256, 256))
+                    if part and not entry.compiled_sources.search(names[disk] + part)
+                }
+                for part in sorted(suffixes) if source[-1:].isalnum() and target[-1:].isalnum() else ():
+                    renaming = WeightRenaming([source + part], [target + part])
+                    renaming.scope_prefix, renaming.base_model_prefix = entry.scope_prefix, entry.base_model_prefix
+                    found.append(renaming)
+                tried = copy.deepcopy(entry)  # renaming leaves marks
+                names = {disk: tried.rename_source_key(name)[0] for disk, name in names.items()}
+            found.append(entry)
         return found
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
