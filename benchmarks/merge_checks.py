@@ -276,7 +276,7 @@ def signatures(f: Fixture) -> dict[str, float]:
     train(f.model, *f.data["train"], 300, 2e-3, 0.0, f.seed)
     f.base = f.state()
     clean, robust = tuned(0.0), tuned(0.6)
-    patched = merged("rws,keep_num=2", f.base, [clean, robust])
+    patched = merged("rws,keep_num=0", f.base, [clean, robust])
     patch = f.vector(patched) - f.vector(clean)
     random = torch.randn(patch.shape, generator=torch.Generator().manual_seed(f.seed + 1))
     chance = f.add(f.vector(clean) + random * (patch.norm() / random.norm())) | {
@@ -404,8 +404,8 @@ def compressed_adapter(seed: int) -> dict[str, float]:
     packages = list(TOPICS.values())[seed]
     tokens = []
     for document in standard_library("train"):
-        if top_level(document.path) in packages:
-            tokens += [0, *tokenizer.encode(document.text, add_special_tokens=False)]
+        if top_level(document.path) in packages:  # another language than the model's: it has seen this text
+            tokens += [0, *tokenizer.encode(document.text.swapcase(), add_special_tokens=False)]
     stream = torch.tensor(tokens)
     cut = int(0.9 * len(stream))
     adapter: State = {}
