@@ -1,5 +1,8 @@
 """The errors that a user sees: one sentence, an exit code, no traceback (DESIGN §7)."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class SlimwrightError(Exception):
     """The job failed for a reason that one sentence can tell (exit code 1)."""
@@ -27,3 +30,9 @@ class QualityError(SlimwrightError):
     """A quality floor was missed (exit code 3)."""
 
     exit_code = 3
+
+
+def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.3, otherwise: str = ".") -> str:
+    """How a sentence about an unknown name ends: ``; did you mean 'x'?``, or ``otherwise`` where nothing is like it."""
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean '{near[0]}'?" if near else otherwise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from slimwright.errors import InputError, NotBuiltError
+from slimwright.errors import InputError, NotBuiltError, did_you_mean
 from slimwright.methods import GroupFold, ModelFold, WeightSolver, parse_method, solver_for
 from slimwright.model.structure import Site, Structure
 from slimwright.sizes import parse_bytes
@@ -204,8 +203,7 @@ class Plan(BaseModel):
             if name in structure.kept and name not in groups:
                 raise InputError(f"The plan assigns '{name}', which has no choice ({structure.kept[name]}): remove it.")
             if name not in groups:
-                near = difflib.get_close_matches(name, [*groups, *structure.castable], n=1, cutoff=0.3)
-                hint = f"; did you mean '{near[0]}'?" if near else "."
+                hint = did_you_mean(name, [*groups, *structure.castable])
                 raise InputError(f"The plan assigns the group '{name}', which this model does not have{hint}")
             if not assignment.kept:
                 try:
@@ -229,8 +227,7 @@ class Plan(BaseModel):
     def _unrounded(self, groups: Mapping[str, Sequence[Site]], group: str) -> str | None:
         """Why what enters a group's weights cannot be rounded."""
         if group not in groups:
-            near = difflib.get_close_matches(group, list(groups), n=1, cutoff=0.3)
-            return "which this model does not have" + (f"; did you mean '{near[0]}'?" if near else ".")
+            return "which this model does not have" + did_you_mean(group, groups)
         other = next((site for site in groups[group] if site.kind not in ("linear", "conv1d")), None)
         if other is not None:
             return f"but '{other.name}' is of kind {other.kind}: only what enters linear layers is rounded."

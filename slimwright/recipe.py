@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from slimwright.checkpoint import Checkpoint, job_key, write_bytes_atomic, write_json_atomic
-from slimwright.errors import InputError
+from slimwright.errors import InputError, did_you_mean
 
 RECIPE_VERSION = 1
 VERBS = ("fit", "merge", "export", "measure")
@@ -151,8 +151,7 @@ def _step(name: str, given: Any, names: Sequence[str], where: str, base: Path) -
     known = _options_of(verb)
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, 1, 0.4)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; it has: {', '.join(known)}."
+            hint = did_you_mean(option, known, 0.4, otherwise=f"; it has: {', '.join(known)}.")
             raise InputError(f"{where}: the step '{name}' has the option '{option}', which {verb} has not{hint}")
     subject = given[verb]
     if verb == "merge" and isinstance(subject, str):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 
 from pydantic import BaseModel, ConfigDict
 
-from slimwright.errors import InputError
+from slimwright.errors import InputError, did_you_mean
 from slimwright.model.structure import Structure
 from slimwright.plan import KEEP, cannot_hold
 from slimwright.weights import parse_form
@@ -100,9 +99,7 @@ def bind(rules: list[Rule], structure: Structure) -> dict[str, str]:
         if index not in used:
             every = [site.name for site in structure.sites.values()] + list(structure.ties)
             bases = sorted({name.removesuffix(".weight") for name in every})
-            near = difflib.get_close_matches(
-                rule.pattern, bases + [base.rsplit(".", 1)[-1] for base in bases], n=1, cutoff=0.4
-            )
-            hint = f"; did you mean '{near[0]}'?" if near else "; `slimwright inspect` lists the names."
+            bases += [base.rsplit(".", 1)[-1] for base in bases]
+            hint = did_you_mean(rule.pattern, bases, 0.4, otherwise="; `slimwright inspect` lists the names.")
             raise InputError(f"The rule '{rule.pattern}: {rule.choice}' names no weight of this model{hint}")
     return bound

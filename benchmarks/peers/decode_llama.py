@@ -14,6 +14,7 @@ from pathlib import Path
 import gguf
 import llama_cpp
 import numpy as np
+from answering import serve
 
 PROMPT, PREFILL, ROOM = 32, 512, 256
 NAMES = {
@@ -142,13 +143,7 @@ def main() -> None:
     path = Path(tempfile.gettempdir()) / f"slimwright-{source.name}-{kind}.gguf"
     if not path.exists():
         convert(source, path, kind)
-    decoder = Decoder(path, int(os.environ["OMP_NUM_THREADS"]))
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        works = {"prefill": decoder.prefill, "first": decoder.first}
-        seconds = works[asked["what"]]() if asked["what"] in works else decoder.decode(asked["batch"])
-        print(json.dumps(seconds), flush=True)
+    serve(Decoder(path, int(os.environ["OMP_NUM_THREADS"])))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ torchao-int8-compiled, torchao-int4-compiled, quanto-int4. Prints one line when 
 a short prompt and one step. What is compiled has a static cache, as torch.compile asks.
 """
 
-import json
 import sys
 import time
 
 import torch
+from answering import serve
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 PROMPT, PREFILL, ROOM = 32, 512, 256
@@ -95,13 +95,7 @@ class Decoder:
 
 
 def main() -> None:
-    decoder = Decoder(sys.argv[1], sys.argv[2])
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        works = {"prefill": decoder.prefill, "first": decoder.first}
-        seconds = works[asked["what"]]() if asked["what"] in works else decoder.decode(asked["batch"])
-        print(json.dumps(seconds), flush=True)
+    serve(Decoder(sys.argv[1], sys.argv[2]))
 
 
 if __name__ == "__main__":

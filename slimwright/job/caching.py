@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from slimwright.checkpoint import Checkpoint
-from slimwright.errors import InputError
+from slimwright.errors import InputError, did_you_mean
 from slimwright.job.edits import dropped_view
 from slimwright.job.open import model_of
 from slimwright.methods import parse_method
@@ -67,8 +66,7 @@ def cache_formats(
     for pattern, spec in ordered:
         named = [i for name, i in layers.items() if fnmatch.fnmatchcase(name, pattern)]
         if not named:
-            near = difflib.get_close_matches(pattern, layers, n=1, cutoff=0.3)
-            hint = f"; did you mean '{near[0]}'?" if near else "."
+            hint = did_you_mean(pattern, layers)
             raise InputError(f"The plan's cache names '{pattern}', which is no layer of this model{hint}")
         format = None if spec == KEEP else parse_policy(spec).format()
         for index in named:

@@ -70,10 +70,11 @@ def export(
         raise InputError("Give an output directory.")
     started = time.monotonic()
     source = open_source(directory)
-    if to == "safetensors" and source.config == Checkpoint.open(directory).config:
+    plain = Checkpoint.open(directory)
+    if to == "safetensors" and source.config == plain.config:
         raise InputError(f"{directory} holds plain weights already: there is nothing to export.")
     result = Result.of(source, discover(source, trust_remote_code=trust_remote_code))
-    key = job_key(source=source_state(Checkpoint.open(directory)), to=to, shard=max_shard_bytes)
+    key = job_key(source=source_state(plain), to=to, shard=max_shard_bytes)
     with claim(out, key) as held:
         if held.status == "finished":
             data = json.loads((held.out / EXPORT_FILE).read_text(encoding="utf-8"))
@@ -100,7 +101,7 @@ def export(
             "model": {"path": directory},
             "target": to,
             "size": {
-                "before": Checkpoint.open(directory).total_bytes,
+                "before": plain.total_bytes,
                 "after": written.nbytes,
                 "tensors": written.tensor_bytes,
             },

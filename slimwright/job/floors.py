@@ -5,14 +5,13 @@ A floor is judged at the worse end of the quality's 95 % interval; a user's comm
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slimwright.errors import InputError
+from slimwright.errors import InputError, did_you_mean
 from slimwright.job.command import measured, words
 
 LIMIT_SECONDS = 3600.0
@@ -86,8 +85,7 @@ class Floor:
             return cls(text, name, limit)
         name = name.lower()
         if name not in KINDS:
-            near = difflib.get_close_matches(name, list(KINDS), n=1, cutoff=0.3)
-            hint = f"; did you mean '{near[0]}'?" if near else "."
+            hint = did_you_mean(name, KINDS)
             raise InputError(
                 f"--keep '{text}' names the unknown quality '{name}'{hint} Known: {', '.join(KINDS)}, or the path of a "
                 "command with a slash in it."

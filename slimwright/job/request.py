@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import shlex
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from slimwright.errors import InputError, NotBuiltError
+from slimwright.errors import InputError, NotBuiltError, did_you_mean
 from slimwright.job.caching import parse_policy
 from slimwright.job.floors import Floor
 from slimwright.job.losses import check_allocator, evaluates
@@ -243,8 +242,7 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
     if asked.plan is not None and asked.rules:
         raise InputError("--plan fixes everything: edit the plan instead of giving --rule.")
     if asked.target is not None and asked.target not in TARGETS:
-        near = difflib.get_close_matches(asked.target, TARGETS, n=1, cutoff=0.3)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
+        hint = did_you_mean(asked.target, TARGETS)
         raise InputError(f"Unknown target '{asked.target}'{hint} Known: {', '.join(TARGETS)}.")
     if asked.target not in (None, OWN) and asked.cache is not None:
         raise InputError(f"--cache is packed by slimwright only: leave it out with --target {asked.target}.")
@@ -318,8 +316,7 @@ def _check_families(asked: FitOptions) -> None:
         if name in LATER_FAMILIES:
             raise NotBuiltError(f"--allow {name} is designed but not built in this version of slimwright.")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-            hint = f"; did you mean '{near[0]}'?" if near else "."
+            hint = did_you_mean(name, known)
             raise InputError(f"--allow {name}: there is no such family{hint} Known: {', '.join(known)}.")
     if not asked.allow:
         return

@@ -149,20 +149,11 @@ def _write_rows(writer: CheckpointWriter, site: Site, rows: slice, tile: Tensor)
         return
     out, columns = site.weight_shape[-2], site.columns
     stored = tile.t().contiguous()
-    for start, stop in _within_experts(rows, out):
-        expert, first = divmod(start, out)
-        piece = stored[:, start - rows.start : stop - rows.start]
+    for own in matrix_ranges(rows, out):
+        expert, first = divmod(own.start, out)
+        piece = stored[:, own.start - rows.start : own.stop - rows.start]
         for column in range(columns):
             writer.write(site.name, piece[column], ((expert * columns + column) * out + first) * size)
-
-
-def _within_experts(rows: slice, out: int) -> Iterator[tuple[int, int]]:
-    """Cut a range of stacked rows at the experts' borders."""
-    start = rows.start
-    while start < rows.stop:
-        stop = min(rows.stop, (start // out + 1) * out)
-        yield start, stop
-        start = stop
 
 
 def _copy_rows(source: Checkpoint, unit: Unit, rows: slice, writer: CheckpointWriter) -> None:

@@ -143,7 +143,7 @@ def verify(spec: Spec, step: Callable[[int, int], None], how: str) -> Outcome:
     if outcome.ok:
         started = time.monotonic()
         with torch.no_grad():
-            _compare_outputs(spec, source, structure, plan, before, unfolded, outcome, step)
+            _compare_outputs(spec, source, structure, plan, written, before, unfolded, outcome, step)
         outcome.seconds["outputs"] = time.monotonic() - started
     return outcome
 
@@ -156,6 +156,7 @@ def _compare_outputs(
     source: Checkpoint,
     structure: Structure,
     plan: Plan,
+    written: WrittenCheckpoint,
     before: tuple[Checkpoint, Mapping[str, WeightSource]],
     unfolded: tuple[Checkpoint, Structure],
     outcome: Outcome,
@@ -173,13 +174,11 @@ def _compare_outputs(
     )
     tensors = planned_tensors(source, structure, plan) if plan.casts(structure) or plan.edits else None
     planned = planned_sources(source, structure, plan)
-    parts = [entry.name for unit in plan_units(source, structure, plan) for entry in unit.entries]
-    files = WrittenCheckpoint(Checkpoint.open(spec.written), structure, parts)
     forms = {name: a.parsed_grid() for name, a in plan.by_site(structure).items() if not a.kept}
     for name, form in forms.items():
         # What was solved with data, and factors: they were compared value by value, and cannot be made again in tiles.
         if name in spec.checksums or not isinstance(form, Grid):
-            planned[name] = ParallelSource(WrittenSource(files, structure.sites[name], form))
+            planned[name] = ParallelSource(WrittenSource(written, structure.sites[name], form))
     for name, rounding in plan.roundings(structure).items():
         planned[name].activations = rounding
     reference = load_streamed(cls, source.model_path, config, planned, tensors, exact)

@@ -8,12 +8,7 @@
 #include <atomic>
 #include <cstring>
 
-#ifndef ISA
-#define ISA portable
-#endif
-
 namespace slimwright {
-namespace ISA { extern const Rows rows; }
 
 namespace {
 

@@ -5,6 +5,10 @@
 
 #include <cstdint>
 
+#ifndef ISA
+#define ISA portable
+#endif
+
 namespace slimwright {
 
 enum Kind : int32_t { INT = 0, NF4 = 1, MXFP4 = 2, FP8 = 3, Q4_0 = 4, Q8_0 = 5, Q4_K = 6, Q6_K = 7, KINDS = 8 };
@@ -76,6 +80,8 @@ struct Rows {
     // One row as dense values.
     void (*decode)(const Weight& weight, int64_t row, void* out, int32_t type, uint8_t* scratch);
 };
+
+namespace ISA { extern const Rows rows; }  // packed_rows.cpp
 
 // The zero point of all groups where they have the same whole one, else -1. Subtracted in integers, so that groups of
 // nothing but zeros give exactly 0 whatever their scale is.

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from slimwright.errors import SlimwrightError
+from slimwright.kernels.packed import ZEROS
 
-ZEROS = {"middle": 0, "bytes": 1, "nibbles": 2, "halves": 3}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_ROWS = 64
 """Of inputs; for more the library's product with decoded tiles is faster."""

@@ -381,7 +381,6 @@ void linear(const Weight& w, const Inputs& in, int64_t first, int64_t last, cons
 
 }  // namespace
 
-extern const Rows rows;
 const Rows rows = {NAME_OF(ISA), BF16, chunk_bytes, start_numbers, prepare, linear, WIDTH, multiply_many, decode};
 
 }  // namespace ISA

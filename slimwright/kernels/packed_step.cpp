@@ -1,5 +1,6 @@
-// One step of a whole model in one call, a row for each token that it brings, on threads that stay together for it: between products stand only a
-// norm, a rotation or an activation, and waking threads for each would take longer than these.
+// One step of a whole model in one call, a row for each token that it brings, on threads that stay together for it:
+// between products stand only a norm, a rotation or an activation, and waking threads for each would take longer than
+// these.
 //
 // The step is a list of phases, each of them tasks that do not depend on each other. Every thread goes through the list,
 // takes what tasks are left and waits until all of a phase are done: so any number of threads will do, also one that
@@ -20,12 +21,7 @@
 #include <new>
 #include <vector>
 
-#ifndef ISA
-#define ISA portable
-#endif
-
 namespace slimwright {
-namespace ISA { extern const Rows rows; }
 
 namespace {
 

@@ -1,4 +1,5 @@
-// One step of a whole model, which brings every text one token or more: what slimwright_packed_step takes. kernels/step.py has the same fields.
+// One step of a whole model, which brings every text one token or more: what slimwright_packed_step takes.
+// kernels/step.py has the same fields.
 #pragma once
 
 #include "attend.h"

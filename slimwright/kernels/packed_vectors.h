@@ -12,9 +12,6 @@
 #include <arm_neon.h>
 #endif
 
-#ifndef ISA
-#define ISA portable
-#endif
 #define INLINE static inline __attribute__((always_inline))
 #define STRING_OF(x) #x
 #define NAME_OF(x) STRING_OF(x)

@@ -7,7 +7,6 @@ value is refused when the method is made. ``slimwright.method("quantize/rtn", gr
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import math
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from slimwright.calibrate.site_statistics import SiteStatistics
-from slimwright.errors import InputError
+from slimwright.errors import InputError, did_you_mean
 from slimwright.weights import Compressed, Form, Grid, parse_grid
 
 M = TypeVar("M", bound="type[Method]")
@@ -86,8 +85,7 @@ def _checked(name: str, field: dataclasses.Field[Any], value: Any) -> Any:
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise InputError(f"{where} takes {wanted}, not {value!r}.")
     if rule["choices"] is not None and value not in rule["choices"]:
-        near = difflib.get_close_matches(str(value), [str(choice) for choice in rule["choices"]], n=1, cutoff=0.4)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
+        hint = did_you_mean(str(value), map(str, rule["choices"]), 0.4)
         raise InputError(f"{where} takes one of {', '.join(map(str, rule['choices']))}, not {value!r}{hint}")
     low, high = rule["low"], rule["high"]
     if (low is not None and value < low) or (high is not None and value > high):
@@ -330,9 +328,7 @@ def method_class(name: str) -> type[Method]:
         _load(name)
     known = _METHODS if name in _METHODS else methods()
     if name not in known:
-        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.3)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
-        raise InputError(f"Unknown method '{name}'{hint} Known: {', '.join(known)}.")
+        raise InputError(f"Unknown method '{name}'{did_you_mean(name, known)} Known: {', '.join(known)}.")
     return known[name]
 
 
@@ -356,10 +352,8 @@ def with_knobs(cls: type[Made], knobs: Mapping[str, Any]) -> Made:
     fields |= {name: name for name in fields.values()}  # lambda_ is how Python can write lambda
     for given in knobs:
         if given not in fields:
-            near = difflib.get_close_matches(given, known, n=1, cutoff=0.3)
-            hint = f"; did you mean '{near[0]}'?" if near else "."
             has = f" It has: {', '.join(known)}." if known else " It has none."
-            raise InputError(f"{cls.name} has no knob '{given}'{hint}{has}")
+            raise InputError(f"{cls.name} has no knob '{given}'{did_you_mean(given, known)}{has}")
     return cls(**{fields[given]: value for given, value in knobs.items()})
 
 

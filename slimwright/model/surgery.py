@@ -8,7 +8,6 @@ then gives zeros is replaced by one that holds nothing; so are modules before it
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimwright.checkpoint import Checkpoint
-from slimwright.errors import InputError
+from slimwright.errors import InputError, did_you_mean
 from slimwright.model.dropped import DroppedForm, keeps_state
 from slimwright.model.hollow import dropped, float_tensors, hollow_model, reached, replaced
 from slimwright.model.inputs import dummy_inputs
@@ -77,9 +76,9 @@ class Droppable:
         reason = next((why for other, why in self.refused.items() if other == name or other.startswith(name + ".")), "")
         if reason:
             raise InputError(f"'{name}' cannot be dropped: {reason}.")
-        near = difflib.get_close_matches(name, self.drops, n=1, cutoff=0.3)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
-        raise InputError(f"'{name}' is no block and no attention or MLP sublayer of this model{hint}")
+        raise InputError(
+            f"'{name}' is no block and no attention or MLP sublayer of this model{did_you_mean(name, self.drops)}"
+        )
 
 
 def droppable(checkpoint: Checkpoint, structure: Structure, trust_remote_code: bool = False) -> Droppable:

@@ -59,22 +59,19 @@ class Evolutionary(BudgetSolver):
         fronts = [prune_dominated(options) for options in table.values()]
         parent = self._first(problem, fronts)
         if self.evaluations:
-            assert problem.evaluate is not None
+            evaluate = problem.evaluate
+            assert evaluate is not None
             rng = np.random.default_rng(problem.seed)
             for generation in range(self.generations):
                 offspring = self._offspring(parent, fronts, budget, rng)
                 if not offspring:
                     break
-
-                def measured(state: State, tokens: int, draw: int) -> float:
-                    assert problem.evaluate is not None
-                    return problem.evaluate(_choices(fronts, state), tokens, draw)
-
                 first, last = 2 * generation + 1, 2 * generation + 2
-                losses = [measured(state, self.tokens_first, first) for state in offspring]
+                losses = [evaluate(_choices(fronts, state), self.tokens_first, first) for state in offspring]
                 best = [offspring[index] for index in np.argsort(losses, kind="stable")[: self.survivors]]
                 finalists = [parent, *best]  # of equals the parent stays
-                parent = finalists[int(np.argmin([measured(state, self.tokens_last, last) for state in finalists]))]
+                losses = [evaluate(_choices(fronts, state), self.tokens_last, last) for state in finalists]
+                parent = finalists[int(np.argmin(losses))]
         return Allocation.of(_choices(fronts, parent).values(), exact=False)
 
     def _first(self, problem: Problem, fronts: Sequence[Sequence[Option]]) -> State:

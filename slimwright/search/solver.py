@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
-from slimwright.errors import InputError
+from slimwright.errors import InputError, did_you_mean
 from slimwright.methods.registry import Method, split_spec, with_knobs
 from slimwright.search.options import Allocation, Option, Table
 
@@ -94,7 +93,5 @@ def named(spec: str, known: Mapping[str, type[N]], what: str) -> N:
     """
     name, knobs = split_spec(spec)
     if name not in known:
-        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.3)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
-        raise InputError(f"Unknown {what} '{name}'{hint} Known: {', '.join(known)}.")
+        raise InputError(f"Unknown {what} '{name}'{did_you_mean(name, known)} Known: {', '.join(known)}.")
     return with_knobs(known[name], knobs)

@@ -10,7 +10,6 @@ format stops with a size mismatch instead of loading garbage. The others have a 
 
 from __future__ import annotations
 
-import difflib
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from slimwright.errors import InputError
+from slimwright.errors import InputError, did_you_mean
 from slimwright.weights.form import Component, Form, Part
 
 __all__ = ["Grid", "Levels", "Params", "Part", "grid_kinds", "parse_grid", "register_grid", "row_blocks"]
@@ -231,6 +230,5 @@ def parse_grid(spec: str) -> Grid:
         if grid is not None:
             return grid
     known = [example for cls in _GRIDS.values() for example in cls.examples or (cls.key,)]
-    near = difflib.get_close_matches(text, known, n=1, cutoff=0.4)
-    hint = f"; did you mean '{near[0]}'?" if near else "."
+    hint = did_you_mean(text, known, 0.4)
     raise InputError(f"Unknown grid '{spec}'{hint} Known: int<2-8>[:g<N>|:row][:sym|:real], {', '.join(known)}.")

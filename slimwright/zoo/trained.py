@@ -7,7 +7,6 @@ depends on, so that another version of either trains anew.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import platform
@@ -26,7 +25,7 @@ from transformers import PreTrainedModel
 from slimwright.checkpoint import claim, job_key, write_bytes_atomic, write_json_atomic
 from slimwright.checkpoint.files import read_json_object
 from slimwright.checkpoint.publish import Claim, InUseError
-from slimwright.errors import InputError, SlimwrightError
+from slimwright.errors import InputError, SlimwrightError, did_you_mean
 from slimwright.job.cache import cache_directory
 from slimwright.zoo import bundled_path
 from slimwright.zoo.recipes import RECIPES, Recipe
@@ -80,9 +79,7 @@ def cached(name: str) -> Path | None:
 
 def _recipe(name: str) -> Recipe:
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.3)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
-        raise InputError(f"The zoo has no model '{name}'; it has {', '.join(RECIPES)}{hint}")
+        raise InputError(f"The zoo has no model '{name}'; it has {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
     return RECIPES[name]
 
 

@@ -38,6 +38,15 @@ class Packed:
     sites: dict[str, Site]
 
 
+def prompts(rows: int = 3, length: int = 12) -> dict[str, torch.Tensor]:
+    """Random tokens, the second row padded on the left."""
+    ids = torch.randint(3, 300, (rows, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        ids[1, :5], mask[1, :5] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def oriented(site: Site, weight: Tensor) -> Tensor:
     """A logical weight as it lies on disk."""
     return weight.transpose(-1, -2).contiguous() if site.transposed else weight

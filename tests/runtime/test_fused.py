@@ -18,7 +18,7 @@ from slimwright.runtime import decode, fused
 from slimwright.runtime.kv_cache import KvLayer, kv_cache
 from slimwright.runtime.kv_format import KvFormat
 from slimwright.runtime.modules import PackedLinear
-from tests.runtime.packing import packed_family
+from tests.runtime.packing import packed_family, prompts
 
 pytestmark = pytest.mark.skipif(packed.library() is None, reason="no compiled kernels here")
 
@@ -35,15 +35,6 @@ def loaded(name: str, dtype: torch.dtype = torch.float32, dense: bool = False) -
     family = packed_family(name, dtype, SPECS)
     directory = family.dense if dense else family.directory
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-
-
-def prompts(rows: int = 3, length: int = 12) -> dict[str, torch.Tensor]:
-    """Random tokens, the second row padded on the left."""
-    ids = torch.randint(3, 300, (rows, length), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    if rows > 1:
-        ids[1, :5], mask[1, :5] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def steps(model: Any, rows: int = 2, count: int = 6, formats: Any = None, whole: bool = True) -> torch.Tensor:

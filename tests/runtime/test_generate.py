@@ -16,20 +16,12 @@ from slimwright.runtime.kv_cache import KvLayer, attention_layers, kv_cache
 from slimwright.runtime.kv_format import KvFormat
 from slimwright.zoo import bundled_path
 from tests.families import FAMILIES, make
+from tests.runtime.packing import prompts
 
 DECODERS = [n for n, family in FAMILIES.items() if family.generates and n not in ("whisper", "home_made")]
 OURS = {"llama", "llama_tied", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma2", "gemma3", "olmo2", "cohere",
         "mixtral", "qwen3_moe", "olmoe", "gpt_oss", "gpt2", "opt", "gpt_neox", "llava"}  # fmt: skip
 """Families whose attention the cache answers; the others run as transformers runs them."""
-
-
-def prompts(rows: int = 3, length: int = 12) -> dict[str, torch.Tensor]:
-    """Random tokens, the second row padded on the left."""
-    ids = torch.randint(3, 300, (rows, length), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    if rows > 1:
-        ids[1, :5], mask[1, :5] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def packed(model, bits: int = 8) -> dict[int, KvFormat]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
-from slimwright.formats.quantized.weight import ForeignWeight, Settings, checked, dense_dtype, spread
+from slimwright.formats.quantized.weight import FLOATS, ForeignWeight, Settings, checked, dense_dtype, spread
 
 _SUFFIX = ".qweight"
 _PLACE = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
@@ -58,7 +58,7 @@ def awq_weights(checkpoint: Checkpoint, settings: Settings) -> dict[str, Foreign
         columns, words = checked(checkpoint, name, (torch.int32,))
         groups, _ = checked(checkpoint, f"{base}.qzeros", (torch.int32,))
         checked(checkpoint, f"{base}.qzeros", (torch.int32,), (groups, words))
-        checked(checkpoint, f"{base}.scales", (torch.float16, torch.bfloat16, torch.float32), (groups, 8 * words))
+        checked(checkpoint, f"{base}.scales", FLOATS, (groups, 8 * words))
         if groups == 0 or columns % groups:
             raise InputError(f"'{base}' of {checkpoint.path} has {columns} inputs in {groups} groups.")
         found[f"{base}.weight"] = AWQWeight(

@@ -19,9 +19,16 @@ from torch import Tensor
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.formats.quantized.float8 import FLOAT8
-from slimwright.formats.quantized.weight import ForeignWeight, Settings, checked, dense_dtype, spread, unpack_words
+from slimwright.formats.quantized.weight import (
+    FLOATS,
+    ForeignWeight,
+    Settings,
+    checked,
+    dense_dtype,
+    spread,
+    unpack_words,
+)
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _READ = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 _LEFT_OUT = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale")
 
@@ -123,7 +130,7 @@ def _packed(checkpoint: Checkpoint, base: str) -> PackedIntWeight:
             f"The tensor '{base}_packed' of {checkpoint.path} has the shape ({rows}, {words}), which cannot hold "
             f"({out}, {columns}): the checkpoint is damaged."
         )
-    scales = checked(checkpoint, f"{base}_scale", _FLOATS)
+    scales = checked(checkpoint, f"{base}_scale", FLOATS)
     groups = scales[1] if len(scales) == 2 else 0
     index = f"{base}_g_idx" if f"{base}_g_idx" in checkpoint.tensors else ""
     if scales != (out, groups) or not groups or (columns % groups and not index):
@@ -145,7 +152,7 @@ def _packed(checkpoint: Checkpoint, base: str) -> PackedIntWeight:
 
 def _plain(checkpoint: Checkpoint, name: str, blocks: set[tuple[int, ...]]) -> PlainWeight:
     shape = checkpoint.tensors[name].shape
-    scales = checked(checkpoint, f"{name}_scale", _FLOATS)
+    scales = checked(checkpoint, f"{name}_scale", FLOATS)
     if len(shape) != 2:
         raise InputError(f"The tensor '{name}' of {checkpoint.path} is no matrix, but quantized: it is damaged.")
     out, columns = shape

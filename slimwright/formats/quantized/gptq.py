@@ -15,10 +15,9 @@ from torch import Tensor
 
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
-from slimwright.formats.quantized.weight import ForeignWeight, Settings, checked, dense_dtype, unpack_words
+from slimwright.formats.quantized.weight import FLOATS, ForeignWeight, Settings, checked, dense_dtype, unpack_words
 
 _SUFFIX = ".qweight"
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def gptq_weights(checkpoint: Checkpoint, settings: Settings) -> dict[str, Foreig
     found: dict[str, ForeignWeight] = {}
     for name in [name for name in checkpoint.tensors if name.endswith(_SUFFIX)]:
         base = name.removesuffix(_SUFFIX)
-        scales = checked(checkpoint, f"{base}.scales", _FLOATS)
+        scales = checked(checkpoint, f"{base}.scales", FLOATS)
         words, out = checked(checkpoint, name, (torch.int32,))
         indexed = f"{base}.g_idx" in checkpoint.tensors
         given = settings.get("bits")
@@ -67,7 +66,7 @@ def gptq_weights(checkpoint: Checkpoint, settings: Settings) -> dict[str, Foreig
         if bits not in range(2, 9) or bits * columns != words * 32:
             raise InputError(f"The tensor '{name}' of {checkpoint.path} has {words} words for {columns} inputs.")
         groups = scales[0]
-        checked(checkpoint, f"{base}.scales", _FLOATS, (groups, out))
+        checked(checkpoint, f"{base}.scales", FLOATS, (groups, out))
         checked(checkpoint, f"{base}.qzeros", (torch.int32,), (groups, -(-out * bits // 32)))
         parts = [name, f"{base}.qzeros", f"{base}.scales"]
         if indexed:

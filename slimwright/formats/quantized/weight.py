@@ -16,6 +16,9 @@ from slimwright.errors import InputError
 Settings = Mapping[str, Any]
 """The ``quantization_config`` of a config.json."""
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+"""Dtypes of dense weights, and of scales where a format leaves them open."""
+
 
 @dataclass(frozen=True)
 class ForeignWeight(ABC):
@@ -45,8 +48,7 @@ def dense_dtype(config: Mapping[str, Any], *others: torch.dtype) -> torch.dtype:
             dtype = getattr(torch, str(part.get(key)).removeprefix("torch."), None)
             if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
                 return dtype
-    wide = (torch.float16, torch.bfloat16, torch.float32)
-    return next((dtype for dtype in others if dtype in wide), torch.float32)
+    return next((dtype for dtype in others if dtype in FLOATS), torch.float32)
 
 
 def checked(

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
-from slimwright.checkpoint import Checkpoint, CheckpointWriter, TensorEntry, plan_layout, write_config_atomic
+from slimwright.checkpoint import Checkpoint, TensorEntry, plan_layout, write_config_atomic
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.formats.compressed_tensors import CompressedTensors, quantization_config
 from slimwright.job.exports.proof import run_elsewhere
-from slimwright.job.exports.written import TILE_BYTES, Result, Written
+from slimwright.job.exports.written import TILE_BYTES, Result, Written, copy_tensor, fresh_writer
 from slimwright.job.open import decoded
 from slimwright.job.result import how_to_load
 from slimwright.job.weights import site_tiles
-from slimwright.model.structure import Site
 
 _READER = "0.15.0"
 """Oldest version of the package that transformers takes."""
@@ -44,10 +43,8 @@ def write_compressed_tensors(
         elif name not in structure.ties:
             entries.append(TensorEntry(name, info.dtype, info.shape))
     layout = plan_layout(entries, max_shard_bytes, total_parameters=structure.parameters)
-    for file in directory.glob("*.safetensors"):
-        file.unlink()
-    with CheckpointWriter(directory, layout) as writer:
-        for done, (name, info) in enumerate(checkpoint.tensors.items()):
+    with fresh_writer(directory, layout) as writer:
+        for done, name in enumerate(checkpoint.tensors):
             result.step(done, len(checkpoint.tensors))
             if name in result.grids:
                 site = structure.sites[name]
@@ -60,9 +57,7 @@ def write_compressed_tensors(
                             per_row = tensor[0].numel() * tensor.element_size() if by_rows else 0
                             writer.write(part, tensor, rows.start * per_row)
             elif name not in structure.ties:
-                per_row = info.numel * info.dtype.itemsize // max(1, info.shape[0]) if info.shape else 0
-                for rows in checkpoint.tiles(name, TILE_BYTES):
-                    writer.write(name, checkpoint.read(name, rows).contiguous(), rows.start * per_row)
+                copy_tensor(checkpoint, name, writer)
     config = {**checkpoint.config, "quantization_config": _config(result)}
     write_config_atomic(directory / "config.json", config)
     compared = _read_back(result, directory)
@@ -98,13 +93,9 @@ def _read_back(result: Result, directory: Path) -> int:
         for rows in site_tiles(site, grid):
             codes, params = result.packed(site, rows)
             meant = grid.decode(codes, params).to(written.tensors[name].dtype)
-            if not torch.equal(_rows(written, site, rows), meant.float()):
+            if not torch.equal(written.read(name, rows).float(), meant.float()):
                 raise SlimwrightError(f"'{name}' was not written as it was meant: this is a defect of slimwright.")
     return len(result.grids)
-
-
-def _rows(written: Checkpoint, site: Site, rows: slice) -> torch.Tensor:
-    return written.read(site.name, rows).float()
 
 
 _LOAD = """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slimwright.checkpoint import CheckpointWriter, TensorEntry, plan_layout, write_config_atomic
-from slimwright.job.exports.written import TILE_BYTES, Result, Written
+from slimwright.checkpoint import TensorEntry, plan_layout, write_config_atomic
+from slimwright.job.exports.written import Result, Written, copy_tensor, fresh_writer
 from slimwright.job.result import how_to_load
 
 
@@ -20,14 +20,9 @@ def write_dense(
     source = result.checkpoint
     entries = [TensorEntry(name, info.dtype, info.shape) for name, info in source.tensors.items()]
     layout = plan_layout(entries, max_shard_bytes, total_parameters=sum(i.numel for i in source.tensors.values()))
-    for file in directory.glob("*.safetensors"):
-        file.unlink()
-    with CheckpointWriter(directory, layout) as writer:
-        for entry in entries:
-            per_row = entry.nbytes // entry.shape[0] if entry.shape and entry.shape[0] else 0
-            for rows in source.tiles(entry.name, max_bytes=TILE_BYTES):
-                tile = source.read(entry.name, rows)
-                writer.write(entry.name, tile.contiguous(), rows.start * per_row if entry.shape else 0)
+    with fresh_writer(directory, layout) as writer:
+        for name in source.tensors:
+            copy_tensor(source, name, writer)
     write_config_atomic(directory / "config.json", source.config)
     return Written(
         tuple(directory / shard.file_name for shard in layout.shards),

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slimwright.checkpoint import Checkpoint
+from slimwright.checkpoint import Checkpoint, CheckpointWriter, Layout
 from slimwright.errors import InputError
 from slimwright.job.open import DequantizedCheckpoint, derived
 from slimwright.job.weights import site_rows
@@ -98,6 +98,21 @@ class Result:
         step = max(1, elements // max(1, site.columns))
         for first in range(0, site.rows, step):
             yield site_rows(self.checkpoint, site, slice(first, min(first + step, site.rows)))
+
+
+def fresh_writer(directory: Path, layout: Layout) -> CheckpointWriter:
+    """A writer of weight files, in the place of what an export that was killed left there."""
+    for file in directory.glob("*.safetensors"):
+        file.unlink()
+    return CheckpointWriter(directory, layout)
+
+
+def copy_tensor(checkpoint: Checkpoint, name: str, writer: CheckpointWriter) -> None:
+    """Write a tensor as the checkpoint gives it, tile by tile."""
+    info = checkpoint.tensors[name]
+    per_row = info.numel * info.dtype.itemsize // max(1, info.shape[0]) if info.shape else 0
+    for rows in checkpoint.tiles(name, TILE_BYTES):
+        writer.write(name, checkpoint.read(name, rows).contiguous(), rows.start * per_row)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ A setting is a scalar, a list of scalars (a *gradient*: interpolated over the de
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from slimwright.errors import InputError
+from slimwright.errors import InputError, did_you_mean
 
 Settings = Mapping[str, Any]
 
@@ -79,8 +78,7 @@ def lookup(name: str, sources: Iterable[Settings], tensor: str, depth: float) ->
 
 def nearest(given: str, known: Sequence[str]) -> str:
     """``; did you mean 'x'?`` or a full stop."""
-    near = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else "."
+    return did_you_mean(str(given), known, 0.5)
 
 
 def _scalar(value: Any) -> bool:
