@@ -32,7 +32,7 @@ from slimwright.job.build import build
 from slimwright.job.calibration import calibrate, with_data
 from slimwright.job.evaluator import Evaluator
 from slimwright.job.held_out import held_out
-from slimwright.job.losses import Scored, Scoring, loss_estimate
+from slimwright.job.losses import Probed, Scored, Scoring, loss_estimate
 from slimwright.job.open import model_of, open_source
 from slimwright.job.options import option_costs
 from slimwright.job.probe import Probe
@@ -106,11 +106,10 @@ class Subject:
     def score(self, loss: str, evaluator: Evaluator) -> Scored:
         """The table of an estimate."""
 
-        def probed() -> Mapping[str, Sequence[float | None]]:
+        def probed() -> Probed:
             reuse = Reuse(self.source, self.calibration, 0, str(self.path), "")
-            return Probe(
-                self.source, self.structure, self.calibration, self.options, {}, lambda *_: None, reuse
-            ).run()  # fmt: skip
+            probe = Probe(self.source, self.structure, self.calibration, self.options, {}, lambda *_: None, reuse)
+            return Probed(probe.run(), probe.by_batch)
 
         budget = self.bytes_of(BITS) - self.rest
         return loss_estimate(loss).score(

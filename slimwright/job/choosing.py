@@ -12,11 +12,11 @@ from slimwright.errors import InputError
 from slimwright.job.build import Calibration
 from slimwright.job.drops import kept_bytes, with_drop_choices, with_drop_losses, with_drops, zeroed_sites
 from slimwright.job.evaluator import Evaluator
-from slimwright.job.losses import LossEstimate, Scored, Scoring, loss_estimate
+from slimwright.job.losses import LossEstimate, Probed, Scored, Scoring, loss_estimate
 from slimwright.job.probe import Probe
 from slimwright.job.request import FitOptions
 from slimwright.job.reuse import Reuse, edits_key
-from slimwright.job.seen import sensitivity, single_families
+from slimwright.job.seen import NATS, sensitivity, single_families
 from slimwright.job.state import State
 from slimwright.job.targets import chosen as for_others
 from slimwright.model.structure import Structure
@@ -28,6 +28,9 @@ from slimwright.search.tree import Node, reduced, search_tree
 DATA_FREE_NATS = 6.0
 """Nats of KL that a relative squared error of 1 in every weight is taken for where a loss in nats is asked of a job
 without data: a first guess (seen at 4 bits on small models), which the measured candidate then corrects."""
+
+BY_BATCH = "losses by batch"
+"""The journal's entry of what :class:`slimwright.job.losses.Probed` has."""
 
 COMMIT_SECONDS = 2.0
 """Scores that a crash may lose."""
@@ -104,9 +107,10 @@ class Choosing:
         searched = {
             "solver": self.asked.search,
             "loss": estimate.spec,
-            "unit": "nats per token" if estimate.nats else "relative squared error × parameters",
+            "unit": NATS if estimate.nats else "relative squared error × parameters",
             "predicted": allocation.loss,
             "nats": allocation.loss * nats,
+            "error": scored.error(allocation.choices.values()),
             "exact": allocation.exact,
             "evaluations": self.evaluations,
             "curve": [list(point) for point in curve(reduced(table, nodes), self.rest)],
@@ -142,7 +146,7 @@ class Choosing:
             )
         )  # fmt: skip
 
-    def _probed(self, options: Mapping[str, list[Option]]) -> Mapping[str, Sequence[float | None]]:
+    def _probed(self, options: Mapping[str, list[Option]]) -> Probed:
         """Losses of every option, from the walks or from those of an earlier job on the same data."""
         assert self.calibration is not None
         edits = edits_key(self.target.edits, self.state.scales)
@@ -152,13 +156,16 @@ class Choosing:
             self.state.reporter.log(
                 f"Losses of {len(kept)} groups are known from an earlier job on this model and data."
             )  # fmt: skip
-        losses = Probe(
+        probe = Probe(
             self.source, self.structure, self.calibration, options, {**self.found, **kept}, self._record, reuse,
             zeroed_sites(self.nodes),
-        ).run()  # fmt: skip
+        )  # fmt: skip
+        losses = probe.run()
+        if probe.by_batch and BY_BATCH not in self.journal.done:
+            self.journal.append(BY_BATCH, probe.by_batch)
         groups = [group for group in self.structure.choice_groups() if len(options[group]) > 1]
         reuse.keep_losses(options, {group: losses[group] for group in groups})
-        return losses
+        return Probed(losses, probe.by_batch or self.journal.done.get(BY_BATCH, {}))
 
     def _record(self, group: str, losses: list[float | None]) -> None:
         self.journal.append(f"score:{group}", losses)

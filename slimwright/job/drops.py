@@ -139,15 +139,16 @@ def with_drop_losses(
     table: Mapping[str, list[Option]], nodes: Sequence[Node]
 ) -> tuple[dict[str, list[Option]], list[Node]]:
     """The table as it was before :func:`with_drop_choices`, and the nodes with their losses."""
-    losses = {group: option.loss for group, options in table.items() for option in options if option.label == ZERO}
+    zeroed = {group: option for group, options in table.items() for option in options if option.label == ZERO}
     plain = {group: [option for option in options if option.label != ZERO] for group, options in table.items()}
 
     def known(node: Node) -> Node:
         children = tuple(known(child) for child in node.children)
-        loss = math.fsum(child.drop.loss for child in children)
+        parts = [child.drop for child in children]
         if not children:
-            loss = math.fsum(losses[scope] for scope in node.scopes if scope in losses)
-        return replace(node, drop=replace(node.drop, loss=loss), children=children)
+            parts = [zeroed[scope] for scope in node.scopes if scope in zeroed]
+        loss, error = math.fsum(part.loss for part in parts), math.fsum(part.error for part in parts)
+        return replace(node, drop=replace(node.drop, loss=loss, error=error), children=children)
 
     return plain, [known(node) for node in nodes]
 

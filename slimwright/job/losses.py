@@ -6,10 +6,13 @@ parts of a model matter more are marked, and predict no KL.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
+
+import numpy as np
 
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
@@ -25,6 +28,19 @@ Losses = Mapping[str, Sequence[float | None]]
 
 
 @dataclass(frozen=True)
+class Probed:
+    """What the walks find.
+
+    Attributes:
+        losses: of every option by group, in nats per token; None for one that cannot hold the values.
+        by_batch: of groups, their loss on each batch of the data over its mean; empty where it is not known.
+    """
+
+    losses: Losses
+    by_batch: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Scoring:
     """What an estimate works with.
 
@@ -35,7 +51,7 @@ class Scoring:
         done: losses by group that an earlier, interrupted run has found.
         record: called with each group's new losses.
         calibration: the data; None: there is none.
-        probed: the losses of the walks (:class:`slimwright.job.probe.Probe`).
+        probed: what the walks find (:class:`slimwright.job.probe.Probe`).
         evaluator: made when it is first asked for.
     """
 
@@ -46,7 +62,7 @@ class Scoring:
     done: Mapping[str, list[float | None]]
     record: Callable[[str, list[float | None]], None]
     calibration: Calibration | None = None
-    probed: Callable[[], Losses] | None = None
+    probed: Callable[[], Probed] | None = None
     evaluator: Callable[[], Evaluator] | None = None
 
     def rounded(self) -> dict[str, list[Option]]:
@@ -56,10 +72,32 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Scored:
-    """The options with their losses, those that cannot hold the values left out, and what pairs of them add."""
+    """The options with their losses, those that cannot hold the values left out, and what pairs of them add.
+
+    Attributes:
+        by_batch: as of :class:`Probed`.
+    """
 
     table: dict[str, list[Option]]
     pairs: Pairs = field(default_factory=dict)
+    by_batch: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def error(self, choices: Iterable[Option]) -> float:
+        """Standard error of the summed loss of some options. Groups are seen on the same data, so their errors go
+        together: as their batches say where these are known, else wholly."""
+        chosen = list(choices)
+        lengths = {len(own) for own in self.by_batch.values()}
+        if len(lengths) != 1:
+            return math.fsum(option.error for option in chosen)
+        batches = np.zeros(lengths.pop())
+        for option in chosen:
+            batches += option.loss * np.array(self.by_batch.get(option.scope, 0.0))
+        return standard_error(batches) + math.fsum(o.error for o in chosen if o.scope not in self.by_batch)
+
+
+def standard_error(batches: Sequence[float] | np.ndarray) -> float:
+    """Of the mean of values from batches of about one size; 0 for fewer than two."""
+    return float(np.std(batches, ddof=1) / math.sqrt(len(batches))) if len(batches) > 1 else 0.0
 
 
 class LossEstimate(Method):
@@ -103,7 +141,9 @@ class SensitivityLoss(LossEstimate):
 
     def score(self, given: Scoring) -> Scored:
         assert given.probed is not None
-        return Scored(with_losses(given.options, given.probed()))
+        found = given.probed()
+        errors = {group: standard_error(own) for group, own in found.by_batch.items()}
+        return Scored(with_losses(given.options, found.losses, errors), by_batch=found.by_batch)
 
 
 @dataclass(frozen=True)

@@ -48,14 +48,16 @@ class MeasuredLoss(LossEstimate):
 
     def score(self, given: Scoring) -> Scored:
         assert given.evaluator is not None
-        curves = self.curves(given, given.evaluator())
-        return Scored(with_losses(given.options, gained(curves, gains_of(given))))
+        curves, errors = self.curves(given, given.evaluator())
+        return Scored(with_losses(given.options, gained(curves, gains_of(given)), errors))
 
-    def curves(self, given: Scoring, evaluator: Evaluator) -> dict[str, list[float | None]]:
-        """Losses of every option by group, in nats; None for one that cannot hold the values."""
+    def curves(self, given: Scoring, evaluator: Evaluator) -> tuple[dict[str, list[float | None]], dict[str, float]]:
+        """Losses of every option by group, in nats, None for one that cannot hold the values; and the standard error
+        of each group's as a part of them."""
         table = given.rounded()
         groups = given.structure.choice_groups()
         found: dict[str, list[float | None]] = {}
+        errors: dict[str, float] = {}
         rates = []
         for group, options in table.items():
             if group not in groups or len(options) < 2:
@@ -63,9 +65,10 @@ class MeasuredLoss(LossEstimate):
             chosen = spread([option for option in prune_dominated(options) if option.loss > 0], self.levels)
             points = {}
             for option in chosen:
-                loss = evaluator({group: option.choice}, self.evaluated).loss
-                if math.isfinite(loss):
-                    points[option.loss] = max(loss, LEAST)
+                measured = evaluator({group: option.choice}, self.evaluated)
+                if math.isfinite(measured.loss):
+                    points[option.loss] = max(measured.loss, LEAST)
+                    errors[group] = max(errors.get(group, 0.0), measured.error / points[option.loss])
             by_label = {option.label: interpolated(option.loss, points) for option in options}
             found[group] = [by_label.get(option.label) for option in given.options[group]]
             rates += [loss / error for error, loss in points.items()]
@@ -74,7 +77,7 @@ class MeasuredLoss(LossEstimate):
             if group not in found:  # casts, or nothing to choose: what the same error costs the median group
                 by_label = {option.label: option.loss * rate for option in options}
                 found[group] = [by_label.get(option.label) for option in given.options[group]]
-        return found
+        return found, errors
 
 
 def gains_of(given: Scoring) -> dict[str, list[float]]:
@@ -157,9 +160,9 @@ class PairLoss(LossEstimate):
     def score(self, given: Scoring) -> Scored:
         assert given.evaluator is not None
         evaluator = given.evaluator()
-        curves = MeasuredLoss(levels=self.levels, evaluated=self.evaluated).curves(given, evaluator)
+        curves, errors = MeasuredLoss(levels=self.levels, evaluated=self.evaluated).curves(given, evaluator)
         plain, table = (
-            with_losses(given.options, losses) for losses in (curves, gained(curves, gains_of(given)))
+            with_losses(given.options, losses, errors) for losses in (curves, gained(curves, gains_of(given)))
         )  # fmt: skip
         groups = given.structure.choice_groups()
         places = {

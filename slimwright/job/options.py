@@ -308,10 +308,21 @@ def score_options(
 
 
 def with_losses(
-    table: Mapping[str, list[Option]], losses: Mapping[str, Sequence[float | None]]
+    table: Mapping[str, list[Option]],
+    losses: Mapping[str, Sequence[float | None]],
+    errors: Mapping[str, float] | None = None,
 ) -> dict[str, list[Option]]:
-    """The options with their losses; those that cannot hold the values are left out."""
+    """The options with their losses; those that cannot hold the values are left out.
+
+    Args:
+        errors: of some groups, the standard error of their losses as a part of each.
+    """
+    known = errors or {}
     return {
-        group: [replace(o, loss=loss) for o, loss in zip(options, losses[group], strict=True) if loss is not None]
+        group: [
+            replace(o, loss=loss, error=loss * known.get(group, 0.0))
+            for o, loss in zip(options, losses[group], strict=True)
+            if loss is not None
+        ]
         for group, options in table.items()
     }

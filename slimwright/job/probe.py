@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from slimwright.calibrate.sensitivity import ReverseWalk, Sensitivity
+from slimwright.calibrate.sensitivity import ReverseWalk, Sensitivity, relative_by_batch
 from slimwright.calibrate.statistics import EXPERT_TOKENS
 from slimwright.calibrate.walk import Batch, Unit
 from slimwright.checkpoint import Checkpoint
@@ -47,6 +47,9 @@ REVERSE_TOKENS = 8192
 REVERSE_LOGITS = 1 << 23
 """Logits of one of its batches at most."""
 
+REVERSE_BATCHES = 8
+"""Batches that they are cut into where they have as many rows; from how these differ an error is told."""
+
 KEPT = Assignment(grid=KEEP)
 
 Losses = list[float | None]
@@ -61,6 +64,10 @@ class Probe:
         record: called with each group's losses.
         reuse: sensitivities that earlier jobs found.
         zeroed: sites that are zero where a group's choice is to be dropped.
+
+    Attributes:
+        by_batch: of groups, what errors of equal size in all their weights cost on each batch of the reverse walk, over
+            its mean; of those that it reached, once it has run in this job or is found.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class Probe:
         products = sum(site.numel * site.columns for site in structure.sites.values())
         self.share = min(1.0, SCORED_PRODUCTS / max(1, products))
         self._parts: dict[str, dict[str, list[float]]] = {}
+        self.by_batch: dict[str, list[float]] = {}
 
     def run(self) -> dict[str, Losses]:
         """Losses of every option by group; None for one that cannot hold the values.
@@ -98,10 +106,12 @@ class Probe:
         for group in [group for group in open_groups if len(self.table[group]) == 1]:
             self._settle(group, [0.0])
         if not any(group in self.groups for group in open_groups if group not in self.losses):
+            self._spread(self.reuse.sensitivities())
             self._casts({})
             return self.losses
         walked = self.walked
         sensitivities = self._sensitivities()
+        self._spread(sensitivities)
         for name, source in walked.sources.items():
             if source.site.kind == "embedding":
                 self._score([source.site], {name: [SiteStatistics.none()]}, sensitivities, lookup=True)
@@ -130,8 +140,15 @@ class Probe:
 
     def _few(self) -> list[Batch]:
         """Batches for the reverse walk: of fewer rows and fewer tokens."""
-        batches, width = self.calibration.samples.batches, outputs_a_token(self.structure)
-        return list(small_batches(batches, width, tokens=REVERSE_TOKENS, logits=REVERSE_LOGITS))
+        samples, width = self.calibration.samples, outputs_a_token(self.structure)
+        logits = min(REVERSE_LOGITS, width * min(REVERSE_TOKENS, samples.tokens) // REVERSE_BATCHES)
+        return list(small_batches(samples.batches, width, tokens=REVERSE_TOKENS, logits=logits))
+
+    def _spread(self, sensitivities: Mapping[str, list[Sensitivity]]) -> None:
+        for group, sites in self.groups.items():
+            own = relative_by_batch([one for site in sites for one in sensitivities.get(site.name, ())])
+            if own:
+                self.by_batch[group] = own
 
     # -- losses ----------------------------------------------------------------------------------------------------
 

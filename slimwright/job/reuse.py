@@ -89,7 +89,9 @@ class Reuse:
             rest = name.removeprefix("outputs")
             found.setdefault(site, []).append(
                 Sensitivity(
-                    kept[name], float(kept["share" + rest]), kept.get("inputs" + rest), kept.get("weighted" + rest)
+                    kept[name],
+                    float(kept["share" + rest]),
+                    *(kept.get(part + rest) for part in ("inputs", "weighted", "batches")),
                 )
             )
         return found
@@ -101,10 +103,9 @@ class Reuse:
             for index, own in enumerate(matrices):
                 tensors[f"outputs:{index}:{site}"] = own.outputs
                 tensors[f"share:{index}:{site}"] = torch.tensor(own.share, dtype=torch.float64)
-                if own.inputs is not None:
-                    tensors[f"inputs:{index}:{site}"] = own.inputs
-                if own.weighted is not None:
-                    tensors[f"weighted:{index}:{site}"] = own.weighted
+                for part in ("inputs", "weighted", "batches"):
+                    if (tensor := getattr(own, part)) is not None:
+                        tensors[f"{part}:{index}:{site}"] = tensor
         self._put("sensitivities", tensors, "sensitivities")
 
     def block_cosines(self, walked: WalkedModel) -> dict[str, BlockSimilarity]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimwright.errors import InputError
@@ -11,6 +11,9 @@ from slimwright.search import Option, Table, search
 from slimwright.search.curve import everywhere
 from slimwright.search.tree import Node, search_tree
 from slimwright.weights import LowRankForm
+
+NATS = "nats per token"
+"""Unit of losses that predict a KL divergence (of vectors, one minus their cosine)."""
 
 QUANTIZATION, LOW_RANK, DROPS = "quantization alone", "low rank alone", "drops alone"
 
@@ -41,6 +44,28 @@ def single_families(table: Table, nodes: Sequence[Node], budget: int, rest: int 
         except InputError:  # with every drop it is still too large: there is no such point
             pass
     return found
+
+
+def scale(searched: Mapping[str, Any], quality: Mapping[str, Any]) -> dict[str, float] | None:
+    """What was measured of the chosen plan, over what was predicted, with the interval of the measurement: the factor
+    that brings the search's other predictions to the measured scale. None where the loss is in another unit, nothing is
+    predicted to be lost, or what was measured is no such loss.
+
+    Args:
+        searched: facts of the search.
+        quality: of the result, each figure with ``value``, ``low`` and ``high``.
+    """
+    predicted = searched.get("predicted") or 0.0
+    if searched.get("unit") != NATS or predicted <= 0:
+        return None
+    if "kl" in quality:
+        found = {key: quality["kl"][key] for key in ("value", "low", "high")}
+    elif "cosine_mean" in quality:
+        cosine = quality["cosine_mean"]
+        found = {key: 1 - cosine[other] for key, other in (("value", "value"), ("low", "high"), ("high", "low"))}
+    else:
+        return None
+    return {key: measured / predicted for key, measured in found.items()}
 
 
 def _low_rank(option: Option) -> bool:

@@ -56,6 +56,7 @@ from slimwright.job.result import (
     versions,
     write_papers,
 )
+from slimwright.job.seen import scale
 from slimwright.job.state import CHECKS, State, Target
 from slimwright.job.units import Unit, grids_written, layout_of, plan_units
 from slimwright.job.walked import WalkedModel
@@ -337,7 +338,7 @@ class Work:
         """Write the report and the card, and let the result appear under its name."""
         held, source, outcome, plan = state.held, state.source, state.outcome, state.planned()
         assert outcome is not None
-        written = Checkpoint.open(held.partial)
+        searched, written = state.searched, Checkpoint.open(held.partial)
         final = Path(self.asked.published_as or held.out)
         done = [{"edit": "drop", "name": name} for name in plan.drops] + [{"edit": "quantize"}]
         lineage = Lineage(fingerprint(written), (Lineage(plan.fingerprint),), tuple(done))
@@ -348,7 +349,7 @@ class Work:
             **size_parts(source, written, state.structure, state.entries),
             **kernel_parts(state.structure, state.entries),
             **quality_parts(outcome),
-            **({"search": state.searched} if state.searched else {}),
+            **({"search": searched | {"scale": scale(searched, outcome.quality)}} if searched else {}),
             **({"cache": outcome.cache} if outcome.cache else {}),
             "calibration": state.calibrated_on or "none (data-free)",
             "lineage": lineage.to_json(),
@@ -363,7 +364,7 @@ class Work:
             "job": {
                 "seconds": time.monotonic() - self.started,
                 "peak_memory_bytes": self.watch.peak,
-                "evaluations": outcome.evaluations + state.searched.get("evaluations", 0),
+                "evaluations": outcome.evaluations + searched.get("evaluations", 0),
                 "predicted": predicted_parts(state.target.predicted),
             },
         }  # fmt: skip

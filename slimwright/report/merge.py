@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimwright.report import pictures, words
-from slimwright.report.page import MAX_ROWS, mapping
+from slimwright.report.page import MAX_ROWS
 from slimwright.report.template import render
+from slimwright.report.words import mapping
 
 _TONES = ("merged", "copied")
 

@@ -9,7 +9,7 @@ from typing import Any
 from slimwright.report import pictures, words
 from slimwright.report.ledger import PARTS, REST, Entry, by, mean, merge_experts, read_ledger
 from slimwright.report.template import render
-from slimwright.report.words import DASH, is_number
+from slimwright.report.words import DASH, is_number, mapping
 
 MAX_ROWS = 4000
 """Rows of the full ledger on the page; beyond that it refers to ``report.json``."""
@@ -30,10 +30,6 @@ def render_report(report: Mapping[str, Any]) -> str:
         HTML.
     """
     return render("report.html.jinja", **view(report))
-
-
-def mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def model_name(report: Mapping[str, Any]) -> str:
@@ -179,11 +175,13 @@ def _prediction(report: Mapping[str, Any], quality: Mapping[str, Any]) -> list[t
     predicted, measured = search.get("predicted"), mapping(quality.get("kl"))
     if "nats" not in str(search.get("unit")) or not is_number(predicted) or not is_number(measured.get("value")):
         return []
-    ratio = measured["value"] / predicted if predicted else None
+    error, scale = search.get("error"), mapping(search.get("scale"))
+    spread = f" ± {words.significant(error)} (standard error)" if is_number(error) and error > 0 else ""
+    ratio = [words.decimal(scale[key]) for key in ("value", "low", "high") if is_number(scale.get(key))]
     return [
-        ("Predicted loss, nats per token", words.significant(predicted)),
+        ("Predicted loss, nats per token", words.significant(predicted) + spread),
         ("Measured KL", words.estimate("kl", measured)),
-        ("Measured by predicted", DASH if ratio is None else words.decimal(ratio)),
+        ("Measured by predicted", f"{ratio[0]} ({ratio[1]} to {ratio[2]})" if len(ratio) == 3 else DASH),
         *(
             (f"With {name}, predicted", f"{words.significant(loss)} at {words.size(nbytes)}")
             for name, nbytes, loss in pictures.named_points(search.get("families"))

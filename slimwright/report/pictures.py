@@ -8,7 +8,7 @@ from typing import Any
 
 from slimwright.model.structure import ROLES
 from slimwright.report.ledger import Entry, is_matrix, mean
-from slimwright.report.words import count, decimal, significant, size
+from slimwright.report.words import count, decimal, is_number, mapping, significant, size
 
 BITS = (2, 3, 4, 5, 6, 8, 16)
 """Steps of the colour scale; a width takes the nearest, and everything above 9 is 16."""
@@ -225,21 +225,24 @@ _NEAR = 3.0
 
 def searched(search: Mapping[str, Any], chosen: float | None, measured: float | None) -> dict[str, Any] | None:
     """What the search saw: least loss by size, the best of single families, one grid everywhere, the chosen point and
-    what was measured there; None where the report has too little of it. Sizes up to three times the chosen one.
+    what was measured there; None where the report has too little of it. Sizes up to three times the chosen one. All but
+    the chosen point are multiplied by what was measured of that over what was predicted, where the report has it.
 
     Args:
         search: of the report.
         chosen: bytes of the result.
         measured: its KL, where losses are in nats too.
     """
-    curve = _points(search.get("curve") or ())
+    scale = mapping(search.get("scale")).get("value")
+    factor = float(scale) if is_number(scale) and scale > 0 else 1.0
+    curve = [(size, factor * loss) for size, loss in _points(search.get("curve") or ())]
     if len(curve) < 2:
         return None
     marks = {
         "chosen": [("chosen", *p) for p in _points([(chosen, search.get("predicted"))])],
         "measured": [("measured", *p) for p in _points([(chosen, measured)])],
-        "family": named_points(search.get("families")),
-        "single": named_points(search.get("everywhere")),
+        "family": [(name, size, factor * loss) for name, size, loss in named_points(search.get("families"))],
+        "single": [(name, size, factor * loss) for name, size, loss in named_points(search.get("everywhere"))],
     }
     far = _NEAR * chosen if chosen and any(size <= _NEAR * chosen for size, _ in curve) else math.inf
     curve = [point for point in curve if point[0] <= far]
@@ -281,6 +284,7 @@ def searched(search: Mapping[str, Any], chosen: float | None, measured: float | 
         ],
         "columns": [{"x": place(tick, 10.0**top)[0], "label": size(tick)} for tick in quarters[1:4]],
         "width": width, "height": height, "left": _MARGIN, "unit": str(search.get("unit") or ""),
+        "scale": "" if factor == 1 else decimal(factor),
     }  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from slimwright.report import words
-from slimwright.report.page import before_after, mapping, model_name
+from slimwright.report.page import before_after, model_name
+from slimwright.report.words import mapping
 
 
 def terminal_table(report: Mapping[str, Any]) -> Table:

@@ -35,6 +35,11 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value where it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def count(value: Any) -> str:
     """``22,713,216``"""
     return f"{int(value):,}" if is_number(value) else DASH

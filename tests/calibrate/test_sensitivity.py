@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimwright.calibrate import sensitivity
-from slimwright.calibrate.sensitivity import ReverseWalk
+from slimwright.calibrate.sensitivity import ReverseWalk, Sensitivity, relative_by_batch
 from slimwright.calibrate.walk import Batch
 from slimwright.checkpoint import Checkpoint
 from slimwright.job.open import model_of
@@ -139,6 +139,40 @@ def test_other_inputs_have_sensitivities_too(name: str) -> None:
     linears = [site for site in structure.sites.values() if site.kind == "linear" and site.block is not None]
     reached = [site for site in linears if site.name in found and float(found[site.name][0].outputs.sum()) > 0]
     assert len(reached) >= len(linears) // 2
+
+
+def test_batches_have_what_errors_of_equal_size_cost_on_them() -> None:
+    """The first batch alone is the first of several; there it is the squares of gradients times those of inputs."""
+    source, structure, cls, inputs, walk = reversed_walk("llama", batches=3)
+    found, alone = walk.run(), reversed_walk("llama")[-1].run()
+    model = cls.from_pretrained(source.model_path, dtype=torch.float32).eval()
+    tokens = inputs[0].inputs["input_ids"].numel()
+    for key in [key for key, site in structure.sites.items() if site.role in ("down", "q", "gate")][:6]:
+        seen: list[Tensor] = []
+        module = model.get_submodule(structure.sites[key].module)
+        hook = module.register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            model(**inputs[0].inputs)
+        hook.remove()
+        (one,), (several,) = alone[key], found[key]
+        assert one.batches is not None and several.batches is not None and one.weighted is not None
+        energy = float(seen[0].double().square().sum())
+        assert float(one.batches[0]) == pytest.approx(float(one.weighted.double().sum()) * energy / tokens, rel=1e-5)
+        assert len(several.batches) == 3 and float(several.batches[0]) == pytest.approx(float(one.batches[0]), rel=1e-5)
+    name = next(site.name for site in structure.sites.values() if site.role == "embed")
+    looked_up = next(s for s in alone[name] if s.inputs is not None)
+    assert looked_up.batches is not None
+    assert float(looked_up.batches[0]) == pytest.approx(float(looked_up.outputs.double().sum()), rel=1e-5)
+
+
+def test_batches_of_several_matrices_are_added() -> None:
+    first, second = (
+        Sensitivity(torch.ones(1), batches=torch.tensor(values, dtype=torch.float64))
+        for values in ([1.0, 3.0], [3.0, 5.0])
+    )
+    assert relative_by_batch([first]) == [0.5, 1.5]
+    assert relative_by_batch([first, second, Sensitivity(torch.ones(1))]) == pytest.approx([2 / 3, 4 / 3])
+    assert relative_by_batch([Sensitivity(torch.ones(1))]) == []
 
 
 def test_half_the_squared_change_is_the_kl_divergence() -> None:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from slimwright.errors import InputError
 from slimwright.job.evaluator import Evaluator
 from slimwright.job.importance import outliers, ranks
-from slimwright.job.losses import Scoring, check_allocator, estimates, loss_estimate
+from slimwright.job.losses import Scored, Scoring, check_allocator, estimates, loss_estimate, standard_error
 from slimwright.job.measured_losses import interpolated, narrowed, spread
 from slimwright.job.options import option_costs
 from slimwright.search import Option, search
@@ -128,6 +128,32 @@ def test_pairs_say_what_two_groups_cost_together(tmp_path):
     apart = [option.loss for option in coarse.values()]
     ratio = math.sqrt(first.loss * second.loss / (apart[0] * apart[1]))
     assert value == pytest.approx((both - sum(apart)) * ratio, rel=1e-6)
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_errors_of_groups_seen_on_the_same_batches_go_together():
+    both = [Option("a", "x", 1, 2.0, error=0.3), Option("b", "x", 1, 4.0, error=0.5)]
+    alike = {"a": [0.5, 1.5], "b": [0.75, 1.25]}
+    assert Scored({}, by_batch=alike).error(both) == pytest.approx(
+        2.0 * 0.5 + 4.0 * 0.25
+    )  # of two: half their distance
+    against = {"a": [0.5, 1.5], "b": [1.25, 0.75]}
+    assert Scored({}, by_batch=against).error(both) == pytest.approx(0)
+    assert Scored({}, by_batch={"a": [0.5, 1.5]}).error(both) == pytest.approx(2.0 * 0.5 + 0.5)
+    assert Scored({}).error(both) == pytest.approx(0.8)
+    assert standard_error([1.0]) == 0 and standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
+
+
+def test_measured_losses_have_the_error_of_their_evaluations(tmp_path):
+    given, evaluator = scoring(tmp_path)
+    table = loss_estimate("measured,levels=1,evaluated=512").score(given).table
+    group = "model.layers.0.mlp.down_proj"
+    front = spread([o for o in sorted(given.rounded()[group], key=lambda o: (o.cost, o.loss)) if o.loss > 0], 1)
+    alone = next(option for option in table[group] if option.label == front[0].label)
+    measured = evaluator({group: alone.choice}, 512)
+    assert measured.error > 0 and alone.error == pytest.approx(measured.error, rel=1e-6)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

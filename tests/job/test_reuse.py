@@ -56,8 +56,10 @@ def test_another_size_does_not_walk_again(tmp_path: Path, kept: Path, walks: lis
     with_head = walks.count("walk")
     assert walks.count("reverse") == 1 and len(list(kept.glob(f"*{SUFFIX}"))) == 2
     walks.clear()
-    run(tmp_path / "second", size="30%")
+    report = run(tmp_path / "second", size="30%")
     assert walks.count("reverse") == 0 and walks.count("walk") == with_head - 2
+    assert report["search"]["error"] > 0  # the batches' are kept too
+    assert report["search"]["scale"]["value"] == report["quality"]["kl"]["value"] / report["search"]["predicted"]
     run(tmp_path / "fresh", size="30%", statistics_cache="off")
     assert files(tmp_path / "second") == files(tmp_path / "fresh")
     assert (tmp_path / "second" / "plan.yaml").read_bytes() == (tmp_path / "fresh" / "plan.yaml").read_bytes()

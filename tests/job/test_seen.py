@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from slimwright.job.seen import sensitivity, single_families
+from slimwright.job.seen import scale, sensitivity, single_families
 from slimwright.plan import Assignment
 from slimwright.search import Option
 
@@ -49,3 +49,14 @@ def test_sensitivities_are_on_one_option_near_the_budget() -> None:
     }
     assert sensitivity(TABLE, 95)["option"] == "int2:g64"
     assert sensitivity({"a": [o for o in TABLE["a"] if o.label == "keep"]}, 95) == {}
+
+
+def test_the_scale_is_what_was_measured_over_what_was_predicted() -> None:
+    searched = {"unit": "nats per token", "predicted": 0.02}
+    kl = {"kl": {"value": 0.03, "low": 0.02, "high": 0.05}}
+    assert scale(searched, kl) == pytest.approx({"value": 1.5, "low": 1.0, "high": 2.5})
+    cosine = {"cosine_mean": {"value": 0.97, "low": 0.95, "high": 0.98}}
+    assert scale(searched, cosine) == pytest.approx({"value": 1.5, "low": 1.0, "high": 2.5})
+    assert scale({**searched, "unit": "relative squared error × parameters"}, kl) is None
+    assert scale({**searched, "predicted": 0.0}, kl) is None
+    assert scale(searched, {"accuracy": kl["kl"]}) is None and scale({}, kl) is None

@@ -37,6 +37,20 @@ def test_what_the_search_saw() -> None:
     assert pictures.searched({"curve": [[1, None], ["x", 2], [3, float("nan")]]}, None, None) is None
 
 
+def test_what_the_search_saw_is_brought_to_the_measured_scale() -> None:
+    search = {
+        "unit": "nats per token", "predicted": 0.02, "curve": [[100, 1.0], [250, 0.02], [400, 0.001]],
+        "everywhere": [["int4", 220, 0.2]], "scale": {"value": 2.0, "low": 1.8, "high": 2.2},
+    }  # fmt: skip
+    found = pictures.searched(search, 250, 0.04)
+    assert found is not None and found["scale"] == "2.00"
+    (chosen,), (measured,), (single,) = found["chosen"], found["measured"], found["single"]
+    assert "0.4" in single["title"] and "0.02" in chosen["title"]
+    place = next(point for point in found["line"].split() if point.startswith(f"{measured['at'][0]},"))
+    assert place == f"{measured['at'][0]},{measured['at'][1]}"  # the line now passes through what was measured
+    assert pictures.searched({**search, "scale": None}, 250, 0.04)["scale"] == ""  # type: ignore[index]
+
+
 def test_sensitivity_stands_under_the_bits() -> None:
     report = sample_report(blocks=2)
     query = "model.layers.1.self_attn.q_proj"
