@@ -26,7 +26,7 @@ from slimwright.runtime.transformers_private import (
 _COUNT = re.compile(
     r"^(?!.*theta$).*(layer|block|depth|stage|experts|n_head|num_heads|_heads|num_labels|num_classes|codebooks|levels)"
 )
-_LAYERS = re.compile(r"layers?$|depths?$|_groups$")
+_LAYERS = re.compile(r"layers?$|depths?$|(hidden|code)_groups$")  # other groups are of convolutions
 _POSITIONS = re.compile(r"position|n_ctx|max_seq_len|max_source|max_target")
 _MOST_POSITIONS = 1 << 27
 _LARGEST = 1 << 62

@@ -71,6 +71,15 @@ def test_a_number_for_each_layer_is_no_number_of_layers() -> None:
     assert skeleton(_config("llama", layer_rope_theta=[10_000.0, 1e6])) is not None
 
 
+def test_groups_of_convolutions_are_no_layers() -> None:
+    """Moshi's codec has 512; ALBERT makes a module for each of its hidden groups."""
+    assert skeleton(_config("llama", upsample_groups=512)) is not None
+    checkpoint = Checkpoint.open(cached("albert"))
+    checkpoint.config["num_hidden_groups"] = 512
+    with pytest.raises(InputError, match="num_hidden_groups is 512, more than this checkpoint can hold"):
+        discover(checkpoint)
+
+
 def test_deep_nesting_is_refused() -> None:
     nested: dict[str, Any] = {}
     for _ in range(5000):
