@@ -364,7 +364,7 @@ class Confirmed:
         report["job"]["seconds"] = time.monotonic() - self.started
         report["job"]["evaluations"] *= len(tried)
         report["job"]["peak_memory_bytes"] = self.watch.peak
-        report["notes"] += [one.sentence[0].upper() + one.sentence[1:] + "." for one in best.judged]
+        report["notes"] += [f"Floor {one.sentence}." for one in best.judged]
         return report
 
     def _forecast(self, source: Checkpoint) -> FitReport:
