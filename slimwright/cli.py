@@ -103,6 +103,9 @@ def fit(
     ] = None,
     batch: Annotated[int | None, typer.Option(hidden=True, help="Sequences that --memory is to hold.")] = None,
     eval_tokens: Annotated[int | None, typer.Option(hidden=True, help="Tokens to measure the quality on.")] = None,
+    eval_queries: Annotated[
+        int | None, typer.Option(hidden=True, help="Queries to measure an encoder's nDCG@10 on (default: 300).")
+    ] = None,
     eval_data: Annotated[str | None, typer.Option(hidden=True, help="Data to measure the result's quality on.")] = None,
     method: Annotated[
         str | None, typer.Option(hidden=True, help="Solver: NAME[,knob=value...] (default: GPTQ, without data RTN).")
@@ -163,7 +166,8 @@ def fit(
 
     report = run(
         model, out, size=size, memory=memory, context=context, batch=batch, keep=tuple(keep or ()),
-        eval_tokens=eval_tokens, grid=grid, rules=tuple(rule or ()), plan=plan, job_memory=job_memory, dry_run=dry_run,
+        eval_tokens=eval_tokens, eval_queries=eval_queries,
+        grid=grid, rules=tuple(rule or ()), plan=plan, job_memory=job_memory, dry_run=dry_run,
         data=data, eval_data=eval_data, calibration_tokens=calibration_tokens, calibration_length=calibration_length,
         allow=tuple(allow.split(",")) if allow else (), method=method, target=target,
         folds=None if fold is None else tuple(fold), activations=activations, cache=cache, search=search, loss=loss,

@@ -31,6 +31,7 @@ from slimwright.checkpoint import (
 from slimwright.checkpoint.files import rename
 from slimwright.checkpoint.publish import JOB_FILE
 from slimwright.errors import InputError, QualityError
+from slimwright.evaluate.retrieval import QUERIES
 from slimwright.job import verify as verification
 from slimwright.job.floors import Floor, Judged
 from slimwright.job.memory import MemoryWatch
@@ -157,10 +158,12 @@ class Confirmed:
     """
 
     def __init__(self, asked: FitOptions, watch: MemoryWatch, fit: Callable[[FitOptions], FitReport]) -> None:
+        self.floors = asked.floors
+        if asked.eval_queries is None and any(floor.name == "ndcg@10" for floor in self.floors):
+            asked = dataclasses.replace(asked, eval_queries=QUERIES)  # all there are: a floor wants a narrow interval
         self.asked = asked
         self.watch = watch
         self.fit = fit
-        self.floors = asked.floors
         self.started = time.monotonic()
 
     def run(self) -> FitReport:
@@ -280,8 +283,8 @@ class Confirmed:
         )  # fmt: skip
         report = self.fit(request)
         data = report.data
-        tokens = data.get("measured_on", {}).get("tokens") or data.get("measured_on", {}).get("documents") or 0
-        judged = tuple(floor.judge(data["quality"], tokens, directory, job_time) for floor in self.floors)
+        on = data.get("measured_on", {})
+        judged = tuple(floor.judge(data["quality"], on, directory, job_time) for floor in self.floors)
         running = None if asked.memory is None else measure_running(directory, asked, self.watch)
         predicted = data.get("search", {}).get("nats")
         return Candidate(number, data["size"]["after"], predicted, judged, running)
@@ -312,6 +315,11 @@ class Confirmed:
         measured."""
         words = "; ".join(one.sentence for one in best.judged)
         text = f"The floors cannot be kept: at {best.bytes} bytes, {words}."
+        for one in best.judged:
+            if one.value_met and not one.met:
+                text += (
+                    f" Of {one.floor} only the interval misses, on {one.count} {one.unit}: a wider floor may be kept."
+                )
         report = self._directory(held, best.number) / "report.json"
         if not report.exists() or not best.predicted:
             return text

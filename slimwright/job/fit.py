@@ -177,6 +177,7 @@ class _Job:
             [fold for _, fold in group_folds(edits)],
             ranges,
             asked.eval_tokens,
+            asked.eval_queries,
             scoring_work(structure, options) if fixed is None else solving_work(structure, fixed),
             self._evaluations(options, seen),
         )  # fmt: skip

@@ -24,6 +24,7 @@ class Kind:
 
     Attributes:
         quality: its name in the report.
+        on: what it is measured on, as the report names it: the first of these that it has.
         form: ``least`` (a similarity that must not be lower), ``most`` (a distance that must not be higher), ``rise``
             and ``fall`` (the change, as a share of the original's value, that must not be exceeded).
         exponent: how it grows with the loss in nats, roughly: 1 for what is a difference of log probabilities, 0.5 for
@@ -33,6 +34,7 @@ class Kind:
     quality: str
     form: str
     exponent: float
+    on: tuple[str, ...] = ("tokens", "documents")
 
 
 KINDS = {
@@ -41,7 +43,7 @@ KINDS = {
     "ppl": Kind("perplexity", "rise", 1.0),
     "bits_per_byte": Kind("bits_per_byte", "rise", 1.0),
     "cosine": Kind("cosine_mean", "least", 1.0),
-    "ndcg@10": Kind("ndcg_at_10", "fall", 0.75),
+    "ndcg@10": Kind("ndcg_at_10", "fall", 0.5, ("queries",)),
     "accuracy": Kind("accuracy", "fall", 0.5),
 }
 
@@ -122,12 +124,14 @@ class Floor:
         if tokens < needed:
             raise _narrow(self.text, tokens, needed)
 
-    def judge(self, quality: Mapping[str, Any], tokens: int, model: Path, seconds: float | None) -> Judged:
+    def judge(
+        self, quality: Mapping[str, Any], measured_on: Mapping[str, Any], model: Path, seconds: float | None
+    ) -> Judged:
         """What a candidate's quality is against the floor.
 
         Args:
             quality: of its report.
-            tokens: that it was measured on.
+            measured_on: how many tokens, documents or queries, by these names.
             model: its directory, for a command.
             seconds: that a command may take; None: :data:`LIMIT_SECONDS`.
 
@@ -156,13 +160,19 @@ class Floor:
         else:
             value, worst, allowed = 1 - found["value"], 1 - found["low"], 1 - self.limit
         width = (worst - value) / allowed
-        if kind.form == "most":  # the interval of a distance shrinks with it
+        if kind.form == "fall":  # of answers that most candidates share, so it is narrower for a better candidate
+            width = 0.0
+        elif kind.form == "most":  # the interval of a distance shrinks with it
             width *= allowed / value if value > 0 else 0.0
         elif value > allowed:
             width *= math.sqrt(allowed / value)
         shown = 1 - value if kind.form == "least" else value
         end = 1 - worst if kind.form == "least" else worst
-        return Judged(self.text, shown, end, worst <= allowed, max(worst, 0.0) / allowed, width, tokens)
+        unit = next((unit for unit in kind.on if measured_on.get(unit)), "tokens")
+        count = int(measured_on.get(unit) or 0)
+        return Judged(
+            self.text, shown, end, worst <= allowed, max(worst, 0.0) / allowed, width, count, unit, value <= allowed
+        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,9 @@ class Judged:
         met: whether that keeps the floor.
         strain: how much of what the floor allows is used at the worse end; above 1: missed.
         width: half the interval that a candidate right at the floor would have, as a share of what the floor allows.
-        tokens: that it was measured on; 0: the user's command.
+        count: what it was measured on, so many tokens, documents or queries; 0: the user's command.
+        unit: which of these.
+        value_met: whether the value keeps the floor, its interval left aside.
     """
 
     floor: str
@@ -185,7 +197,9 @@ class Judged:
     met: bool
     strain: float
     width: float
-    tokens: int
+    count: int
+    unit: str = "tokens"
+    value_met: bool = False
 
     def refuse_narrow(self) -> None:
         """Refuse a floor that no candidate could be shown to keep on so little text.
@@ -194,7 +208,7 @@ class Judged:
             InputError: naming the tokens needed.
         """
         if not self.met and self.width > 1:
-            raise _narrow(self.floor, self.tokens, math.ceil(self.tokens * self.width**2 * 1.2))
+            raise _narrow(self.floor, self.count, math.ceil(self.count * self.width**2 * 1.2), self.unit)
 
     def to_json(self) -> dict[str, Any]:
         """For the report."""
@@ -206,9 +220,11 @@ class Judged:
         return f"{self.floor}: {self.value:.4g} (at worst {self.worst:.4g}), {'kept' if self.met else 'missed'}"
 
 
-def _narrow(floor: str, tokens: int, needed: int) -> InputError:
-    needed = max(100, math.ceil(needed / 100) * 100)
+def _narrow(floor: str, count: int, needed: int, unit: str = "tokens") -> InputError:
+    more = f"--eval-tokens {max(100, math.ceil(needed / 100) * 100)} (or more --eval-data)"
+    if unit != "tokens":
+        more = f"--eval-tokens and --eval-data for about {math.ceil(needed / max(1, count))} times as many"
     return InputError(
-        f"--keep {floor} is narrower than the 95 % interval of what it is measured on ({tokens} tokens): give "
-        f"--eval-tokens {needed} (or more --eval-data), or a wider floor."
+        f"--keep {floor} is narrower than the 95 % interval of what it is measured on ({count} {unit}): give {more}, "
+        "or a wider floor."
     )

@@ -13,7 +13,7 @@ import torch
 
 from slimwright.checkpoint import Checkpoint
 from slimwright.job.fold_walk import SCORED_PRODUCTS as FOLD_PRODUCTS
-from slimwright.job.held_out import RETRIEVED_TOKENS, retrieves
+from slimwright.job.held_out import RETRIEVED_QUERIES, RETRIEVED_TOKENS, retrieves
 from slimwright.job.low_rank import Work as LowRankWork
 from slimwright.job.options import FEW_GROUPS, FINE_LADDER, LADDER, sampling
 from slimwright.job.parallel import in_order
@@ -151,6 +151,7 @@ def forecast(
     folds: Sequence[GroupFold] = (),
     ranges: bool = False,
     eval_tokens: int | None = None,
+    eval_queries: int | None = None,
     low_rank: LowRankWork | None = None,
     evaluations: Evaluations = Evaluations(),
 ) -> Forecast:
@@ -164,6 +165,7 @@ def forecast(
         folds: whose scales are found first, each in a walk of its own.
         ranges: whether scales of activations are found in another.
         eval_tokens: that the quality is measured on; None: :func:`tokens_for` says.
+        eval_queries: that an encoder's nDCG@10 is measured on; None: :data:`RETRIEVED_QUERIES`.
         low_rank: what scoring (where options are searched) or solving low-rank forms takes.
         evaluations: of the search.
     """
@@ -211,7 +213,8 @@ def forecast(
     )
     if retrieves(Path(source.path), parameters):
         multiplied = sum(site.numel for site in sites if site.kind != "embedding")
-        phases["verify"] += rates.start + 1.3 * RETRIEVED_TOKENS * multiplied / rates.multiply
+        embedded = RETRIEVED_TOKENS * (eval_queries or RETRIEVED_QUERIES) / RETRIEVED_QUERIES
+        phases["verify"] += rates.start + 1.3 * embedded * multiplied / rates.multiply
     if not switched_off():
         phases["verify"] += COMPILE_SECONDS * (not packed.compiled()) + COMPILE_SECONDS * (
             generated > 0 and not attend.compiled()

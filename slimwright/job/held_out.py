@@ -23,6 +23,9 @@ from slimwright.evaluate.accuracy import class_indices, labels_of
 from slimwright.evaluate.bits_per_byte import token_bytes
 from slimwright.model.inputs import dummy_inputs
 
+QUERIES = "queries"
+"""How a report calls what nDCG@10 is measured on."""
+
 RETRIEVED_QUERIES, RETRIEVED_DOCUMENTS = 300, 420
 """What a job asks of the retrieval task, a third of it (`slimwright measure` asks all of it)."""
 
@@ -237,22 +240,26 @@ def retrieves(directory: Path, parameters: int) -> bool:
     return known and parameters <= RETRIEVED_BELOW
 
 
-def retrieval_quality(written: Path, original: PreTrainedModel, parameters: int, seed: int) -> dict[str, Any]:
-    """``ndcg_at_10`` before and after on a retrieval task made of held-out modules; nothing where the result is not
-    tried on it (:func:`retrieves`).
+def retrieval_quality(
+    written: Path, original: PreTrainedModel, parameters: int, seed: int, queries: int | None = None
+) -> tuple[int, dict[str, Any]] | None:
+    """How many queries of a retrieval task made of held-out modules there were, and ``ndcg_at_10`` before and after on
+    them; None where the result is not tried on it (:func:`retrieves`).
 
     Args:
         original: the source, loaded with streamed weights: it takes the packed model's place in the same pipeline.
+        queries: at most; None: :data:`RETRIEVED_QUERIES`.
     """
     if not retrieves(written, parameters):
-        return {}
+        return None
     from sentence_transformers import SentenceTransformer
 
     from slimwright.evaluate.embed import embed
     from slimwright.evaluate.ranking import NDCG_AT_10
     from slimwright.evaluate.retrieval import score_task, standard_library_task
 
-    task = standard_library_task(RETRIEVED_QUERIES, RETRIEVED_DOCUMENTS)
+    most = RETRIEVED_QUERIES if queries is None else queries
+    task = standard_library_task(most, RETRIEVED_DOCUMENTS * most // RETRIEVED_QUERIES)
     model = SentenceTransformer(str(written), device="cpu")
     tables = []
     for stage in ("after", "before"):
@@ -263,10 +270,10 @@ def retrieval_quality(written: Path, original: PreTrainedModel, parameters: int,
             )  # its name before sentence-transformers 5
             setattr(transformer, place, original)
             assert transformer.auto_model is original
-        queries = embed(model, None, list(task.queries.values()), "query")
-        tables.append(score_task(task, queries, embed(model, None, list(task.documents.values()))))
+        asked = embed(model, None, list(task.queries.values()), "query")
+        tables.append(score_task(task, asked, embed(model, None, list(task.documents.values()))))
     after, before = tables
-    return {NDCG_AT_10.name: NDCG_AT_10.change(before, after, seed)}
+    return len(task.queries), {NDCG_AT_10.name: NDCG_AT_10.change(before, after, seed)}
 
 
 def load_reader(source: Checkpoint, model: Any) -> Any | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slimwright.errors import InputError, NotBuiltError, did_you_mean
+from slimwright.evaluate.retrieval import QUERIES
 from slimwright.job.caching import parse_policy
 from slimwright.job.floors import Floor
 from slimwright.job.losses import check_allocator, evaluates
@@ -61,6 +62,7 @@ class FitOptions:
     data: str | None = None
     eval_data: str | None = None
     eval_tokens: int | None = None
+    eval_queries: int | None = None
     calibration_tokens: int | None = None
     calibration_length: int | None = None
     allow: tuple[str, ...] = ()
@@ -144,6 +146,7 @@ class FitOptions:
         return {
             "size": self.size, "memory": self.memory, "context": self.context, "batch": self.batch,
             "keep": list(self.keep), "predicted_loss": self.predicted_loss, "eval_tokens": self.eval_tokens,
+            **({} if self.eval_queries is None else {"eval_queries": self.eval_queries}),
             "grid": self.grid, "plan": plan, "rules": list(self.rules), "method": self.method,
             "folds": None if self.folds is None else list(self.folds), "data_digest": self.data_digest,
             "activations": self.activations,
@@ -171,7 +174,10 @@ class FitOptions:
             words += ["--fold", fold]
         if self.allow:
             words += ["--allow", ",".join(self.allow)]
-        for name in ("method", "search", "loss", "seed", "calibration_tokens", "calibration_length", "eval_tokens"):
+        for name in (
+            "method", "search", "loss", "seed", "calibration_tokens", "calibration_length", "eval_tokens",
+            "eval_queries",
+        ):  # fmt: skip
             if getattr(self, name) != FitOptions.__dataclass_fields__[name].default:
                 words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         return shlex.join(words)
@@ -239,6 +245,8 @@ def check_options(asked: FitOptions) -> tuple[WeightSolver, list[Rule]]:
             raise InputError(f"--{name} must be at least 1, not {value}.")
     if asked.eval_tokens is not None and asked.eval_tokens < 64:
         raise InputError(f"--eval-tokens must be at least 64, not {asked.eval_tokens}.")
+    if asked.eval_queries is not None and not 2 <= asked.eval_queries <= QUERIES:
+        raise InputError(f"--eval-queries must lie between 2 and {QUERIES}, not {asked.eval_queries}.")
     if asked.plan is not None and asked.rules:
         raise InputError("--plan fixes everything: edit the plan instead of giving --rule.")
     if asked.target is not None and asked.target not in TARGETS:

@@ -26,7 +26,7 @@ from slimwright.errors import SlimwrightError
 from slimwright.job.caching import cache_facts, check_cache, outputs_with_cache
 from slimwright.job.edits import WrittenCheckpoint, dropped, folded, rotated
 from slimwright.job.gathering import Gathering
-from slimwright.job.held_out import HeldOut, held_out, load_tokenizer, retrieval_quality
+from slimwright.job.held_out import QUERIES, HeldOut, held_out, load_tokenizer, retrieval_quality
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of, open_source
 from slimwright.job.source import (
@@ -90,6 +90,7 @@ class Spec:
     eval_data: str = ""
     scales: list[str] = field(default_factory=list)
     cache: dict[str, str] = field(default_factory=dict)
+    queries: int | None = None
 
 
 @dataclass
@@ -236,7 +237,10 @@ def _compare_outputs(
         outcome.evaluations += 1
         figures, _ = cached.result(spec.seed)
         outcome.quality |= {f"cache: {name}": figures[name] for name in ("kl", "top1_agreement") if name in figures}
-    outcome.quality |= retrieval_quality(Path(spec.written), original, structure.parameters, spec.seed)
+    retrieved = retrieval_quality(Path(spec.written), original, structure.parameters, spec.seed, spec.queries)
+    if retrieved is not None:
+        outcome.measured_on[QUERIES] = retrieved[0]
+        outcome.quality |= retrieved[1]
     if spec.sample and hasattr(packed, "generate") and packed.can_generate():
         outcome.samples = _samples(source, batches, original, packed)
 

@@ -283,6 +283,7 @@ class Work:
             checksums={entry.site: entry.checksum for entry in state.entries if entry.checksum},
             scales=[str(path) for path in state.scales],
             cache={str(index): format.spec for index, format in self._formats(state).items()},
+            queries=self.asked.eval_queries,
         )  # fmt: skip
         own = model_of(state.source, self.asked.trust_remote_code)[0].__module__
         step = self._step(state)

@@ -41,7 +41,7 @@ QUALITY: dict[str, Any] = {
     ],
 )
 def test_a_floor_is_judged_at_the_worse_end(text: str, met: bool, value: float, worst: float) -> None:
-    judged = Floor.parse(text).judge(QUALITY, 1000, Path(), None)
+    judged = Floor.parse(text).judge(QUALITY, {"tokens": 1000}, Path(), None)
     assert judged.met is met
     assert judged.value == pytest.approx(value)
     assert judged.worst == pytest.approx(worst)
@@ -50,7 +50,7 @@ def test_a_floor_is_judged_at_the_worse_end(text: str, met: bool, value: float, 
 
 def test_a_quality_that_the_model_does_not_have() -> None:
     with pytest.raises(InputError, match="have no accuracy; they have kl, top1, ppl, ndcg@10"):
-        Floor.parse("accuracy:1%").judge(QUALITY, 1000, Path(), None)
+        Floor.parse("accuracy:1%").judge(QUALITY, {"tokens": 1000}, Path(), None)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,8 @@ def test_a_command_is_taken_as_it_is(tmp_path: Path) -> None:
     command = script(tmp_path, "import sys; print('note'); print('score', len(sys.argv[1]))")
     model = tmp_path / "model"
     length = len(str(model))
-    assert Floor.parse(f"{command}:{length}").judge({}, 0, model, None).met
-    assert not Floor.parse(f"{command}:{length + 1}").judge({}, 0, model, None).met
+    assert Floor.parse(f"{command}:{length}").judge({}, {}, model, None).met
+    assert not Floor.parse(f"{command}:{length + 1}").judge({}, {}, model, None).met
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_command_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_a_command_that_gives_nothing(tmp_path: Path, code: str, seconds: float | None, match: str) -> None:
     floor = Floor.parse(f"{script(tmp_path, code)}:0.5")
     with pytest.raises(MetricError, match=match) as raised:
-        floor.judge({}, 0, tmp_path, seconds)
+        floor.judge({}, {}, tmp_path, seconds)
     assert raised.value.exit_code == 2
 
 
@@ -114,7 +114,7 @@ def test_a_command_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) ->
         "subprocess.run([sys.executable, '-c', 'import threading; threading.Event().wait()'], pass_fds=[held.fileno()])"
     )
     with pytest.raises(MetricError, match="was stopped after 1 s"):
-        Floor.parse(f"{script(tmp_path, code)}:0.5").judge({}, 0, tmp_path, 1)
+        Floor.parse(f"{script(tmp_path, code)}:0.5").judge({}, {}, tmp_path, 1)
     ended, _, _ = select.select([reader], [], [], 30)
     assert ended and os.read(reader, 1) == b""
     os.close(reader)
@@ -122,11 +122,25 @@ def test_a_command_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) ->
 
 def test_a_floor_narrower_than_its_interval_is_refused_with_the_tokens_needed() -> None:
     wide = {"top1_agreement": leaf(0.90, 0.88, 0.92)}
-    judged = Floor.parse("top1:99.9%").judge(wide, 1000, Path(), None)
+    judged = Floor.parse("top1:99.9%").judge(wide, {"tokens": 1000}, Path(), None)
     with pytest.raises(InputError, match=r"narrower than the 95 % interval .*\(1000 tokens\): give --eval-tokens \d+"):
         judged.refuse_narrow()
-    Floor.parse("top1:80%").judge(wide, 1000, Path(), None).refuse_narrow()  # it is kept
-    Floor.parse("top1:91%").judge(wide, 1000, Path(), None).refuse_narrow()  # missed, but it can be shown
+    Floor.parse("top1:80%").judge(wide, {"tokens": 1000}, Path(), None).refuse_narrow()  # it is kept
+    Floor.parse("top1:91%").judge(wide, {"tokens": 1000}, Path(), None).refuse_narrow()  # missed, but it can be shown
+
+
+def test_what_is_no_number_of_tokens_is_called_what_it_is() -> None:
+    wide = Floor.parse("cosine:0.999").judge({"cosine_mean": leaf(0.9, 0.88, 0.92)}, {"documents": 34}, Path(), None)
+    with pytest.raises(InputError, match=r"\(34 documents\): give --eval-tokens and --eval-data for about \d+ times"):
+        wide.refuse_narrow()
+
+
+def test_a_fall_of_shared_answers_is_not_refused_before_better_candidates() -> None:
+    """Its interval is narrower for a candidate that answers more queries alike."""
+    judged = Floor.parse("ndcg@10:3%").judge(QUALITY, {"documents": 34, "queries": 300}, Path(), None)
+    judged.refuse_narrow()
+    assert not judged.met and judged.value_met and (judged.count, judged.unit) == (300, "queries")
+    assert not Floor.parse("ndcg@10:1%").judge(QUALITY, {"queries": 300}, Path(), None).value_met
 
 
 def test_a_share_that_one_token_would_miss_is_refused_before_work() -> None:
