@@ -43,8 +43,8 @@ class Sensitivity:
             its columns); None where the matrix is multiplied.
         weighted: (out,) float32, like ``outputs`` but each token counted by its squared input: the mean that belongs
             to errors of a matrix, which are larger on tokens whose inputs are. None of what is looked up.
-        batches: (batches,) float64, what errors of equal size in all weights would cost on each batch of the data, for
-            each token of the output, on any scale; None where it is not known.
+        batches: (batches, 2) float64, what errors of equal size in all weights would cost on all tokens of each batch
+            of the data, on any scale, and how many tokens the batch's output has; None where it is not known.
     """
 
     outputs: Tensor
@@ -59,14 +59,16 @@ class Sensitivity:
         return self.outputs if self.weighted is None else self.weighted
 
 
-def relative_by_batch(found: Sequence[Sensitivity]) -> list[float]:
-    """What errors of equal size in the weights of all these matrices cost on each batch of the data, over their mean;
-    empty where that is not known. How far they lie apart says how far other data of that kind might find their mean."""
+def moved_by_batch(found: Sequence[Sensitivity]) -> list[float]:
+    """By how much each batch of the data moves what errors of equal size in the weights of all these matrices cost a
+    token, as a part of it; empty where that is not known. The root of their summed squares says how far other data of
+    that kind might move it."""
     known = [own.batches for own in found if own.batches is not None]
     if not known:
         return []
-    total = torch.stack(known).sum(0)
-    return (total / total.mean()).tolist() if total.mean() > 0 else []
+    cost, tokens = torch.stack([own[:, 0] for own in known]).sum(0), known[0][:, 1]
+    whole = float(cost.sum())
+    return (cost / whole - tokens / tokens.sum()).tolist() if whole > 0 else []
 
 
 class _Squares:
@@ -348,8 +350,8 @@ class ReverseWalk:
         return Sensitivity(mean, often, weighted=weighted, batches=self._by_batch(squares))
 
     def _by_batch(self, squares: _Squares) -> Tensor:
-        """(batches,) float64, the sums of each batch for each token of its output."""
-        found = [squares.batches.get(index, 0.0) / max(1, self._tokens[index]) for index in sorted(self._tokens)]
+        """(batches, 2) float64, the sums of each batch and the tokens of its output."""
+        found = [(squares.batches.get(index, 0.0), tokens) for index, tokens in sorted(self._tokens.items())]
         return torch.tensor(found, dtype=torch.float64)
 
 

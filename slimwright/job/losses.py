@@ -33,7 +33,8 @@ class Probed:
 
     Attributes:
         losses: of every option by group, in nats per token; None for one that cannot hold the values.
-        by_batch: of groups, their loss on each batch of the data over its mean; empty where it is not known.
+        by_batch: of groups, by how much each batch of the data moves their losses, as a part of these
+            (:func:`~slimwright.calibrate.sensitivity.moved_by_batch`); empty where it is not known.
     """
 
     losses: Losses
@@ -95,9 +96,10 @@ class Scored:
         return standard_error(batches) + math.fsum(o.error for o in chosen if o.scope not in self.by_batch)
 
 
-def standard_error(batches: Sequence[float] | np.ndarray) -> float:
-    """Of the mean of values from batches of about one size; 0 for fewer than two."""
-    return float(np.std(batches, ddof=1) / math.sqrt(len(batches))) if len(batches) > 1 else 0.0
+def standard_error(moved: Sequence[float] | np.ndarray) -> float:
+    """Of a mean over batches, from how far each moves it; 0 for fewer than two."""
+    count = len(moved)
+    return math.sqrt(float(np.square(moved).sum()) * count / (count - 1)) if count > 1 else 0.0
 
 
 class LossEstimate(Method):

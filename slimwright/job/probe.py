@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from slimwright.calibrate.sensitivity import ReverseWalk, Sensitivity, relative_by_batch
+from slimwright.calibrate.sensitivity import ReverseWalk, Sensitivity, moved_by_batch
 from slimwright.calibrate.statistics import EXPERT_TOKENS
 from slimwright.calibrate.walk import Batch, Unit
 from slimwright.checkpoint import Checkpoint
@@ -66,8 +66,8 @@ class Probe:
         zeroed: sites that are zero where a group's choice is to be dropped.
 
     Attributes:
-        by_batch: of groups, what errors of equal size in all their weights cost on each batch of the reverse walk, over
-            its mean; of those that it reached, once it has run in this job or is found.
+        by_batch: of groups, by how much each batch of the reverse walk moves their losses, as a part of these; of those
+            that it reached, once it has run in this job or is found.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Probe:
 
     def _spread(self, sensitivities: Mapping[str, list[Sensitivity]]) -> None:
         for group, sites in self.groups.items():
-            own = relative_by_batch([one for site in sites for one in sensitivities.get(site.name, ())])
+            own = moved_by_batch([one for site in sites for one in sensitivities.get(site.name, ())])
             if own:
                 self.by_batch[group] = own
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimwright.calibrate import sensitivity
-from slimwright.calibrate.sensitivity import ReverseWalk, Sensitivity, relative_by_batch
+from slimwright.calibrate.sensitivity import ReverseWalk, Sensitivity, moved_by_batch
 from slimwright.calibrate.walk import Batch
 from slimwright.checkpoint import Checkpoint
 from slimwright.job.open import model_of
@@ -157,22 +157,25 @@ def test_batches_have_what_errors_of_equal_size_cost_on_them() -> None:
         (one,), (several,) = alone[key], found[key]
         assert one.batches is not None and several.batches is not None and one.weighted is not None
         energy = float(seen[0].double().square().sum())
-        assert float(one.batches[0]) == pytest.approx(float(one.weighted.double().sum()) * energy / tokens, rel=1e-5)
-        assert len(several.batches) == 3 and float(several.batches[0]) == pytest.approx(float(one.batches[0]), rel=1e-5)
+        assert float(one.batches[0, 0]) == pytest.approx(float(one.weighted.double().sum()) * energy, rel=1e-5)
+        assert several.batches.shape == (3, 2) and several.batches[0].tolist() == pytest.approx(one.batches[0].tolist())
+        assert several.batches[:, 1].tolist() == [tokens] * 3
     name = next(site.name for site in structure.sites.values() if site.role == "embed")
     looked_up = next(s for s in alone[name] if s.inputs is not None)
     assert looked_up.batches is not None
-    assert float(looked_up.batches[0]) == pytest.approx(float(looked_up.outputs.double().sum()), rel=1e-5)
+    assert float(looked_up.batches[0, 0]) == pytest.approx(float(looked_up.outputs.double().sum()) * tokens, rel=1e-5)
 
 
 def test_batches_of_several_matrices_are_added() -> None:
     first, second = (
         Sensitivity(torch.ones(1), batches=torch.tensor(values, dtype=torch.float64))
-        for values in ([1.0, 3.0], [3.0, 5.0])
+        for values in ([[10.0, 10.0], [30.0, 10.0]], [[30.0, 10.0], [50.0, 10.0]])
     )
-    assert relative_by_batch([first]) == [0.5, 1.5]
-    assert relative_by_batch([first, second, Sensitivity(torch.ones(1))]) == pytest.approx([2 / 3, 4 / 3])
-    assert relative_by_batch([Sensitivity(torch.ones(1))]) == []
+    assert moved_by_batch([first]) == [-0.25, 0.25]
+    assert moved_by_batch([first, second, Sensitivity(torch.ones(1))]) == pytest.approx([-1 / 6, 1 / 6])
+    assert moved_by_batch([Sensitivity(torch.ones(1))]) == []
+    uneven = Sensitivity(torch.ones(1), batches=torch.tensor([[90.0, 90.0], [10.0, 10.0]], dtype=torch.float64))
+    assert moved_by_batch([uneven]) == pytest.approx([0, 0])  # a small batch of the same cost a token moves nothing
 
 
 def test_half_the_squared_change_is_the_kl_divergence() -> None:

@@ -1,6 +1,7 @@
 """Loss estimates: what they are defined as, what they declare, which combinations are refused; allocators in a job."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -135,15 +136,17 @@ def test_pairs_say_what_two_groups_cost_together(tmp_path):
 
 def test_errors_of_groups_seen_on_the_same_batches_go_together():
     both = [Option("a", "x", 1, 2.0, error=0.3), Option("b", "x", 1, 4.0, error=0.5)]
-    alike = {"a": [0.5, 1.5], "b": [0.75, 1.25]}
-    assert Scored({}, by_batch=alike).error(both) == pytest.approx(
-        2.0 * 0.5 + 4.0 * 0.25
-    )  # of two: half their distance
-    against = {"a": [0.5, 1.5], "b": [1.25, 0.75]}
+    alike = {"a": [-0.25, 0.25], "b": [-0.125, 0.125]}  # batches of half and one and a half, three and five quarters
+    assert Scored({}, by_batch=alike).error(both) == pytest.approx(2.0 * 0.5 + 4.0 * 0.25)  # half the distance of two
+    against = {"a": [-0.25, 0.25], "b": [0.125, -0.125]}
     assert Scored({}, by_batch=against).error(both) == pytest.approx(0)
-    assert Scored({}, by_batch={"a": [0.5, 1.5]}).error(both) == pytest.approx(2.0 * 0.5 + 0.5)
+    assert Scored({}, by_batch={"a": [-0.25, 0.25]}).error(both) == pytest.approx(2.0 * 0.5 + 0.5)
     assert Scored({}).error(both) == pytest.approx(0.8)
-    assert standard_error([1.0]) == 0 and standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
+    values = [1.0, 2.0, 6.0]
+    assert standard_error([(value - 3) / 3 for value in values]) == pytest.approx(
+        statistics.stdev(values) / math.sqrt(3)
+    )
+    assert standard_error([0.5]) == 0
 
 
 def test_measured_losses_have_the_error_of_their_evaluations(tmp_path):
