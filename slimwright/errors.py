@@ -16,6 +16,18 @@ class InputError(SlimwrightError, ValueError):
     exit_code = 2
 
 
+class BudgetError(InputError):
+    """A size that no choice of options meets.
+
+    Attributes:
+        smallest: bytes of the smallest result there could be.
+    """
+
+    def __init__(self, sentence: str, smallest: int) -> None:
+        super().__init__(sentence)
+        self.smallest = smallest
+
+
 class NotBuiltError(InputError):
     """An option, target or method that is designed but not built in this version: refused by name (exit code 2)."""
 

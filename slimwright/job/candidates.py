@@ -30,7 +30,7 @@ from slimwright.checkpoint import (
 )
 from slimwright.checkpoint.files import rename
 from slimwright.checkpoint.publish import JOB_FILE
-from slimwright.errors import InputError, QualityError
+from slimwright.errors import BudgetError, InputError, QualityError
 from slimwright.evaluate.retrieval import QUERIES
 from slimwright.job import verify as verification
 from slimwright.job.floors import Floor, Judged
@@ -47,6 +47,10 @@ CANDIDATES = 3
 
 CLOSE = 0.9
 """Share of what a floor allows, or of the memory, from which another candidate would save too little."""
+
+FIRST_WEIGHTS = 0.25
+"""Share of a ``--memory``, without the KV cache, that the first candidate's weights have where the guess of what runs
+beside them leaves nothing."""
 
 LEAST_MEMORY_USED = 0.93
 """Share of a ``--memory`` that a result uses at least."""
@@ -72,6 +76,7 @@ class Candidate:
         predicted: its predicted loss; None where nothing was searched.
         judged: against every floor.
         running: memory of a run, where that is limited.
+        smallest: whether no smaller one is possible.
     """
 
     number: int
@@ -79,6 +84,7 @@ class Candidate:
     predicted: float | None
     judged: tuple[Judged, ...] = ()
     running: Running | None = None
+    smallest: bool = False
 
     @property
     def kept(self) -> bool:
@@ -98,7 +104,7 @@ class Candidate:
     def from_json(cls, found: dict[str, Any]) -> Candidate:
         judged = tuple(Judged(**one) for one in found["judged"])
         running = None if found["running"] is None else Running(**found["running"])
-        return cls(found["number"], found["bytes"], found["predicted"], judged, running)
+        return cls(found["number"], found["bytes"], found["predicted"], judged, running, found["smallest"])
 
 
 def next_loss(floors: Sequence[Floor], tried: Sequence[Candidate], last: bool) -> float:
@@ -258,18 +264,24 @@ class Confirmed:
         assert self.asked.memory is not None
         memory = parse_bytes(self.asked.memory, "--memory")
         if not tried:
-            left = memory - first_guess(source, self.asked)
+            cache, rest = first_guess(source, self.asked)
+            if cache >= memory:
+                raise InputError(
+                    f"--memory {self.asked.memory} cannot hold this model: the KV cache alone takes "
+                    f"{cache / 1e6:.3g} MB at this context."
+                )
+            left = memory - cache - rest
+            if left <= 0:  # a guess refuses nothing
+                left = int(FIRST_WEIGHTS * (memory - cache))
         else:
             newest = tried[-1].running
             assert newest is not None
-            if LEAST_MEMORY_USED <= newest.total / memory <= 1 or tried[-1].bytes >= source.total_bytes:
+            used = newest.total / memory
+            if used >= LEAST_MEMORY_USED if used <= 1 else tried[-1].smallest:
                 return None
-            left = int(0.985 * memory) - newest.anonymous
-        if left <= 0:
-            raise InputError(
-                f"--memory {self.asked.memory} cannot hold this model: the KV cache and the workspace alone take about "
-                f"{(memory - left) / 1e6:.0f} MB at this context."
-            )
+            if used <= 1 and tried[-1].bytes >= source.total_bytes:
+                return None
+            left = max(1, int(0.985 * memory) - newest.anonymous)
         return {"size": f"{left}B"}
 
     def _measure(self, held: Claim, number: int, limits: dict[str, Any]) -> Candidate:
@@ -281,13 +293,23 @@ class Confirmed:
             asked, **limits, memory=None, context=None, batch=None, keep=(), out=str(directory), job_time=job_time,
             published_as=asked.published_as or str(held.out),
         )  # fmt: skip
-        report = self.fit(request)
+        report, smallest = self._fitted(request)
         data = report.data
         on = data.get("measured_on", {})
         judged = tuple(floor.judge(data["quality"], on, directory, job_time) for floor in self.floors)
         running = None if asked.memory is None else measure_running(directory, asked, self.watch)
         predicted = data.get("search", {}).get("nats")
-        return Candidate(number, data["size"]["after"], predicted, judged, running)
+        return Candidate(number, data["size"]["after"], predicted, judged, running, smallest)
+
+    def _fitted(self, request: FitOptions) -> tuple[FitReport, bool]:
+        """A fit; where a memory leaves less to the weights than any choice takes, that of the smallest choice, which a
+        run then judges."""
+        try:
+            return self.fit(request), False
+        except BudgetError as error:
+            if self.asked.memory is None:
+                raise
+            return self.fit(dataclasses.replace(request, size=f"{error.smallest}B")), True
 
     def _best(self, tried: Sequence[Candidate]) -> Candidate:
         """The smallest that keeps the floors (of a memory, the largest that fits), else the one that comes nearest."""
@@ -384,7 +406,7 @@ class Confirmed:
         elif asked.size is None and asked.grid is None and asked.plan is None:
             limits = {"predicted_loss": first_loss(self.floors)}
         request = dataclasses.replace(asked, **limits, memory=None, context=None, batch=None, keep=())
-        report = self.fit(request)
+        report, _ = self._fitted(request)
         most = 1 if not limits else CANDIDATES
         forecast = report.data["forecast"]
         forecast["seconds"] *= most

@@ -19,7 +19,7 @@ from slimwright.checkpoint import (
     overhead_bound,
     source_state,
 )
-from slimwright.errors import InputError
+from slimwright.errors import BudgetError, InputError
 from slimwright.job.aim import Aim
 from slimwright.job.caching import EVERYWHERE, cache_formats
 from slimwright.job.calibration import with_data
@@ -274,7 +274,7 @@ class _Job:
         dropped, as ``found`` says.
 
         Raises:
-            InputError: the budget is below the smallest possible, which is named.
+            BudgetError: the budget is below the smallest possible, which is named.
         """
         if aim is not None:
             groups = structure.choice_groups()
@@ -300,9 +300,10 @@ class _Job:
             if needed <= smallest:
                 break
             smallest = needed
-        raise InputError(
+        raise BudgetError(
             f"--size {self.asked.size} is {budget} bytes, but the smallest possible is {smallest} bytes "
-            f"({8 * smallest / structure.parameters:.2f}bit): {rest} of them are kept as they are."
+            f"({8 * smallest / structure.parameters:.2f}bit): {rest} of them are kept as they are.",
+            smallest,
         )
 
     def _evaluations(self, options: Mapping[str, list[Option]], seen: int) -> Evaluations:

@@ -85,9 +85,9 @@ def check_running(source: Checkpoint, asked: FitOptions) -> None:
     context_of(config, asked)
 
 
-def first_guess(source: Checkpoint, asked: FitOptions) -> int:
-    """Bytes beside the weights, before anything has run: the cache of a model on the meta device, activations of the
-    prompt, and what a process has."""
+def first_guess(source: Checkpoint, asked: FitOptions) -> tuple[int, int]:
+    """Bytes beside the weights, before anything has run: those of the cache, found on the meta device, and about how
+    many activations of the prompt and what a process has may take."""
     cls, config = model_of(source, asked.trust_remote_code)
     context, batch = context_of(config, asked)
     text = config.get_text_config()
@@ -95,7 +95,7 @@ def first_guess(source: Checkpoint, asked: FitOptions) -> int:
     ffn = int(getattr(text, "intermediate_size", 0) or 4 * hidden)
     size = (source_dtype(source)).itemsize
     workspace = batch * context * size * (4 * hidden + 3 * ffn)
-    return MODULES + workspace + cache_bytes(cls, config, context, batch, size, asked.cache)
+    return cache_bytes(cls, config, context, batch, size, asked.cache), MODULES + workspace
 
 
 def source_dtype(source: Checkpoint) -> torch.dtype:

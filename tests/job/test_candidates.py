@@ -114,14 +114,25 @@ def test_memory_of_the_running_result(tmp_path: Path, monkeypatch: pytest.Monkey
         return Running(64, 2, weights, 1_000_000, 6_000_000)
 
     monkeypatch.setattr(candidates, "measure_running", measured)
-    monkeypatch.setattr(candidates, "first_guess", lambda source, asked: 6_045_000)
+    monkeypatch.setattr(candidates, "first_guess", lambda source, asked: (45_000, 6_000_000))
     report = fitted(tiny(), tmp_path / "out", memory="6.09MB", context=64, batch=2, data="none")
     assert len(ran) == 1 and ran[0] < 45_000
     assert 0.93 * 6.09e6 <= report["running"]["total"] <= 6.09e6
     assert report["running"]["total"] == report["running"]["weights"] + report["running"]["anonymous"]
     shutil.rmtree(tmp_path / "out")
-    with pytest.raises(InputError, match=r"cannot hold this model|smallest possible"):
-        fitted(tiny(), tmp_path / "out", memory="6.05MB", context=64, data="none")
+    ran.clear()
+    with pytest.raises(InputError, match=r"is too little: the smallest candidate ran in 6 MB"):
+        fitted(tiny(), tmp_path / "out", memory="6.01MB", context=64, data="none")
+    assert len(ran) == 2 and ran[1] < ran[0]  # whole in a quarter of the memory, then the smallest
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_guess_of_the_memory_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it takes for too little is tried."""
+    monkeypatch.setattr(candidates, "first_guess", lambda source, asked: (1000, 6_000_000))
+    monkeypatch.setattr(candidates, "measure_running", lambda *_: Running(64, 2, 30_000, 1_000, 10_000))
+    report = fitted(tiny(), tmp_path / "out", memory="40kB", context=64, batch=2, data="none")
+    assert report["running"]["total"] == 40_000 and report["size"]["after"] < 40_000
 
 
 def test_a_run_is_measured_in_a_fresh_process(tmp_path: Path) -> None:
