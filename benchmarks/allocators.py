@@ -225,7 +225,8 @@ def table_rows(name: str, options: argparse.Namespace, folder: Path) -> list[Row
 
         chosen = search(table.table, subject.bytes_of(BITS) - subject.rest, solver, table.pairs, evaluate)
         seconds += time.perf_counter() - started
-        used = evaluator.evaluations if solver == "evolutionary" or loss in ("measured", "pairs") else before
+        evaluates = solver.startswith("evolutionary") or loss in ("measured", "pairs")
+        used = evaluator.evaluations if evaluates else before
         rows.append(
             {
                 "part": "table", "model": name, "search": solver, "loss": loss, "evaluations": used,

@@ -272,7 +272,11 @@ def llama_version() -> str:
     return command([LLAMA_CPP / "llama-imatrix", "--version"], Path.cwd()).split("version: ")[-1].splitlines()[0]
 
 
-NO_GGUF = {"qwen3-moe": "a mixture of experts", "minilm": "BERT"}
+NO_GGUF = {
+    "qwen3-moe": "a mixture of experts is not written as gguf here",
+    "minilm": "BERT is not written as gguf here",
+    "qwen2": "transformers splits text as Qwen2's own tokenizer does, not as this model's tokenizer.json says",
+}
 PYTHONS = {"llm-compressor": (PEERS / "c",), "autoround": (PEERS / "e", PEERS / "c"), "llama.cpp": (PEERS / "d",)}
 MAKERS = {
     "llm-compressor": by_script("compress_llmcompressor.py", (PEERS / "c" / "bin" / "python",)),
@@ -288,7 +292,7 @@ def missing(peer: str, model: str) -> str:
     if not any((place / "bin" / "python").exists() for place in PYTHONS[peer]):
         return f"there is no {PYTHONS[peer][0]}"
     if peer == "llama.cpp" and model in NO_GGUF:
-        return f"{NO_GGUF[model]} is not written as gguf here"
+        return NO_GGUF[model]
     if peer == "llm-compressor" and model == "gpt2":
         return "the weights are no Linear modules"
     if peer == "autoround" and model == "minilm":
