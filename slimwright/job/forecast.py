@@ -249,6 +249,7 @@ def _memory(source: Checkpoint, structure: Structure, batch: int, vocabulary: in
     child += (torch.get_num_threads() - 1) * THREAD_BYTES
 
     def verifying(tokens: int) -> int:
-        return child + 3 * dense + 4 * tile + 6 * tokens * vocabulary + 128 * tokens * hidden + 30_000_000
+        # logits of three models
+        return child + 3 * dense + 4 * tile + 12 * tokens * vocabulary + 128 * tokens * hidden + 30_000_000
 
     return max(build, verifying(batch)), max(build, verifying(64))
