@@ -153,7 +153,7 @@ class ReverseWalk:
         self._squares: dict[tuple[str, int], _Squares] = {}
         self._energies: dict[tuple[str, int], Tensor] = {}
         self._lookups: dict[str, tuple[Tensor, _Squares]] = {}
-        self._index, self._batch = 0, Batch({})
+        self._index = 0  # of the batch that runs
         self._tokens: dict[int, int] = {}
         self.spilled_bytes = 0
 
@@ -176,7 +176,7 @@ class ReverseWalk:
                 for done, (unit, members) in enumerate(reversed(records)):
                     self.hold(unit)
                     for record in members:
-                        self._turn_to(record.index)
+                        self._index = record.index
                         _back_through(record)
                         record.leaves.clear()
                     members.clear()
@@ -195,7 +195,7 @@ class ReverseWalk:
             self.hold(step.unit)
             members = []
             for index in step.indices:
-                self._turn_to(index)
+                self._index = index
                 call = walk.calls[index]
                 assert call is not None
                 if not step.unit.block:  # part of what lies between blocks: its graph is kept
@@ -233,7 +233,7 @@ class ReverseWalk:
 
     def _finish(self, index: int, output: Any) -> None:
         """The loss of one forward's output, and its gradient."""
-        self._turn_to(index)
+        self._index = index
         logits = output.get("logits") if hasattr(output, "get") else None
         if logits is None or logits.ndim < 2 or logits.shape[-1] < 2:
             logits = None
@@ -281,8 +281,9 @@ class ReverseWalk:
                 source.watch = None
         return None
 
-    def _turn_to(self, index: int) -> None:
-        self._index, self._batch = index, self.batches[index]
+    @property
+    def _batch(self) -> Batch:
+        return self.batches[self._index]
 
     # -- watching --------------------------------------------------------------------------------------------------
 

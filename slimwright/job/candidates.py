@@ -277,9 +277,8 @@ class Confirmed:
             newest = tried[-1].running
             assert newest is not None
             used = newest.total / memory
-            if used >= LEAST_MEMORY_USED if used <= 1 else tried[-1].smallest:
-                return None
-            if used <= 1 and tried[-1].bytes >= source.total_bytes:
+            most = used >= LEAST_MEMORY_USED or tried[-1].bytes >= source.total_bytes
+            if most if used <= 1 else tried[-1].smallest:
                 return None
             left = max(1, int(0.985 * memory) - newest.anonymous)
         return {"size": f"{left}B"}

@@ -24,11 +24,11 @@ class Kind:
 
     Attributes:
         quality: its name in the report.
-        on: what it is measured on, as the report names it: the first of these that it has.
         form: ``least`` (a similarity that must not be lower), ``most`` (a distance that must not be higher), ``rise``
             and ``fall`` (the change, as a share of the original's value, that must not be exceeded).
         exponent: how it grows with the loss in nats, roughly: 1 for what is a difference of log probabilities, 0.5 for
             what counts decisions that flip.
+        on: what it is measured on, as the report names it: the first of these that it has.
     """
 
     quality: str

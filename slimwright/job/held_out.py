@@ -23,9 +23,6 @@ from slimwright.evaluate.accuracy import class_indices, labels_of
 from slimwright.evaluate.bits_per_byte import token_bytes
 from slimwright.model.inputs import dummy_inputs
 
-QUERIES = "queries"
-"""How a report calls what nDCG@10 is measured on."""
-
 RETRIEVED_QUERIES, RETRIEVED_DOCUMENTS = 300, 420
 """What a job asks of the retrieval task, a third of it (`slimwright measure` asks all of it)."""
 
@@ -242,16 +239,16 @@ def retrieves(directory: Path, parameters: int) -> bool:
 
 def retrieval_quality(
     written: Path, original: PreTrainedModel, parameters: int, seed: int, queries: int | None = None
-) -> tuple[int, dict[str, Any]] | None:
-    """How many queries of a retrieval task made of held-out modules there were, and ``ndcg_at_10`` before and after on
-    them; None where the result is not tried on it (:func:`retrieves`).
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """``ndcg_at_10`` before and after on a retrieval task made of held-out modules, and how many ``queries`` it was
+    measured on; nothing where the result is not tried on it (:func:`retrieves`).
 
     Args:
         original: the source, loaded with streamed weights: it takes the packed model's place in the same pipeline.
         queries: at most; None: :data:`RETRIEVED_QUERIES`.
     """
     if not retrieves(written, parameters):
-        return None
+        return {}, {}
     from sentence_transformers import SentenceTransformer
 
     from slimwright.evaluate.embed import embed
@@ -273,7 +270,7 @@ def retrieval_quality(
         asked = embed(model, None, list(task.queries.values()), "query")
         tables.append(score_task(task, asked, embed(model, None, list(task.documents.values()))))
     after, before = tables
-    return len(task.queries), {NDCG_AT_10.name: NDCG_AT_10.change(before, after, seed)}
+    return {NDCG_AT_10.name: NDCG_AT_10.change(before, after, seed)}, {"queries": len(task.queries)}
 
 
 def load_reader(source: Checkpoint, model: Any) -> Any | None:

@@ -28,6 +28,9 @@ from slimwright.job.walked import WalkedModel
 from slimwright.plan import Edit
 from slimwright.search.options import Option
 
+PARTS = ("inputs", "weighted", "batches")
+"""Tensors that a sensitivity may lack, in the order of its fields."""
+
 
 def edits_key(edits: Sequence[Edit], scales: Sequence[Path]) -> str:
     """SHA-256 (hex) of the edits of a model and of the files with their scales."""
@@ -91,7 +94,7 @@ class Reuse:
                 Sensitivity(
                     kept[name],
                     float(kept["share" + rest]),
-                    *(kept.get(part + rest) for part in ("inputs", "weighted", "batches")),
+                    *(kept.get(part + rest) for part in PARTS),
                 )
             )
         return found
@@ -103,7 +106,7 @@ class Reuse:
             for index, own in enumerate(matrices):
                 tensors[f"outputs:{index}:{site}"] = own.outputs
                 tensors[f"share:{index}:{site}"] = torch.tensor(own.share, dtype=torch.float64)
-                for part in ("inputs", "weighted", "batches"):
+                for part in PARTS:
                     if (tensor := getattr(own, part)) is not None:
                         tensors[f"{part}:{index}:{site}"] = tensor
         self._put("sensitivities", tensors, "sensitivities")

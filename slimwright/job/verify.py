@@ -26,7 +26,7 @@ from slimwright.errors import SlimwrightError
 from slimwright.job.caching import cache_facts, check_cache, outputs_with_cache
 from slimwright.job.edits import WrittenCheckpoint, dropped, folded, rotated
 from slimwright.job.gathering import Gathering
-from slimwright.job.held_out import QUERIES, HeldOut, held_out, load_tokenizer, retrieval_quality
+from slimwright.job.held_out import HeldOut, held_out, load_tokenizer, retrieval_quality
 from slimwright.job.memory import trim
 from slimwright.job.open import model_of, open_source
 from slimwright.job.source import (
@@ -237,10 +237,9 @@ def _compare_outputs(
         outcome.evaluations += 1
         figures, _ = cached.result(spec.seed)
         outcome.quality |= {f"cache: {name}": figures[name] for name in ("kl", "top1_agreement") if name in figures}
-    retrieved = retrieval_quality(Path(spec.written), original, structure.parameters, spec.seed, spec.queries)
-    if retrieved is not None:
-        outcome.measured_on[QUERIES] = retrieved[0]
-        outcome.quality |= retrieved[1]
+    found, on = retrieval_quality(Path(spec.written), original, structure.parameters, spec.seed, spec.queries)
+    outcome.quality |= found
+    outcome.measured_on |= on
     if spec.sample and hasattr(packed, "generate") and packed.can_generate():
         outcome.samples = _samples(source, batches, original, packed)
 
