@@ -5,13 +5,19 @@ log-likelihood is the diagonal of the Fisher matrix, and half the mean of ``grad
 divergence per token. Where the model gives no distribution, its output vectors stand for one of unit variance around
 their own directions: half the squared change of the normalised vector, which is one minus the cosine.
 
+An error of a weight changes all tokens of a sequence, and costs the square of a sum over them, not a sum of squares:
+inputs that have much in common, and gradients that agree, make errors of queries, keys and values cost several times
+what independent tokens would. The gradient of a weight over one sequence, ``G = Σ_t g_t x_tᵀ``, holds that. Errors that
+are independent of each other cost by its squares (:attr:`Sensitivity.of_weights`); what others cost is told by samples
+of its rows (:attr:`Sensitivity.directions`).
+
 The walk is reversed as checkpointed training does: forwards run unit by unit and keep only what enters and leaves a
 unit; then the units run again from last to first, each once, with gradients, so that the model never has to fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +26,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimwright.calibrate.statistics import not_finite
+from slimwright.calibrate.statistics import chosen_tokens, not_finite
 from slimwright.calibrate.walk import SPILLED_BYTES, Batch, Call, Unit, Walk, mapped_copy, run_forward
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.model.structure import Site, Structure
 from slimwright.runtime.streamed import WeightSource
 
 Hold = Callable[[Unit], None]
+
+REVERSE_TOKENS = 8192
+"""Tokens of the reverse walk at most."""
+
+DIRECTIONS = 32
+"""Samples of a matrix's gradients."""
+
+GRADIENT_ELEMENTS = 1 << 24
+"""Elements of a weight's gradient that are made at once."""
 
 EMBEDDINGS = ("image_embeds", "text_embeds")
 """What models of two towers call their vectors."""
@@ -41,22 +56,28 @@ class Sensitivity:
         share: tokens that it saw for each token of the output: below 1 for experts, above where a block runs often.
         inputs: (rows,) float32, of an embedding the share of tokens that look each row up (then ``outputs`` belongs to
             its columns); None where the matrix is multiplied.
-        weighted: (out,) float32, like ``outputs`` but each token counted by its squared input: the mean that belongs
-            to errors of a matrix, which are larger on tokens whose inputs are. None of what is looked up.
+        of_weights: (out,) float32, the mean that belongs to errors of the matrix that are independent of each other:
+            the squared length of a row's gradient over each sequence, summed, by the squared inputs, summed (of an
+            embedding the squared sum of the gradients at each id of a sequence, by the tokens). Where sequences cannot
+            be told apart (experts) each token counts for itself. None where the inputs are not known.
         batches: (batches, 2) float64, what errors of equal size in all weights would cost on all tokens of each batch
             of the data, on any scale, and how many tokens the batch's output has; None where it is not known.
+        directions: (:data:`DIRECTIONS`, in) float32, whose outer products have the mean ``Σ_r G_r G_rᵀ``, on any scale,
+            with G_r a row's gradient over a sequence: of the documents that are apart, if there are any. None where
+            sequences cannot be told apart.
     """
 
     outputs: Tensor
     share: float = 1.0
     inputs: Tensor | None = None
-    weighted: Tensor | None = None
+    of_weights: Tensor | None = None
     batches: Tensor | None = None
+    directions: Tensor | None = None
 
     @property
     def of_errors(self) -> Tensor:
         """(out,) the mean that an error of the matrix is to be multiplied with."""
-        return self.outputs if self.weighted is None else self.weighted
+        return self.outputs if self.of_weights is None else self.of_weights
 
 
 def moved_by_batch(found: Sequence[Sensitivity]) -> list[float]:
@@ -72,39 +93,129 @@ def moved_by_batch(found: Sequence[Sensitivity]) -> list[float]:
 
 
 class _Squares:
-    """Sums of squared gradients of one matrix, over its tokens and over them weighted by their squared inputs."""
+    """Sums of squared gradients of one matrix: at its outputs over its tokens, and of its weights over its sequences.
 
-    def __init__(self) -> None:
+    Args:
+        apart: documents of which :attr:`directions` are; none: of all.
+        draws: generator of the signs that mix the outputs of a sequence into a direction.
+    """
+
+    def __init__(self, apart: Collection[str], draws: torch.Generator) -> None:
         self.total: Tensor | None = None
         self.tokens = 0
-        self._weighted: Tensor | float = 0.0
+        self._apart, self._draws = apart, draws
+        self._of_weights: Tensor | float = 0.0
         self._energy = 0.0
+        self._directions: Tensor | None = None
         self.batches: dict[int, float] = {}
 
-    def add(self, gradient: Tensor, batch: int, energy: Tensor | None = None) -> None:
-        """Add tokens.
+    def add(self, gradient: Tensor, batch: Batch, index: int, entered: Tensor | None, sequences: bool = True) -> None:
+        """Add a batch's tokens.
 
         Args:
-            gradient: (tokens, out).
-            batch: which they are of.
-            energy: (tokens,) float32, the squared length of each token's input.
+            gradient: (..., out) at the product.
+            index: of the batch.
+            entered: (..., in) what was multiplied; None: not known.
+            sequences: whether these are the batch's tokens one by one, if they have its shape.
         """
-        squares = gradient.detach().float().square()
+        gradient = gradient.detach()
+        squares = batch.counted(gradient).float().square()
+        square = self._add(squares)
+        inputs = None if entered is None else batch.counted(entered)
+        if entered is not None and inputs is not None and len(inputs) == len(squares):
+            square = self._add_of_weights(gradient, squares, batch, entered, inputs, sequences)
+        self.batches[index] = self.batches.get(index, 0.0) + float(square.sum())
+
+    def add_looked_up(self, gradient: Tensor, batch: Batch, index: int, ids: Tensor) -> None:
+        """Add a batch's rows looked up.
+
+        Args:
+            gradient: (..., columns) at them.
+            ids: (...) which they are.
+        """
+        gradient = gradient.detach()
+        square = self._add(batch.counted(gradient).float().square())
+        rows = batch.by_rows(gradient)
+        if rows is not None and ids.numel() == rows.shape[0] * rows.shape[1]:
+            mask = batch.masks.get(tuple(rows.shape[:2]))
+            square = torch.zeros_like(square)
+            for row, (own, looked) in enumerate(zip(rows, ids.reshape(rows.shape[:2]), strict=True)):
+                own = own.float() if mask is None else own.float() * mask[row][:, None]
+                unique, places = looked.unique(return_inverse=True)
+                sums = own.new_zeros(len(unique), own.shape[1]).index_add_(0, places, own)
+                square += sums.square_().sum(0, dtype=torch.float64)
+        self._energy += len(batch.counted(gradient))
+        self._of_weights = self._of_weights + square
+        self.batches[index] = self.batches.get(index, 0.0) + float(square.sum())
+
+    def _add(self, squares: Tensor) -> Tensor:
+        """Add squared gradients (tokens, out) at the outputs; their sum over the tokens."""
         square = squares.sum(0, dtype=torch.float64)
         self.total = square if self.total is None else self.total + square
-        self.tokens += gradient.shape[0]
-        if energy is not None and energy.shape == squares.shape[:1]:
+        self.tokens += len(squares)
+        return square
+
+    def _add_of_weights(
+        self, gradient: Tensor, squares: Tensor, batch: Batch, entered: Tensor, inputs: Tensor, sequences: bool
+    ) -> Tensor:
+        """Add squared gradients (out,) of the rows of the weight, which are returned."""
+        energy = inputs.float().square().sum(1)
+        self._energy += float(energy.sum(dtype=torch.float64))
+        x = batch.by_rows(entered) if sequences else None
+        if x is None and sequences and entered.ndim >= 3:  # windows or crops: each is a sequence
+            x = entered.flatten(1, -2)
+        if x is None:
             square = (energy @ squares).double()
-            self._weighted = self._weighted + square
-            self._energy += float(energy.sum(dtype=torch.float64))
-        self.batches[batch] = self.batches.get(batch, 0.0) + float(square.sum())
+        else:
+            g = gradient.reshape(*x.shape[:2], -1)
+            mask = batch.masks.get(tuple(x.shape[:2]))
+            if mask is not None:
+                g = g * mask[..., None]
+            square = torch.zeros(g.shape[-1], dtype=torch.float64)
+            for gradients, own in zip(g, x, strict=True):
+                square += row_energy(gradients.float(), own.float())
+            self._add_directions(g, batch, x)
+        self._of_weights = self._of_weights + square
+        return square
+
+    def _add_directions(self, gradient: Tensor, batch: Batch, x: Tensor) -> None:
+        """Mix the gradients (rows, tokens, out) of each sequence's outputs with random signs: of the weight's gradient
+        that makes a vector of its inputs (rows, tokens, in)."""
+        chosen = chosen_tokens(batch, x, self._apart) if self._apart else None
+        for row, (gradients, own) in enumerate(zip(gradient, x, strict=True)):
+            if self._apart:
+                if chosen is None or not chosen[row].any():
+                    continue
+                gradients, own = gradients[chosen[row]], own[chosen[row]]
+            signs = torch.randint(0, 2, (gradients.shape[1], DIRECTIONS), generator=self._draws).mul_(2).sub_(1).float()
+            found = (gradients.float() @ signs).t() @ own.float()
+            self._directions = found if self._directions is None else self._directions + found
 
     @property
-    def weighted(self) -> Tensor | None:
-        """(out,) float32, the weighted mean; None where no inputs came with the gradients."""
-        if not self._energy or not isinstance(self._weighted, Tensor):
+    def of_weights(self) -> Tensor | None:
+        """(out,) float32; None where no inputs came with the gradients."""
+        if not self._energy or not isinstance(self._of_weights, Tensor):
             return None
-        return (self._weighted / self._energy).float()
+        return (self._of_weights / self._energy).float()
+
+    @property
+    def directions(self) -> Tensor | None:
+        """(:data:`DIRECTIONS`, in) float32; None where there are none."""
+        return self._directions if self._directions is not None and self._directions.any() else None
+
+
+def row_energy(gradient: Tensor, x: Tensor) -> Tensor:
+    """(out,) float64, the squared lengths of the rows of ``gᵀ x``: of the gradient of a weight over one sequence.
+
+    Args:
+        gradient: (tokens, out) float32 at the product.
+        x: (tokens, in) float32.
+    """
+    tokens, (outs, columns) = len(x), (gradient.shape[1], x.shape[1])
+    if tokens * (outs + columns) < outs * columns:
+        return (gradient * ((x @ x.t()) @ gradient)).sum(0, dtype=torch.float64).clamp_(min=0)
+    parts = gradient.split(max(1, GRADIENT_ELEMENTS // columns), dim=1)
+    return torch.cat([(part.t() @ x).square_().sum(1, dtype=torch.float64) for part in parts])
 
 
 @dataclass
@@ -127,6 +238,7 @@ class ReverseWalk:
         seed: of the drawn labels.
         cap: bytes of what leaves the units that may be kept in memory; what is more goes to mapped files.
         scratch: directory of those files; None is the system's.
+        apart: documents that say in which directions errors matter, since solvers are judged on these; none: all do.
     """
 
     def __init__(
@@ -140,8 +252,10 @@ class ReverseWalk:
         seed: int = 0,
         cap: int | None = None,
         scratch: Path | None = None,
+        apart: Collection[str] = (),
     ) -> None:
         self._left = cap
+        self._apart = apart
         self._scratch = scratch
         self.model = model
         self.structure = structure
@@ -150,8 +264,9 @@ class ReverseWalk:
         self.hold = hold
         self.release = release
         self._generator = torch.Generator().manual_seed(seed)
+        self._draws = torch.Generator().manual_seed(seed + 1)
         self._squares: dict[tuple[str, int], _Squares] = {}
-        self._energies: dict[tuple[str, int], Tensor] = {}
+        self._entered: dict[tuple[str, int], Tensor] = {}
         self._lookups: dict[str, tuple[Tensor, _Squares]] = {}
         self._index = 0  # of the batch that runs
         self._tokens: dict[int, int] = {}
@@ -301,14 +416,13 @@ class ReverseWalk:
     def _watch_input(self, name: str, x: Tensor, expert: int) -> None:
         """What a matrix is multiplied with, just before :meth:`_watch_product` sees the product."""
         if torch.is_grad_enabled():
-            self._energies[name, expert] = x.detach().float().square().sum(-1, keepdim=True)
+            self._entered[name, expert] = x.detach()
 
     def _watch_product(self, name: str, out: Tensor, expert: int, part: slice) -> None:
         index, batch = self._index, self._batch
-        squares = self._squares.setdefault((name, expert), _Squares())
-        entered = self._energies.pop((name, expert), None)
-        energy = None if entered is None else batch.counted(entered)[:, 0]
-        out.register_hook(lambda gradient: squares.add(batch.counted(gradient[..., part]), index, energy))
+        squares = self._squares.setdefault((name, expert), _Squares(self._apart, self._draws))
+        entered, one = self._entered.pop((name, expert), None), self.sources[name].site.kind != "experts"
+        out.register_hook(lambda gradient: squares.add(gradient[..., part], batch, index, entered, one))
 
     def _watch_lookup(self, name: str, out: Tensor, ids: Any, part: slice) -> None:
         """Of an embedding: its rows looked up (ids a tensor), or the product of a head tied to it (ids a number)."""
@@ -318,11 +432,12 @@ class ReverseWalk:
         if not out.requires_grad:
             return
         rows = self.sources[name].site.rows
-        counts, squares = self._lookups.setdefault(name, (torch.zeros(rows, dtype=torch.int64), _Squares()))
+        new = torch.zeros(rows, dtype=torch.int64), _Squares((), self._draws)
+        counts, squares = self._lookups.setdefault(name, new)
         index, batch = self._index, self._batch
         counted = batch.counted(ids.unsqueeze(-1)) if ids.ndim >= 2 else ids
         counts += torch.bincount(counted.reshape(-1), minlength=rows)
-        out.register_hook(lambda gradient: squares.add(batch.counted(gradient), index))
+        out.register_hook(lambda gradient: squares.add_looked_up(gradient, batch, index, ids))
 
     def _found(self) -> dict[str, list[Sensitivity]]:
         found: dict[str, list[Sensitivity]] = {}
@@ -339,7 +454,8 @@ class ReverseWalk:
                 assert squares.total is not None
                 mean = (squares.total / max(1, squares.tokens)).float()
                 often = squares.tokens / max(1, self.tokens)
-                found.setdefault(name, []).append(Sensitivity(mean, often, share, batches=self._by_batch(squares)))
+                own = Sensitivity(mean, often, share, squares.of_weights, self._by_batch(squares))
+                found.setdefault(name, []).append(own)
         return found
 
     def _of(self, site: Site, matrix: int) -> Sensitivity:
@@ -347,8 +463,13 @@ class ReverseWalk:
         if squares is None or squares.total is None:
             return Sensitivity(torch.zeros(site.weight_shape[-2]), 0.0)
         mean = (squares.total / max(1, squares.tokens)).float()
-        often, weighted = squares.tokens / max(1, self.tokens), squares.weighted
-        return Sensitivity(mean, often, weighted=weighted, batches=self._by_batch(squares))
+        return Sensitivity(
+            mean,
+            squares.tokens / max(1, self.tokens),
+            of_weights=squares.of_weights,
+            batches=self._by_batch(squares),
+            directions=squares.directions,
+        )
 
     def _by_batch(self, squares: _Squares) -> Tensor:
         """(batches, 2) float64, the sums of each batch and the tokens of its output."""

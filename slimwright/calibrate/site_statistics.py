@@ -109,6 +109,16 @@ class SiteStatistics:
             raise InputError("The centred Gram needs the statistics 'gram' and 'mean': give data.")
         return self.gram - torch.outer(self.mean, self.mean)
 
+    def gram_of_rest(self) -> Tensor | None:
+        """(in, in) float32, the part of the Gram that is not of what is :attr:`apart`; the Gram where nothing is."""
+        if self.gram is None or self.apart is None:
+            return self.gram
+        rest = self.gram.clone()
+        for part in self.apart.inputs.split(SUBTRACTED_TOKENS):
+            inputs = part.float()
+            rest.addmm_(inputs.t(), inputs, alpha=-self.apart.share / self.apart.inputs.shape[0])
+        return rest
+
     def with_survey(self, survey: Any) -> SiteStatistics:
         """The same with another survey; factors found by one are known to both."""
         return dataclasses.replace(self, survey=survey)

@@ -34,19 +34,28 @@ APART_SHARE, APART_TOKENS = 1 / 6, 4096
 """What is kept apart: so much of the data, of large data so many tokens; at most half as much more."""
 
 
-def apart_documents(batches: Sequence[Batch]) -> frozenset[str]:
+def apart_documents(batches: Sequence[Batch], within: int) -> frozenset[str]:
     """Names of the documents that are kept apart to judge solvers on, drawn by hash; none where no document is small
-    enough to be one of them."""
+    enough to be one of them.
+
+    Args:
+        within: they are among the first so many tokens, which the reverse walk reads too.
+    """
     lengths: dict[str, int] = {}
+    seen, early = 0, set[str]()
     for batch in batches:
         first = next(iter(batch.inputs.values()))
         whole = first.shape[1] if first.ndim == 2 else 1
         pieces = batch.pieces or tuple(((name, whole),) for name in batch.documents)
-        for name, tokens in (piece for row in pieces for piece in row):
-            lengths[name] = lengths.get(name, 0) + tokens
+        for row in pieces:
+            for name, tokens in row:
+                lengths[name] = lengths.get(name, 0) + tokens
+            if seen < within:
+                early.update(name for name, _ in row)
+            seen += whole
     wanted = min(APART_SHARE * sum(lengths.values()), APART_TOKENS)
     chosen, size = list[str](), 0
-    for name in sorted(lengths, key=lambda name: hashlib.sha256(name.encode()).digest()):
+    for name in sorted(early, key=lambda name: hashlib.sha256(name.encode()).digest()):
         if size < wanted and size + lengths[name] <= 1.5 * wanted:
             chosen.append(name)
             size += lengths[name]
@@ -56,15 +65,20 @@ def apart_documents(batches: Sequence[Batch]) -> frozenset[str]:
 def inputs_of(batch: Batch, x: Tensor, documents: Collection[str]) -> Tensor:
     """(tokens, in), of the inputs ``x`` (..., in) those that count and are of some documents: none where ``x`` is not
     the batch's tokens one by one."""
+    rows = batch.by_rows(x)
+    chosen = None if rows is None else chosen_tokens(batch, rows, documents)
+    return x.new_empty(0, x.shape[-1]) if rows is None or chosen is None else rows[chosen]
+
+
+def chosen_tokens(batch: Batch, rows: Tensor, documents: Collection[str]) -> Tensor | None:
+    """(rows, tokens) bool, of ``rows`` (rows, tokens, n) which tokens count and are of some documents; None where the
+    documents are not known token by token."""
     chosen = batch.tokens_of(documents)
-    rows = len(chosen)
-    if rows and x.ndim >= 2 and (x.shape[0] == rows or (x.ndim == 2 and x.shape[0] % rows == 0)):
-        x = x.reshape(rows, -1, x.shape[-1])
-        if chosen.shape[1] in (1, x.shape[1]):
-            mask = batch.masks.get(tuple(x.shape[:2]))
-            chosen = chosen.expand(x.shape[:2])
-            return x[chosen if mask is None else chosen & mask]
-    return x.new_empty(0, x.shape[-1])
+    if len(chosen) != rows.shape[0] or chosen.shape[1] not in (1, rows.shape[1]):
+        return None
+    mask = batch.masks.get(tuple(rows.shape[:2]))
+    chosen = chosen.expand(rows.shape[:2])
+    return chosen if mask is None else chosen & mask
 
 
 def bf16_is_fast() -> bool:

@@ -60,6 +60,16 @@ class Batch:
         ]  # fmt: skip
         return torch.stack(rows)
 
+    def by_rows(self, x: Tensor) -> Tensor | None:
+        """``x`` (..., n) as (rows, tokens, n), where it is the batch's tokens one by one; None where it is not."""
+        inputs = list(self.inputs.values())
+        rows = inputs[0].shape[0]
+        if x.ndim >= 3:
+            return x.reshape(rows, -1, x.shape[-1]) if x.shape[0] == rows else None
+        lengths = {1} | {tensor.shape[1] for tensor in inputs if tensor.ndim == 2 and tensor.shape[0] == rows}
+        whole = any(x.shape[0] == rows * length for length in lengths)
+        return x.reshape(rows, -1, x.shape[-1]) if x.ndim == 2 and whole else None
+
     def counted(self, x: Tensor) -> Tensor:
         """The rows (tokens, in) of ``x`` (..., in) whose tokens count, padding left out."""
         mask = self.masks.get(tuple(x.shape[:2])) if x.ndim >= 3 else None

@@ -244,7 +244,7 @@ def small_batches(batches: Sequence[Batch], width: int, *, tokens: int = 0, logi
             inputs = {name: tensor[rows] for name, tensor in batch.inputs.items()}
             masks = {(rows.stop - rows.start, *shape[1:]): mask[rows] for shape, mask in batch.masks.items()}
             outputs = None if batch.outputs is None else batch.outputs[rows]
-            yield Batch(inputs, masks, batch.documents[rows], outputs)
+            yield Batch(inputs, masks, batch.documents[rows], outputs, batch.pieces[rows])
             seen += (rows.stop - rows.start) * length
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from slimwright.job.walked import WalkedModel
 from slimwright.methods import SiteStatistics
 from slimwright.model.structure import Site
 from slimwright.plan import Assignment
 
 
-def expected_gains(choices: Sequence[Assignment], statistics: Sequence[SiteStatistics]) -> list[float]:
-    """The output error expected of each choice's solver, relative to plain rounding's; 1 where it has no data.
+def expected_gains(
+    choices: Sequence[Assignment], statistics: Sequence[SiteStatistics], directions: Tensor | None = None
+) -> list[float]:
+    """The error expected of each choice's solver, relative to plain rounding's; 1 where it has no data.
 
     Args:
         statistics: of each of the site's matrices.
+        directions: (n, in) on which errors are judged, of one matrix (:attr:`Sensitivity.directions`); None: on inputs.
     """
     seen = [stats for stats in statistics if stats.gram is not None]
     known: dict[str, float] = {}
@@ -22,7 +27,7 @@ def expected_gains(choices: Sequence[Assignment], statistics: Sequence[SiteStati
     def gain(choice: Assignment) -> float:
         solver = choice.solver()
         if solver.spec not in known:  # a spec leaves out the form, of which a gain is taken to be independent
-            known[solver.spec] = sum(solver.expected_gain(stats) for stats in seen) / len(seen)
+            known[solver.spec] = sum(solver.expected_gain(stats, directions) for stats in seen) / len(seen)
         return known[solver.spec]
 
     return [gain(choice) if seen and choice.solved else 1.0 for choice in choices]

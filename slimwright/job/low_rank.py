@@ -94,6 +94,7 @@ def low_rank_losses(
     read: Callable[[], Tensor],
     stats: SiteStatistics,
     outputs: Tensor,
+    directions: Tensor | None = None,
 ) -> dict[int, float]:
     """Losses of the low-rank ones among the choices for a site, by their place; those not scored are left out.
 
@@ -104,16 +105,25 @@ def low_rank_losses(
         read: gives the weight, float32; called only where a spectrum is needed.
         stats: of its inputs; without data the squares of all inputs count alike.
         outputs: (out,) what an output's squared error costs, in the unit of ``losses``.
+        directions: (n, in) what errors of the weight are multiplied with to tell their cost; None: the inputs.
     """
     forms = {place: form for place, choice in enumerate(choices) if (form := form_of(choice)) is not None}
     found = {}
     alone = {place: form.rank for place, form in forms.items() if form.base is None}
     if alone:
-        energy = outputs.float() @ spectrum(read(), stats.gram, torch.float32).outputs
+        weight, outputs = read(), outputs.float()
+        judged = stats.gram is not None and directions is not None
+        factors = spectrum(weight, stats.gram_of_rest() if judged else stats.gram, torch.float32)
+        energy = outputs @ factors.outputs
         total, held = float(energy.sum()), energy.cumsum(0)
         for place, rank in alone.items():
             kept = float(held[min(rank, len(held)) - 1])
-            found[place] = max(0.0, total - kept) + FACTOR_ERROR * kept
+            left = max(0.0, total - kept)
+            if stats.gram is not None and directions is not None:
+                moved = weight @ directions.t() - factors.left[:, :rank] @ (factors.right[:rank] @ directions.t())
+                cost = float(outputs @ moved.square().sum(1)) / float(directions.square().sum())
+                left = cost * float(stats.gram.diagonal().sum())
+            found[place] = left + FACTOR_ERROR * kept
     by_grid = {choice.grid: loss for choice, loss in zip(choices, losses, strict=True)}
     corrected = {place: form for place, form in forms.items() if form.base is not None and form.base.spec in by_grid}
     if corrected:
@@ -202,5 +212,5 @@ def scoring_work(structure: Structure, options: Mapping[str, Sequence[Option]]) 
             products += EIGEN_PRODUCTS / 2 * min(NOISE_SIDE, side) ** 3
             if any(form.base is None for form in forms):
                 products += EIGEN_PRODUCTS / 2 * side**3 + 2 * out * columns * side + out * columns * columns
-                memory = max(memory, 4 * (4 * out * columns + 3 * side * side))
+                memory = max(memory, 4 * (4 * out * columns + 3 * side * side + columns * columns))
     return Work(products, memory)

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from slimwright.calibrate.sensitivity import ReverseWalk, Sensitivity, moved_by_batch
+from slimwright.calibrate.sensitivity import REVERSE_TOKENS, ReverseWalk, Sensitivity, moved_by_batch
 from slimwright.calibrate.statistics import EXPERT_TOKENS
 from slimwright.calibrate.walk import Batch, Unit
 from slimwright.checkpoint import Checkpoint
@@ -40,9 +40,6 @@ SCORED_PRODUCTS = 5e10
 
 LEAST_ROWS = 16
 """Rows of a matrix that are scored at least."""
-
-REVERSE_TOKENS = 8192
-"""Tokens of the reverse walk at most."""
 
 REVERSE_LOGITS = 1 << 23
 """Logits of one of its batches at most."""
@@ -133,7 +130,7 @@ class Probe:
             walked, how = self.walked, self.calibration
             found = ReverseWalk(
                 walked.model, self.structure, walked.sources, self._few(), walked.hold, walked.release,
-                cap=how.hidden_cap, scratch=how.scratch,
+                cap=how.hidden_cap, scratch=how.scratch, apart=walked.apart,
             ).run()  # fmt: skip
             self.reuse.keep_sensitivities(found)
         return found
@@ -174,7 +171,8 @@ class Probe:
         ]
         prepared = []
         for site, statistics, own in work:
-            gains = expected_gains(self._rounded(site), [] if lookup else statistics)
+            directions = own[0].directions if len(statistics) == 1 else None
+            gains = expected_gains(self._rounded(site), [] if lookup else statistics, directions)
             prepared.append((site, statistics, own, gains))
 
         def losses(item: tuple[Site, list[SiteStatistics], list[Sensitivity], list[float]]) -> list[float]:
@@ -248,7 +246,8 @@ class Probe:
             if any(form_of(choice) is not None for choice in choices):  # never of embeddings or experts
                 solver, each = next(choice.solver() for choice in choices if choice.solved), outputs * share / 2
                 read = partial(matrix_of, self.source, site)
-                found = low_rank_losses(choices, losses, solver, site.weight_shape, read, stats, each)
+                directions = sensitivity.directions
+                found = low_rank_losses(choices, losses, solver, site.weight_shape, read, stats, each, directions)
                 for index, loss in found.items():
                     losses[index] = loss
         return losses

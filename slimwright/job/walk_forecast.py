@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
+from slimwright.calibrate.sensitivity import REVERSE_TOKENS
 from slimwright.calibrate.statistics import APART_SHARE, APART_TOKENS, InputSums
 from slimwright.calibrate.tokens import BATCH_TOKENS
 from slimwright.calibrate.walk import walk_units
 from slimwright.checkpoint import Checkpoint
 from slimwright.job.options import LADDER
-from slimwright.job.probe import REVERSE_LOGITS, REVERSE_TOKENS, SCORED_PRODUCTS
+from slimwright.job.probe import REVERSE_LOGITS, SCORED_PRODUCTS
 from slimwright.job.verify import logits_width
 from slimwright.job.walked import walk_dtype
 from slimwright.job.walked_build import SOLVED_ELEMENTS

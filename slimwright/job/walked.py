@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from slimwright.calibrate.block_statistics import BlockCosine, BlockSimilarity, BlockStatistic
 from slimwright.calibrate.replay import Replay, runs_apart
+from slimwright.calibrate.sensitivity import REVERSE_TOKENS
 from slimwright.calibrate.statistics import Collector, apart_documents, bf16_is_fast
 from slimwright.calibrate.walk import Step, Walk, walk_units
 from slimwright.calibrate.walk import Unit as WalkUnit
@@ -125,6 +126,11 @@ class WalkedModel:
             self._dtype,
         )
 
+    @cached_property
+    def apart(self) -> frozenset[str]:
+        """Names of the documents on which solvers are judged."""
+        return apart_documents(self._calibration.samples.batches, REVERSE_TOKENS)
+
     def runs_apart(self) -> bool:
         """Whether the model's blocks can be run one by one (:func:`slimwright.calibrate.replay.runs_apart`)."""
         first = self._calibration.samples.batches[0]
@@ -155,7 +161,7 @@ class WalkedModel:
         units = walk_units(self._structure).values()
         wanted = {unit.module: sites for unit in units if (sites := sites_of(unit))}
         left = set(wanted)
-        apart = apart_documents(self._calibration.samples.batches) if judged else ()
+        apart = self.apart if judged else ()
         collectors = {m: Collector(self.sources, sites, grams, magnitudes, apart) for m, sites in wanted.items()}
         for step in self.walk() if left else ():
             unit = step.unit

@@ -43,14 +43,16 @@ class FeedbackSolver(WeightSolver):
         if stats.gram is not None:
             stats.factor(self.damp, self.column_order(stats))
 
-    def expected_gain(self, stats: SiteStatistics) -> float:
+    def expected_gain(self, stats: SiteStatistics, directions: Tensor | None = None) -> float:
         if stats.gram is None:
             return 1.0
         order = self.column_order(stats)
-        if stats.apart is None:
-            return feedback_gain(stats.gram, *stats.factor(self.damp, order))
-        inputs = stats.apart.inputs if order is None else stats.apart.inputs[:, order]
-        return held_out_gain(stats.factor(self.damp, order, rest=True)[0], inputs)
+        if directions is None and stats.apart is not None:
+            directions = stats.apart.inputs
+        factor, damping = stats.factor(self.damp, order, rest=True)
+        if directions is None:
+            return feedback_gain(stats.gram, factor, damping)
+        return held_out_gain(factor, directions if order is None else directions[:, order])
 
 
 def importance_order(stats: SiteStatistics) -> Tensor:

@@ -178,9 +178,14 @@ class WeightSolver(Method):
         """How tokens count in its Grams (:class:`slimwright.methods.token_weights.TokenWeighting`); None: all alike."""
         return None
 
-    def expected_gain(self, stats: SiteStatistics) -> float:
-        """The output error expected of this solver, relative to plain rounding's on the same grid and data: on what is
-        kept apart in the statistics, solved without it, where they have any."""
+    def expected_gain(self, stats: SiteStatistics, directions: Tensor | None = None) -> float:
+        """The error expected of this solver, relative to plain rounding's on the same grid and data: where the
+        statistics keep anything apart, solved without it.
+
+        Args:
+            directions: (n, in) what errors of the weight are multiplied with to tell their cost, of what is apart, if
+                anything is; None: the inputs.
+        """
         return 1.0
 
     def prepare(self, stats: SiteStatistics) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimwright.calibrate import sensitivity
-from slimwright.calibrate.sensitivity import ReverseWalk, Sensitivity, moved_by_batch
+from slimwright.calibrate.sensitivity import ReverseWalk, Sensitivity, moved_by_batch, row_energy
 from slimwright.calibrate.walk import Batch
 from slimwright.checkpoint import Checkpoint
 from slimwright.job.open import model_of
@@ -22,13 +22,14 @@ from slimwright.runtime.streamed import load_streamed
 from tests.families import FAMILIES, cached
 
 
-def reversed_walk(name: str, batches: int = 1, text_only: bool = False, **options: object):
-    source = Checkpoint.open(str(cached(name, torch.float32)))
+def reversed_walk(name: str, batches: int = 1, text_only: bool = False, path: Path | None = None, **options: object):
+    source = Checkpoint.open(str(path or cached(name, torch.float32)))
     structure = discover(source)
     cls, config = model_of(source)
     sources = {name: WalkSource(PlainSource(source, site)) for name, site in structure.sites.items()}
     model = load_streamed(cls, source.model_path, config, sources)
     inputs = [Batch(dummy_inputs(model, batch=2, length=12, seed=seed)) for seed in range(batches)]
+    inputs = [replace(batch, documents=("first", "second")) for batch in inputs]
     if text_only:
         inputs = [replace(batch, outputs=batch.inputs["input_ids"] != IMAGE_TOKEN) for batch in inputs]
 
@@ -142,7 +143,7 @@ def test_other_inputs_have_sensitivities_too(name: str) -> None:
 
 
 def test_batches_have_what_errors_of_equal_size_cost_on_them() -> None:
-    """The first batch alone is the first of several; there it is the squares of gradients times those of inputs."""
+    """The first batch alone is the first of several; there it is the squares of the weight's gradients."""
     source, structure, cls, inputs, walk = reversed_walk("llama", batches=3)
     found, alone = walk.run(), reversed_walk("llama")[-1].run()
     model = cls.from_pretrained(source.model_path, dtype=torch.float32).eval()
@@ -155,15 +156,135 @@ def test_batches_have_what_errors_of_equal_size_cost_on_them() -> None:
             model(**inputs[0].inputs)
         hook.remove()
         (one,), (several,) = alone[key], found[key]
-        assert one.batches is not None and several.batches is not None and one.weighted is not None
+        assert one.batches is not None and several.batches is not None and one.of_weights is not None
         energy = float(seen[0].double().square().sum())
-        assert float(one.batches[0, 0]) == pytest.approx(float(one.weighted.double().sum()) * energy, rel=1e-5)
+        assert float(one.batches[0, 0]) == pytest.approx(float(one.of_weights.double().sum()) * energy, rel=1e-5)
         assert several.batches.shape == (3, 2) and several.batches[0].tolist() == pytest.approx(one.batches[0].tolist())
         assert several.batches[:, 1].tolist() == [tokens] * 3
     name = next(site.name for site in structure.sites.values() if site.role == "embed")
     looked_up = next(s for s in alone[name] if s.inputs is not None)
-    assert looked_up.batches is not None
-    assert float(looked_up.batches[0, 0]) == pytest.approx(float(looked_up.outputs.double().sum()) * tokens, rel=1e-5)
+    assert looked_up.batches is not None and looked_up.of_weights is not None
+    found_there = float(looked_up.of_weights.double().sum()) * tokens
+    assert float(looked_up.batches[0, 0]) == pytest.approx(found_there, rel=1e-5)
+
+
+def weight_gradients(cls, source, batch: Batch, modules: list[str]) -> dict[str, list[Tensor]]:
+    """The gradient of each module's weight over each sequence of a batch, by an ordinary backward for each."""
+    model = cls.from_pretrained(source.model_path, dtype=torch.float32).eval().requires_grad_(False)
+    found: dict[str, list[Tensor]] = {module: [] for module in modules}
+    logits = model(**batch.inputs)["logits"].detach()
+    chance = torch.softmax(logits.reshape(-1, logits.shape[-1]), -1)
+    labels = torch.multinomial(chance, 1, generator=torch.Generator().manual_seed(0)).view(logits.shape[:2])
+    weights = {module: model.get_submodule(module).weight.requires_grad_() for module in modules}
+    for row in range(len(labels)):
+        own = model(**{name: value[row : row + 1] for name, value in batch.inputs.items()})["logits"][0]
+        gradients = torch.autograd.grad(
+            nn.functional.cross_entropy(own, labels[row], reduction="sum"), list(weights.values())
+        )
+        for module, gradient in zip(weights, gradients, strict=True):
+            found[module].append(gradient.double())
+    return found
+
+
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_lengths_of_gradients_rows_by_tokens_or_by_themselves(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "GRADIENT_ELEMENTS", 100)
+    generator = torch.Generator().manual_seed(0)
+    gradient, x = torch.randn(tokens, 24, generator=generator), torch.randn(tokens, 40, generator=generator)
+    torch.testing.assert_close(row_energy(gradient, x).float(), (gradient.t() @ x).square().sum(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("apart", [(), ("second",)])
+def test_errors_of_weights_cost_by_the_weights_gradient_over_each_sequence(
+    apart: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its squares; directions are samples of its rows, of what is apart."""
+    monkeypatch.setattr(sensitivity, "DIRECTIONS", 20_000)
+    source, structure, cls, inputs, walk = reversed_walk("llama", apart=apart)
+    found = walk.run()
+    sites = [site for site in structure.sites.values() if site.role in ("q", "v", "gate", "down") and site.block]
+    embed = next(site for site in structure.sites.values() if site.role == "embed")
+    expected = weight_gradients(cls, source, inputs[0], [site.module for site in [*sites, embed]])
+    for site in sites:
+        own, gradients = found[site.name][0], expected[site.module]
+        assert own.of_weights is not None and own.batches is not None and own.directions is not None
+        squares = sum(gradient.square().sum(1) for gradient in gradients)
+        torch.testing.assert_close(
+            own.of_weights.double() / own.of_weights.sum(), squares / squares.sum(), rtol=1e-3, atol=1e-7
+        )
+        assert float(own.batches[0, 0]) == pytest.approx(float(squares.sum()), rel=1e-4)
+        chosen = gradients[1:] if apart else gradients
+        wanted = sum(gradient.t() @ gradient for gradient in chosen)
+        sampled = own.directions.double().t() @ own.directions.double() / 20_000
+        assert float((sampled - wanted).norm()) < 0.1 * float(wanted.norm())
+    looked_up = next(own for own in found[embed.name] if own.inputs is not None)
+    assert looked_up.of_weights is not None
+    assert not structure.ties
+    squares = sum(gradient.square().sum(0) for gradient in expected[embed.module])
+    tokens = inputs[0].inputs["input_ids"].numel()
+    torch.testing.assert_close(looked_up.of_weights.double() * tokens, squares, rtol=1e-3, atol=1e-9)
+
+
+def test_padding_counts_nowhere() -> None:
+    walks = [reversed_walk("llama")[-1] for _ in range(2)]
+    ids = walks[0].batches[0].inputs["input_ids"]
+    padded = torch.cat([ids, ids[:, :4]], 1)
+    counted = torch.arange(padded.shape[1]).expand_as(padded) < ids.shape[1]
+    walks[0].batches = [Batch({"input_ids": ids}, documents=("first", "second"))]
+    walks[1].batches = [Batch({"input_ids": padded}, {tuple(padded.shape): counted}, ("first", "second"))]
+    one, two = (walk.run() for walk in walks)
+    for name, matrices in one.items():
+        for own, other in zip(matrices, two[name], strict=True):
+            for part in ("of_weights", "directions"):
+                if (value := getattr(own, part)) is not None:
+                    torch.testing.assert_close(
+                        getattr(other, part), value, rtol=1e-3, atol=1e-4 * float(value.abs().max())
+                    )
+
+
+def test_tokens_of_experts_count_for_themselves() -> None:
+    """What routing picked is no sequence, and has no directions."""
+    _, structure, _, _, walk = reversed_walk("qwen3_moe")
+    found = walk.run()
+    experts = [own for name, site in structure.sites.items() if site.kind == "experts" for own in found[name]]
+    others = [found[name][0] for name, site in structure.sites.items() if site.role in ("q", "o")]
+    reached = [own for own in experts if own.share]
+    assert reached and all(own.directions is None and own.of_weights is not None for own in reached)
+    assert others and all(own.directions is not None for own in others)
+
+
+def test_what_all_tokens_have_in_common_counts(tmp_path: Path) -> None:
+    """Where every token's input has a large common part, errors of what attention reads cost more than independent
+    tokens would: the divergence of a random change says so."""
+    cls, _ = model_of(Checkpoint.open(str(cached("gpt2", torch.float32))))
+    model = cls.from_pretrained(cached("gpt2", torch.float32), dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("ln_1.bias"):
+                value += 2 * torch.randn(value.shape, generator=generator)
+    model.save_pretrained(tmp_path)
+    _, structure, _, inputs, walk = reversed_walk("gpt2", batches=48, path=tmp_path)
+    found = walk.run()
+    for site in [site for site in structure.sites.values() if site.module.endswith("attn.c_attn")]:
+        module, (own, *_) = model.get_submodule(site.module), found[site.name]
+        change = torch.randn(site.rows, site.columns, generator=generator) * 0.003
+        independent = coherent = divergence = 0.0
+        assert own.of_weights is not None
+        for batch in inputs:
+            seen: list[Tensor] = []
+            hook = module.register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0]))
+            with torch.no_grad():
+                before = torch.log_softmax(model(**batch.inputs)["logits"], -1)
+                hook.remove()
+                module.weight += change.t()
+                after = torch.log_softmax(model(**batch.inputs)["logits"], -1)
+                module.weight -= change.t()
+            moved = (seen[0].reshape(-1, site.columns) @ change.T).square()
+            independent += float((moved @ own.outputs).sum()) / 2
+            coherent += float((moved @ own.of_weights).sum()) / 2
+            divergence += float((before.exp() * (before - after)).sum())
+        assert 0.75 < divergence / coherent < 1.33 and divergence / independent > 1.33, site.name
 
 
 def test_batches_of_several_matrices_are_added() -> None:

@@ -8,7 +8,7 @@ import torch
 from slimwright.calibrate.site_statistics import Apart
 from slimwright.calibrate.statistics import APART_SHARE, apart_documents, inputs_of
 from slimwright.calibrate.walk import Batch
-from slimwright.job.evaluator import Evaluator
+from slimwright.job.evaluator import Evaluator, small_batches
 from slimwright.job.gains import expected_gains
 from slimwright.job.losses import Scoring, loss_estimate
 from slimwright.job.options import option_costs
@@ -80,10 +80,41 @@ def test_documents_are_kept_apart_token_by_token():
 
 def test_few_documents_are_kept_apart_and_never_all():
     one = Batch({"input_ids": torch.zeros(8, 16)}, documents=("a",) * 8)
-    assert apart_documents([one]) == frozenset()
+    assert apart_documents([one], 1000) == frozenset()
     many = [Batch({"input_ids": torch.zeros(4, 16)}, documents=tuple(f"{i}-{k}" for k in range(4))) for i in range(30)]
-    chosen = apart_documents(many)
-    assert APART_SHARE * 120 <= len(chosen) <= 1.5 * APART_SHARE * 120 and chosen == apart_documents(many[::-1])
+    chosen = apart_documents(many, 10_000)
+    assert APART_SHARE * 120 <= len(chosen) <= 1.5 * APART_SHARE * 120 and chosen == apart_documents(many[::-1], 10_000)
+
+
+def test_what_is_apart_is_among_what_the_reverse_walk_reads():
+    many = [Batch({"input_ids": torch.zeros(4, 16)}, documents=tuple(f"{i}-{k}" for k in range(4))) for i in range(30)]
+    early = {f"{i}-{k}" for i in range(10) for k in range(4)}
+    chosen = apart_documents(many, 10 * 4 * 16)
+    assert len(chosen) >= APART_SHARE * 120 and chosen <= early
+    pieces = ((("a", 3), ("b", 2)), (("b", 1), ("c", 4)), (("c", 2), ("d", 3)))
+    joined = Batch({"input_ids": torch.zeros(3, 5, dtype=torch.int64)}, documents=("a", "b", "c"), pieces=pieces)
+    assert apart_documents([joined], 5) <= {"a", "b"}
+    for row, small in enumerate(small_batches([joined], 1, logits=5)):
+        assert torch.equal(small.tokens_of({"b", "d"}), joined.tokens_of({"b", "d"})[row : row + 1])
+
+
+def test_a_gain_on_directions_is_what_a_solver_leaves_on_them():
+    """Directions unlike the inputs: one that feedback cancels well, and others where it does worse than on inputs."""
+    seen, other = drawn(4000), drawn(700, seed=1)
+    common = seen.mean(0) + 3 * seen.std(0) * torch.randn(96, generator=torch.Generator().manual_seed(5))
+    seen, other = seen + common, other + common
+    weight = torch.randn(400, 96, generator=torch.Generator().manual_seed(2))
+    solver = method("quantize/gptq", grid=INT8, clip="none")
+    together = SiteStatistics.from_inputs(torch.cat([seen, other]))
+    stats = dataclasses.replace(together, apart=Apart(other, 700 / 4700))
+    plain = method("quantize/rtn", grid=INT8, clip="none").solve(weight, SiteStatistics.none()).dense() - weight
+    solved = solver.solve(weight, SiteStatistics.from_inputs(seen)).dense() - weight
+    gains = []
+    for directions in (other.mean(0, keepdim=True).repeat(4, 1), other - other.mean(0), other):
+        expected, measured = solver.expected_gain(stats, directions), on(directions, solved) / on(directions, plain)
+        assert expected == pytest.approx(measured, rel=0.15)
+        gains.append(expected)
+    assert gains[0] < 0.3 * gains[1]
 
 
 def test_measured_losses_have_the_solvers_gain(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from slimwright.calibrate.site_statistics import Apart
 from slimwright.checkpoint import CheckpointWriter
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.job.export import export
@@ -189,6 +191,29 @@ def test_losses_of_corrections_are_those_of_solving() -> None:
     found = low_rank_losses(choices, [base, 0.0, 0.0, 0.0], gptq, (96, 128), lambda: weight, stats, torch.ones(96))
     for place, choice in enumerate(choices[1:], 1):
         assert found[place] == pytest.approx(lost(choice.solver().solve(weight, stats).dense()), rel=0.15), choice.grid
+
+
+def test_factors_are_judged_on_what_they_were_not_made_of() -> None:
+    """Of few inputs, the spectrum under their Gram promises more than factors keep on others."""
+    generator = torch.Generator().manual_seed(0)
+    weight, mixing = torch.randn(96, 128, generator=generator), torch.randn(128, 128, generator=generator)
+    seen, apart, other = (
+        torch.randn(tokens, 128, generator=generator) * torch.logspace(0, -1, 128) @ mixing
+        for tokens in (120, 60, 3000)
+    )
+    together = SiteStatistics.from_inputs(torch.cat([seen, apart]))
+    stats = replace(together, apart=Apart(apart, 60 / 180))
+    choice = Assignment(grid="lowrank:r48:int4:g64", method="factorize/svd_llm")
+
+    def predicted(directions: torch.Tensor | None) -> float:
+        gptq = method("quantize/gptq", grid="int2:g64")
+        found = low_rank_losses([choice], [0.0], gptq, (96, 128), lambda: weight, stats, torch.ones(96), directions)
+        return found[0]
+
+    value = choice.solver().solve(weight, SiteStatistics.from_inputs(seen)).dense()
+    lost = float(((weight - value) @ other.t()).square().sum()) / len(other)
+    lost *= float(together.gram.diagonal().sum()) / (float(other.square().sum()) / len(other))
+    assert predicted(apart) == pytest.approx(lost, rel=0.2) and predicted(None) < 0.7 * lost
 
 
 def test_flat_noise_is_held_in_proportion_and_a_spike_at_once() -> None:

@@ -65,8 +65,8 @@ class Corrected(LowRankSolver):
     def prepare(self, stats: SiteStatistics) -> None:
         self.base.prepare(stats)
 
-    def expected_gain(self, stats: SiteStatistics) -> float:
-        return self.base.expected_gain(stats)
+    def expected_gain(self, stats: SiteStatistics, directions: Tensor | None = None) -> float:
+        return self.base.expected_gain(stats, directions)
 
     def for_role(self, role: str) -> WeightSolver:
         own = self.base.for_role(role)
