@@ -34,6 +34,7 @@ from slimwright.methods import SiteStatistics
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import KEEP, Assignment
 from slimwright.search.options import Option
+from slimwright.weights import Int
 
 SCORED_PRODUCTS = 5e10
 """Multiply-adds of one option over the whole model: larger models are scored on a share of every matrix's rows."""
@@ -46,6 +47,12 @@ REVERSE_LOGITS = 1 << 23
 
 REVERSE_BATCHES = 8
 """Batches that they are cut into where they have as many rows; from how these differ an error is told."""
+
+COARSE_BITS = 2
+"""Integer grids up to so many bits are tried on some rows to find what a solver gains on them."""
+
+TRIED_MATRICES = 4
+"""Experts of a site on which they are tried."""
 
 KEPT = Assignment(grid=KEEP)
 
@@ -211,7 +218,9 @@ class Probe:
         """
         choices = [option.choice for option in self.table[site.choice_group]]
         losses = [0.0] * len(choices)
+        tried: dict[int, list[float]] = {}
         matrices = len(statistics)
+        trials = set(evenly_spaced(matrices, TRIED_MATRICES).tolist())
         out = site.rows // matrices
         layer = _mean_gram(statistics)
         known = [s for s in own if s.share > 0]
@@ -242,14 +251,18 @@ class Probe:
                 else:
                     assert gram is not None
                     error = ((change @ gram) * change).sum(1).clamp_(min=0)
-                    losses[index] += float((error * outputs[rows]).sum()) * share * gains[index] * out / len(rows) / 2
-            if any(form_of(choice) is not None for choice in choices):  # never of embeddings or experts
-                solver, each = next(choice.solver() for choice in choices if choice.solved), outputs * share / 2
-                read = partial(matrix_of, self.source, site)
-                directions = sensitivity.directions
-                found = low_rank_losses(choices, losses, solver, site.weight_shape, read, stats, each, directions)
-                for index, loss in found.items():
-                    losses[index] = loss
+                    losses[index] += float((error * outputs[rows]).sum()) * share * out / len(rows) / 2
+                    if matrix in trials and (gain := _tried(choice, weight, change, stats, sensitivity, outputs[rows])):
+                        tried.setdefault(index, []).append(gain)
+        gained = {index: sum(found) / len(found) for index, found in tried.items()}
+        losses = [loss * gained.get(index, gains[index]) for index, loss in enumerate(losses)]
+        if any(form_of(choice) is not None for choice in choices):  # never of embeddings or experts
+            solver, one = next(choice.solver() for choice in choices if choice.solved), own[0]
+            read, each = partial(matrix_of, self.source, site), one.of_errors * one.share / 2
+            low_rank = low_rank_losses(
+                choices, losses, solver, site.weight_shape, read, statistics[0], each, one.directions
+            )
+            losses = [low_rank.get(index, loss) for index, loss in enumerate(losses)]
         return losses
 
     def _rows(self, out: int) -> Tensor:
@@ -293,6 +306,34 @@ class Probe:
             if name in self.table and name not in self.losses:
                 found = score_casts(self.source, name, [option.choice for option in self.table[name]])
                 self._settle(name, [None if loss is None else loss * rate for loss in found])
+
+
+def _tried(
+    choice: Assignment, weight: Tensor, change: Tensor, stats: SiteStatistics, sensitivity: Sensitivity, outputs: Tensor
+) -> float | None:
+    """What a choice's solver leaves of plain rounding's error ``change`` (n, in) of some rows, found by solving: on
+    a coarse grid what feedback adds to a weight is as large as the weight, and falls outside of the grid's range. None
+    on finer grids, and of solvers that say themselves what they gain.
+
+    Args:
+        outputs: (n,) how the rows count.
+    """
+    grid = choice.parsed_grid() if choice.solved else None
+    if stats.gram is None or not isinstance(grid, Int) or grid.bits > COARSE_BITS:
+        return None
+    solved = choice.solver().solve_apart(weight, stats)
+    if solved is None:
+        return None
+    gram, directions = stats.gram, sensitivity.directions
+    if directions is None and stats.apart is not None:
+        directions = stats.apart.inputs.float()
+
+    def cost(error: Tensor) -> float:
+        moved = (error @ gram) * error if directions is None else (error @ directions.t()).square()
+        return float(moved.sum(1) @ outputs)
+
+    plain = cost(change)
+    return cost(solved.dense() - weight) / plain if plain > 0 else None
 
 
 def _mean_gram(statistics: Sequence[SiteStatistics]) -> Tensor | None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from slimwright.errors import InputError
 from slimwright.methods.registry import SiteStatistics, WeightSolver
 from slimwright.weights import Quantized
 from slimwright.weights.feedback import feedback_gain, held_out_gain, round_with_feedback
+from slimwright.weights.grid import Params
 from slimwright.weights.ranges import fit_params
 
 
 class FeedbackSolver(WeightSolver):
-    """Solvers that work with a factor of the damped Gram, in an order of their own; ``solve`` fits the grid to the
-    weight as it was.
+    """Solvers that work with a factor of the damped Gram, in an order of their own; :meth:`rounded` fits the grid to
+    the weight as it was.
 
     Subclasses have the knobs ``damp`` (a fraction of the mean of H's diagonal) and ``clip`` (:func:`fit_params`).
     """
@@ -32,12 +35,30 @@ class FeedbackSolver(WeightSolver):
         return None
 
     def solve(self, weight: Tensor, stats: SiteStatistics) -> Quantized:
+        return self._solve(weight, stats)
+
+    def solve_apart(self, weight: Tensor, stats: SiteStatistics) -> Quantized | None:
+        return self._solve(weight, stats, rest=True)
+
+    def _solve(self, weight: Tensor, stats: SiteStatistics, rest: bool = False) -> Quantized:
+        """One pass of rounding.
+
+        Args:
+            rest: with the factor of what is not apart.
+        """
         weight, survey = self.checked(weight, stats)
+        assert stats.importance is not None
         order = self.column_order(stats)
-        factor, _ = stats.factor(self.damp, order)
-        params = fit_params(self.grid, weight, self.clip, stats.importance, survey)
-        values, params = round_with_feedback(self.grid, weight, factor, params, order=order)
+        factor, _ = stats.factor(self.damp, order, rest)
+        values, params = self.rounded(weight, survey, stats.importance, factor, order)
         return Quantized(self.grid, self.grid.encode(values, params), params)
+
+    def rounded(
+        self, weight: Tensor, survey: Any, importance: Tensor, factor: Tensor, order: Tensor | None
+    ) -> tuple[Tensor, Params]:
+        """The grid's values (rows, columns) float32, and their parameters."""
+        params = fit_params(self.grid, weight, self.clip, importance, survey)
+        return round_with_feedback(self.grid, weight, factor, params, order=order)
 
     def prepare(self, stats: SiteStatistics) -> None:
         if stats.gram is not None:

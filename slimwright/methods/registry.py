@@ -188,6 +188,11 @@ class WeightSolver(Method):
         """
         return 1.0
 
+    def solve_apart(self, weight: Tensor, stats: SiteStatistics) -> Compressed | None:
+        """:meth:`solve` for some rows (n, in) of a weight, without what the statistics keep apart, to be judged on it;
+        None of a solver whose :meth:`expected_gain` says all there is to say."""
+        return None
+
     def prepare(self, stats: SiteStatistics) -> None:
         """Compute what solving any rows with these statistics needs, so that it is done once, on all threads."""
         return

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from slimwright.errors import InputError
 from slimwright.methods.feedback import FeedbackSolver, importance_order
 from slimwright.methods.registry import SiteStatistics, knob, register
-from slimwright.weights import Grid, Int, Quantized
+from slimwright.weights import Grid, Int
 from slimwright.weights.feedback import round_with_feedback
 from slimwright.weights.grid import Params
 from slimwright.weights.ranges import fit_params
@@ -46,24 +47,18 @@ class GPTQ(FeedbackSolver):
         if self.act_order and not self.static_groups:
             raise InputError(f"{self.name}: act_order needs static_groups: a group's columns are not solved together.")
 
-    def solve(self, weight: Tensor, stats: SiteStatistics) -> Quantized:
-        weight, survey = self.checked(weight, stats)
-        importance = stats.importance
-        assert importance is not None
-        columns = weight.shape[1]
-        order = self.column_order(stats)
-        factor, _ = stats.factor(self.damp, order)
-        params = None
+    def rounded(
+        self, weight: Tensor, survey: Any, importance: Tensor, factor: Tensor, order: Tensor | None
+    ) -> tuple[Tensor, Params]:
+        columns, params = weight.shape[1], None
         if self.static_groups or self.grid.fit_block(columns) >= columns:
             params = fit_params(self.grid, weight, self.clip, importance, survey)
 
         def fit(block: Tensor, positions: slice) -> Params:
             return fit_params(self.grid, block, self.clip, importance[positions])
 
-        values, params = round_with_feedback(
-            self.grid, weight, factor, fit if params is None else params, order=order, blocksize=self.blocksize
-        )
-        return Quantized(self.grid, self.grid.encode(values, params), params)
+        given = fit if params is None else params
+        return round_with_feedback(self.grid, weight, factor, given, order=order, blocksize=self.blocksize)
 
     def column_order(self, stats: SiteStatistics) -> Tensor | None:
         return importance_order(stats) if self.act_order else None
