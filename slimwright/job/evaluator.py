@@ -1,7 +1,9 @@
 """Evaluations: how far a model with some groups on grids is from the original, on the calibration's documents.
 
-A choice is carried out by plain rounding of the source, on the fly: what a solver with data would gain is not in it.
-Everything is counted, and written into the journal so that an interrupted job does not measure twice.
+Where the model's weights and Grams fit, a choice is carried out by its own solver, on one half of the calibration's
+batches, and judged on the other: what a solver gains is in it, and what it only fits to its own data is not. Larger
+models are rounded plainly, in tiles while they are multiplied. Everything is counted, and written into the journal so
+that an interrupted job does not measure twice.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,12 @@ from slimwright.checkpoint import Checkpoint, Journal
 from slimwright.errors import InputError
 from slimwright.evaluate.divergence import compare_logits
 from slimwright.job.build import Calibration
+from slimwright.job.parallel import in_order
 from slimwright.job.source import ParallelSource, PlainSource, planned_source
 from slimwright.job.walked import WalkedModel, walk_dtype
-from slimwright.job.weights import without_data
+from slimwright.job.walked_build import solved_parts
+from slimwright.job.weights import solve_rows, without_data
+from slimwright.methods import SiteStatistics, WeightSolver
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import Assignment
 
@@ -59,14 +64,16 @@ class Evaluator:
 
     Args:
         source: the model, seen through the edits of the job.
-        cap: bytes for the original's outputs and for rounded weights together. Weights are kept where the whole model
-            fits twice into half of it, else they are rounded anew in tiles whenever they are multiplied with.
+        cap: bytes for the original's outputs, for compressed weights and for Grams together. Weights are kept where the
+            whole model fits twice into half of it, and solved with data where all Grams with their factors fit into a
+            quarter; else they are rounded anew in tiles whenever they are multiplied with.
         journal: keeps every finished evaluation.
         step: called after each evaluation.
         seed: of the random choices of documents.
 
     Attributes:
         evaluations: so far, those of an earlier run of the job included.
+        solves: whether choices are carried out by solvers with data; else by plain rounding.
     """
 
     def __init__(
@@ -84,15 +91,19 @@ class Evaluator:
         self._walked = WalkedModel(source, structure, calibration)
         self._dtype = walk_dtype(source, structure)
         self._groups = structure.choice_groups()
-        width = outputs_a_token(structure)
-        most = min(EVALUATED_LOGITS, EVALUATED_TOKENS * width)
-        self._batches = list(small_batches(calibration.samples.batches, width, logits=most))
         self._journal, self._committed = journal, time.monotonic()
         self._known: dict[str, Measured] = {}
         weights = self._dtype.itemsize * sum(site.numel for site in structure.sites.values())
         self._stored_cap = cap // 2 if 2 * weights <= cap // 2 else 0
+        batches = calibration.samples.batches
+        self.solves = bool(self._stored_cap) and len(batches) > 1 and _gram_bytes(structure) <= cap // 4
+        width = outputs_a_token(structure)
+        most = min(EVALUATED_LOGITS, EVALUATED_TOKENS * width)
+        self._batches = list(small_batches(batches[1::2] if self.solves else batches, width, logits=most))
+        self._solved_on = replace(calibration, samples=replace(calibration.samples, batches=batches[::2]))
+        self._statistics: dict[str, list[SiteStatistics]] = {}
         self._stored: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
-        self._outputs_cap = cap // 2
+        self._outputs_cap = cap // 4 if self.solves else cap // 2
         self._outputs: dict[int, Judged] = {}
 
     @property
@@ -111,7 +122,9 @@ class Evaluator:
         Raises:
             InputError: a group that the model does not have.
         """
-        made = {group: plainly(choice) for group, choice in choices.items() if group not in self._structure.castable}
+        made = {group: choice for group, choice in choices.items() if group not in self._structure.castable}
+        if not self.solves:
+            made = {group: plainly(choice) for group, choice in made.items()}
         if unknown := [group for group in made if group not in self._groups]:
             raise InputError(f"'{unknown[0]}' is no group of this model.")
         made = {group: choice for group, choice in made.items() if not choice.kept}
@@ -206,8 +219,11 @@ class Evaluator:
             self._stored.move_to_end(key)
             return self._stored[key]
         place = self._walked.sources[site.name]
-        place.current = self._made(site, choice)
-        place.hold(self._dtype)
+        if choice is not None and choice.solved and choice.solver().needs:
+            place.held = self._solved(site, choice.solver().for_role(site.role))
+        else:
+            place.current = self._made(site, choice)
+            place.hold(self._dtype)
         assert place.held is not None
         self._stored[key] = place.held
         size = sum(tensor.numel() * tensor.element_size() for tensor in self._stored.values())
@@ -215,6 +231,33 @@ class Evaluator:
             _, oldest = self._stored.popitem(last=False)
             size -= oldest.numel() * oldest.element_size()
         return place.held
+
+    def _solved(self, site: Site, solver: WeightSolver) -> Tensor:
+        """(rows, columns), what a solver makes of a site on the original's statistics; of what is only looked up and of
+        experts that saw too little, without data."""
+        if not self._statistics:
+            walked = WalkedModel(self._source, self._structure, self._solved_on)
+            for sites, collector in walked.collected(lambda unit: unit.sites):
+                self._statistics |= {own.name: collector.statistics(own) for own in sites}
+        found = self._statistics.get(site.name, [SiteStatistics.none()])
+        held = torch.empty(site.rows, site.columns, dtype=self._dtype)
+
+        def fill(part: tuple[slice, WeightSolver, SiteStatistics]) -> None:
+            rows, own, stats = part
+            held[rows] = solve_rows(self._source, site, own, rows, stats)[1].dense().to(self._dtype)
+
+        for _ in in_order(fill, solved_parts(self._source, site, solver, found)):
+            pass
+        return held
+
+
+def _gram_bytes(structure: Structure) -> int:
+    """Of the Grams of all distinct inputs, each with a factor."""
+    sizes: dict[str, int] = {}
+    for site in structure.sites.values():
+        matrices = site.rows // site.weight_shape[-2]
+        sizes[site.gram_group or site.name] = 2 * 4 * matrices * site.columns**2
+    return sum(sizes.values())
 
 
 def plainly(choice: Assignment) -> Assignment:

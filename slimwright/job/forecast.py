@@ -192,10 +192,11 @@ def forecast(
     if walks is not None and searched:
         phases["score"] = walks.probe + phases["score"]
     if evaluations.count:
-        # Every evaluation rounds what changed, and reads outputs as wide as the vocabulary in float64.
+        # Every evaluation solves what changed, and reads outputs as wide as the vocabulary in float64.
         products = 1.3 * parameters + 24 * vocabulary
         phases["score"] += evaluations.tokens * products / rates.multiply + evaluations.count * EVALUATION_SECONDS
-        phases["score"] += min(evaluations.count, 8) * weights / rates.score
+        phases["score"] += min(evaluations.count, 8) * weights / (rates.solve if solver.needs else rates.score)
+        phases["score"] += walks.fold if walks is not None and solver.needs else 0.0
     phases["build"] = weights / rates.solve + source.total_bytes / READ_RATE + budget / WRITE_RATE + 4 * overhead + 0.1
     if walks is not None and solver.needs:
         phases["build"] += walks.build

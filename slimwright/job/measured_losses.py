@@ -30,8 +30,8 @@ class MeasuredLoss(LossEstimate):
     """Each group alone at a few of its options, the others as they are: the measured KL, taken to add up over groups.
 
     Between the measured options the logarithm of the loss follows that of the error of the weights; beyond them it has
-    the slope 1. Weights are rounded plainly; what a solver with data gains over that is a factor from a walk's
-    statistics, as in ``sensitivity``.
+    the slope 1. Weights are solved as the evaluator does; of a model that it rounds plainly, what a solver with data
+    gains over that is a factor from a walk's statistics.
     """
 
     name = "measured"
@@ -48,8 +48,9 @@ class MeasuredLoss(LossEstimate):
 
     def score(self, given: Scoring) -> Scored:
         assert given.evaluator is not None
-        curves, errors = self.curves(given, given.evaluator())
-        return Scored(with_losses(given.options, gained(curves, gains_of(given)), errors))
+        evaluator = given.evaluator()
+        curves, errors = self.curves(given, evaluator)
+        return Scored(with_losses(given.options, gained(curves, gains_of(given, evaluator)), errors))
 
     def curves(self, given: Scoring, evaluator: Evaluator) -> tuple[dict[str, list[float | None]], dict[str, float]]:
         """Losses of every option by group, in nats, None for one that cannot hold the values; and the standard error
@@ -80,9 +81,12 @@ class MeasuredLoss(LossEstimate):
         return found, errors
 
 
-def gains_of(given: Scoring) -> dict[str, list[float]]:
-    """What the solver of every option is expected to leave of plain rounding's error, by group."""
+def gains_of(given: Scoring, evaluator: Evaluator) -> dict[str, list[float]]:
+    """What the solver of every option is expected to leave of the error that was measured, by group; nothing is in it
+    where solved weights were measured."""
     assert given.calibration is not None
+    if evaluator.solves:
+        return {}
     groups = given.structure.choice_groups()
     choices = {group: [o.choice for o in own] for group, own in given.options.items() if group in groups}
     return walked_gains(WalkedModel(given.source, given.structure, given.calibration), groups, choices)
@@ -91,7 +95,7 @@ def gains_of(given: Scoring) -> dict[str, list[float]]:
 def gained(
     losses: Mapping[str, Sequence[float | None]], gains: Mapping[str, Sequence[float]]
 ) -> dict[str, list[float | None]]:
-    """Losses of plain rounding as those of solvers; of groups without gains as they are."""
+    """Measured losses as those of solvers; of groups without gains as they are."""
     return {
         group: [None if loss is None else loss * gain for loss, gain in zip(own, gains[group], strict=True)]
         if group in gains
@@ -135,7 +139,7 @@ class PairLoss(LossEstimate):
     """The measured curves, and what two groups cost together beyond the sum of both: ``D_ij = L_ij - L_i - L_j``.
 
     Each group is taken once alone and once with every other (of blocks at most ``window`` apart, where that is given)
-    at its coarsest measured option, plainly rounded. What options at other losses add follows
+    at its coarsest measured option. What options at other losses add follows
     ``D_ij (l_i l_j / L_i L_j)^½``: the cross term of a quadratic form. The table is cut to ``options_kept`` options a
     group around the best allocation without pairs, which a milp of pairs can still solve.
     """
@@ -162,7 +166,8 @@ class PairLoss(LossEstimate):
         evaluator = given.evaluator()
         curves, errors = MeasuredLoss(levels=self.levels, evaluated=self.evaluated).curves(given, evaluator)
         plain, table = (
-            with_losses(given.options, losses, errors) for losses in (curves, gained(curves, gains_of(given)))
+            with_losses(given.options, losses, errors)
+            for losses in (curves, gained(curves, gains_of(given, evaluator)))
         )  # fmt: skip
         groups = given.structure.choice_groups()
         places = {

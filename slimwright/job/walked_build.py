@@ -182,16 +182,10 @@ class WalkedBuild:
         """The tiles of one site; ``found`` has statistics for each of its matrices, or one for all."""
         site, solver = unit.site, unit.solver()
         assert site is not None
-        state = survey(self.source, site, solver.form)
-        places = list(solved_ranges(site, solver))
-        if places[-1][0] + 1 != len(found):  # one expert's rows cannot be rounded without the next's
-            found = [SiteStatistics.none()] * (places[-1][0] + 1)
-        tiles: list[Tile] = []
-        for matrix, rows in places:
-            stats = found[matrix]
-            own = solver if stats.gram is not None else without_data(solver)
-            own.prepare(stats)
-            tiles.append(Tile(unit, rows, False, own, plain_rounding(own), stats.with_survey(state), digest=True))
+        tiles = [
+            Tile(unit, rows, False, own, plain_rounding(own), stats, digest=True)
+            for rows, own, stats in solved_parts(self.source, site, solver, found)
+        ]
         tiles[-1] = replace(tiles[-1], last=True)
         return tiles
 
@@ -223,6 +217,25 @@ class WalkedBuild:
         """Round sites without data."""
         for unit in units:
             self._write(self._tiles(unit, [SiteStatistics.none()]), finish, reason)
+
+
+def solved_parts(
+    source: Checkpoint, site: Site, solver: WeightSolver, found: Sequence[SiteStatistics]
+) -> Iterator[tuple[slice, WeightSolver, SiteStatistics]]:
+    """The tiles that a site is solved in, in order: their rows, what solves them, and what it is told; prepared.
+
+    Args:
+        found: statistics of each of the site's matrices, or one for all.
+    """
+    state = survey(source, site, solver.form)
+    places = list(solved_ranges(site, solver))
+    if places[-1][0] + 1 != len(found):  # one expert's rows cannot be rounded without the next's
+        found = [SiteStatistics.none()] * (places[-1][0] + 1)
+    for matrix, rows in places:
+        stats = found[matrix]
+        own = solver if stats.gram is not None else without_data(solver)
+        own.prepare(stats)
+        yield rows, own, stats.with_survey(state)
 
 
 def solved_ranges(site: Site, solver: WeightSolver) -> Iterator[tuple[int, slice]]:

@@ -57,9 +57,11 @@ def expected_kl(original, other, batches):
 
 @pytest.mark.parametrize("cap", [1 << 30, 1 << 17], ids=["weights kept", "weights streamed"])
 def test_equals_a_dense_model(cap, tmp_path):
+    """Data in one batch cannot be parted, so that even small models are rounded plainly."""
     path = tiny()
-    source, structure, calibration = setting(path, tmp_path)
+    source, structure, calibration = setting(path, tmp_path, 2048 if cap > 1 << 20 else 4096)
     evaluator = Evaluator(source, structure, calibration, cap)
+    assert not evaluator.solves
     groups = {GROUP: "int3:row", "model.embed_tokens": "int4:row"}
     found = evaluator({group: Assignment(grid=grid, method="quantize/gptq") for group, grid in groups.items()})
     original = changed(path, source, structure, {})
@@ -67,6 +69,34 @@ def test_equals_a_dense_model(cap, tmp_path):
     assert found.loss == pytest.approx(wanted, rel=1e-4)
     assert found.tokens == calibration.samples.tokens and 0 < found.error < found.loss
     assert evaluator({}).loss == 0 == evaluator({GROUP: Assignment(grid="keep")}).loss
+
+
+def test_small_models_are_solved_on_one_half_and_judged_on_the_other(tmp_path):
+    path = tiny()
+    source, structure, calibration = setting(path, tmp_path, 16_384)
+    evaluator = Evaluator(source, structure, calibration, 1 << 30)
+    found = evaluator({GROUP: INT3})
+    batches = calibration.samples.batches
+    assert evaluator.solves and len(batches) >= 4
+
+    model, original = (changed(path, source, structure, {}) for _ in range(2))
+    (site,) = structure.choice_groups()[GROUP]
+    module, seen = model.get_submodule(site.module), []
+    hook = module.register_forward_hook(lambda m, args, out: seen.append(args[0].reshape(-1, site.columns)))
+    with torch.no_grad():
+        for batch in batches[::2]:
+            run_forward(model, batch)
+    hook.remove()
+    stats = SiteStatistics.from_inputs(torch.cat(seen))
+    module.weight.data = INT3.solver().solve(module.weight.data.float(), stats).dense()
+    assert found.loss == pytest.approx(expected_kl(original, model, batches[1::2]), rel=0.01)
+    assert found.tokens == sum(batch.inputs["input_ids"].numel() for batch in batches[1::2])
+    plain = Assignment(grid="int3:row", method="quantize/rtn")
+    assert evaluator({GROUP: plain}).loss == pytest.approx(
+        expected_kl(original, changed(path, source, structure, {GROUP: "int3:row"}), batches[1::2]), rel=1e-4
+    )
+    looked_up = Assignment(grid="int4:row", method="quantize/gptq")
+    assert 0 < evaluator({"model.embed_tokens": looked_up}).loss < math.inf
 
 
 def test_counts_and_journals(tmp_path):
