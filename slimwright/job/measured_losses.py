@@ -139,7 +139,7 @@ class PairLoss(LossEstimate):
     """The measured curves, and what two groups cost together beyond the sum of both: ``D_ij = L_ij - L_i - L_j``.
 
     Each group is taken once alone and once with every other (of blocks at most ``window`` apart, where that is given)
-    at its coarsest measured option. What options at other losses add follows
+    at the coarsest option that stays in the table. What options at other losses add follows
     ``D_ij (l_i l_j / L_i L_j)^½``: the cross term of a quadratic form. The table is cut to ``options_kept`` options a
     group around the best allocation without pairs, which a milp of pairs can still solve.
     """
@@ -155,8 +155,8 @@ class PairLoss(LossEstimate):
 
     def evaluations(self, options: Options) -> int:
         own = [group for group, choices in options.items() if len(choices) > 1 and _lossy(choices)]
-        alone = MeasuredLoss(levels=self.levels).evaluations(options)
-        return alone + len(own) * (len(own) - 1) // 2
+        curves = MeasuredLoss(levels=self.levels).evaluations(options)
+        return curves + len(own) + len(own) * (len(own) - 1) // 2
 
     def tokens(self, available: int) -> int:
         return min(self.evaluated, available)
@@ -165,10 +165,7 @@ class PairLoss(LossEstimate):
         assert given.evaluator is not None
         evaluator = given.evaluator()
         curves, errors = MeasuredLoss(levels=self.levels, evaluated=self.evaluated).curves(given, evaluator)
-        plain, table = (
-            with_losses(given.options, losses, errors)
-            for losses in (curves, gained(curves, gains_of(given, evaluator)))
-        )  # fmt: skip
+        table = with_losses(given.options, gained(curves, gains_of(given, evaluator)), errors)
         groups = given.structure.choice_groups()
         places = {
             block.module: place
@@ -180,7 +177,8 @@ class PairLoss(LossEstimate):
             for group, options in table.items()
             if group in groups and (front := [o for o in options if o.loss > 0]) and len(options) > 1
         }
-        names, rounded = list(coarse), {option.key: option.loss for own in plain.values() for option in own}
+        names = list(coarse)
+        alone = {group: evaluator({group: option.choice}, self.evaluated).loss for group, option in coarse.items()}
         pairs: dict[tuple[str, str], float] = {}
         for place, first in enumerate(names):
             for second in names[place + 1 :]:
@@ -188,9 +186,9 @@ class PairLoss(LossEstimate):
                     continue
                 both: dict[str, Assignment] = {first: coarse[first].choice, second: coarse[second].choice}
                 loss = evaluator(both, self.evaluated).loss
-                alone = tuple(rounded[coarse[group].key] for group in (first, second))
-                if math.isfinite(loss) and min(alone) > LEAST:
-                    strength = (loss - sum(alone)) / math.sqrt(alone[0] * alone[1])
+                apart = alone[first], alone[second]
+                if all(map(math.isfinite, (loss, *apart))) and min(apart) > LEAST:
+                    strength = (loss - sum(apart)) / math.sqrt(apart[0] * apart[1])
                     for a in table[first]:
                         for b in table[second]:
                             pairs[a.key, b.key] = strength * math.sqrt(a.loss * b.loss)
