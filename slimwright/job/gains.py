@@ -10,6 +10,10 @@ from slimwright.job.walked import WalkedModel
 from slimwright.methods import SiteStatistics
 from slimwright.model.structure import Site
 from slimwright.plan import Assignment
+from slimwright.weights import Int
+
+COARSE_BITS = 2
+"""Integer grids up to so many bits are tried."""
 
 
 def expected_gains(
@@ -31,6 +35,36 @@ def expected_gains(
         return known[solver.spec]
 
     return [gain(choice) if seen and choice.solved else 1.0 for choice in choices]
+
+
+def tried_gain(
+    choice: Assignment, weight: Tensor, change: Tensor, stats: SiteStatistics, directions: Tensor | None, rows: Tensor
+) -> float | None:
+    """What a choice's solver leaves of plain rounding's error, found by solving some rows: on a coarse grid what
+    feedback adds to a weight is as large as the weight, and falls outside of the grid's range. None on finer grids, and
+    of solvers that say themselves what they gain.
+
+    Args:
+        weight, change: (n, in) float32, the rows and what plain rounding does to them.
+        directions: as of :func:`expected_gains`; None: the inputs that are apart, if there are any.
+        rows: (n,) how they count.
+    """
+    grid = choice.parsed_grid() if choice.solved else None
+    if stats.gram is None or not isinstance(grid, Int) or grid.bits > COARSE_BITS:
+        return None
+    solved = choice.solver().solve_apart(weight, stats)
+    if solved is None:
+        return None
+    gram = stats.gram
+    if directions is None and stats.apart is not None:
+        directions = stats.apart.inputs.float()
+
+    def cost(error: Tensor) -> float:
+        moved = (error @ gram) * error if directions is None else (error @ directions.t()).square()
+        return float(moved.sum(1) @ rows)
+
+    plain = cost(change)
+    return cost(solved.dense() - weight) / plain if plain > 0 else None
 
 
 def walked_gains(

@@ -23,7 +23,7 @@ from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.job.build import Calibration
 from slimwright.job.evaluator import outputs_a_token, small_batches
-from slimwright.job.gains import expected_gains
+from slimwright.job.gains import expected_gains, tried_gain
 from slimwright.job.low_rank import form_of, low_rank_losses
 from slimwright.job.options import chosen_rows, evenly_spaced, matrix_of, score_casts
 from slimwright.job.parallel import in_order
@@ -34,7 +34,6 @@ from slimwright.methods import SiteStatistics
 from slimwright.model.structure import Site, Structure
 from slimwright.plan import KEEP, Assignment
 from slimwright.search.options import Option
-from slimwright.weights import Int
 
 SCORED_PRODUCTS = 5e10
 """Multiply-adds of one option over the whole model: larger models are scored on a share of every matrix's rows."""
@@ -48,11 +47,8 @@ REVERSE_LOGITS = 1 << 23
 REVERSE_BATCHES = 8
 """Batches that they are cut into where they have as many rows; from how these differ an error is told."""
 
-COARSE_BITS = 2
-"""Integer grids up to so many bits are tried on some rows to find what a solver gains on them."""
-
 TRIED_MATRICES = 4
-"""Experts of a site on which they are tried."""
+"""Experts of a site on which coarse grids are tried."""
 
 KEPT = Assignment(grid=KEEP)
 
@@ -252,7 +248,10 @@ class Probe:
                     assert gram is not None
                     error = ((change @ gram) * change).sum(1).clamp_(min=0)
                     losses[index] += float((error * outputs[rows]).sum()) * share * out / len(rows) / 2
-                    if matrix in trials and (gain := _tried(choice, weight, change, stats, sensitivity, outputs[rows])):
+                    gain = None
+                    if matrix in trials:
+                        gain = tried_gain(choice, weight, change, stats, sensitivity.directions, outputs[rows])
+                    if gain is not None:
                         tried.setdefault(index, []).append(gain)
         gained = {index: sum(found) / len(found) for index, found in tried.items()}
         losses = [loss * gained.get(index, gains[index]) for index, loss in enumerate(losses)]
@@ -306,34 +305,6 @@ class Probe:
             if name in self.table and name not in self.losses:
                 found = score_casts(self.source, name, [option.choice for option in self.table[name]])
                 self._settle(name, [None if loss is None else loss * rate for loss in found])
-
-
-def _tried(
-    choice: Assignment, weight: Tensor, change: Tensor, stats: SiteStatistics, sensitivity: Sensitivity, outputs: Tensor
-) -> float | None:
-    """What a choice's solver leaves of plain rounding's error ``change`` (n, in) of some rows, found by solving: on
-    a coarse grid what feedback adds to a weight is as large as the weight, and falls outside of the grid's range. None
-    on finer grids, and of solvers that say themselves what they gain.
-
-    Args:
-        outputs: (n,) how the rows count.
-    """
-    grid = choice.parsed_grid() if choice.solved else None
-    if stats.gram is None or not isinstance(grid, Int) or grid.bits > COARSE_BITS:
-        return None
-    solved = choice.solver().solve_apart(weight, stats)
-    if solved is None:
-        return None
-    gram, directions = stats.gram, sensitivity.directions
-    if directions is None and stats.apart is not None:
-        directions = stats.apart.inputs.float()
-
-    def cost(error: Tensor) -> float:
-        moved = (error @ gram) * error if directions is None else (error @ directions.t()).square()
-        return float(moved.sum(1) @ outputs)
-
-    plain = cost(change)
-    return cost(solved.dense() - weight) / plain if plain > 0 else None
 
 
 def _mean_gram(statistics: Sequence[SiteStatistics]) -> Tensor | None:

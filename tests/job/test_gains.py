@@ -9,7 +9,7 @@ from slimwright.calibrate.site_statistics import Apart
 from slimwright.calibrate.statistics import APART_SHARE, apart_documents, inputs_of
 from slimwright.calibrate.walk import Batch
 from slimwright.job.evaluator import Evaluator, small_batches
-from slimwright.job.gains import expected_gains
+from slimwright.job.gains import expected_gains, tried_gain
 from slimwright.job.losses import Scoring, loss_estimate
 from slimwright.job.options import option_costs
 from slimwright.job.walked import WalkedModel
@@ -50,6 +50,25 @@ def test_a_gain_is_what_a_solver_leaves_on_other_inputs(order):
     assert expected == pytest.approx(measured, rel=0.12)
     fitted = solver.expected_gain(SiteStatistics.from_inputs(seen))
     assert fitted < 0.87 * expected and on(seen, solved) / on(seen, plain) < 0.8 * measured
+
+
+@pytest.mark.parametrize("solver", ["gptq", "gptq,act_order=False,static_groups=False", "ldlq"])
+def test_coarse_grids_are_tried_without_what_is_apart(solver):
+    """Where feedback moves weights by more than the grid holds, a formula of errors of equal size says too little."""
+    seen, other = drawn(4000), drawn(700, seed=1)
+    weight = torch.randn(300, 96, generator=torch.Generator().manual_seed(2))
+    stats = SiteStatistics.from_inputs(torch.cat([seen, other]))
+    stats = dataclasses.replace(stats, apart=Apart(other, 700 / 4700))
+    coarse, fine = (Assignment(grid=f"int{bits}:row", method=f"quantize/{solver}") for bits in (2, 3))
+    plain = method("quantize/rtn", grid="int2:row").solve(weight, SiteStatistics.none()).dense() - weight
+    rows = torch.rand(300, generator=torch.Generator().manual_seed(3))
+    found = tried_gain(coarse, weight, plain, stats, None, rows)
+    solved = coarse.solver().solve(weight, SiteStatistics.from_inputs(seen)).dense() - weight
+    measured = ((solved @ other.t()).square().sum(1) @ rows) / ((plain @ other.t()).square().sum(1) @ rows)
+    assert found == pytest.approx(float(measured), rel=0.05)
+    assert coarse.solver().expected_gain(stats) < 0.8 * found
+    assert tried_gain(fine, weight, plain, stats, None, rows) is None
+    assert tried_gain(Assignment(grid="int2:row", method="quantize/rtn"), weight, plain, stats, None, rows) is None
 
 
 def test_what_is_apart_is_not_in_the_factor():
