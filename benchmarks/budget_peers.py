@@ -295,6 +295,8 @@ def missing(peer: str, model: str) -> str:
         return NO_GGUF[model]
     if peer == "llm-compressor" and model == "gpt2":
         return "the weights are no Linear modules"
+    if peer == "autoround" and model == "gpt2":
+        return "its files do not say which weights are stored transposed, so that they cannot be read"
     if peer == "autoround" and model == "minilm":
         return "not tried: it is made for decoders"
     if peer == "llama.cpp" and not (LLAMA_CPP / "llama-imatrix").exists():
