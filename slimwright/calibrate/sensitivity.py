@@ -65,6 +65,8 @@ class Sensitivity:
         directions: (:data:`DIRECTIONS`, in) float32, whose outer products have the mean ``Σ_r G_r G_rᵀ``, on any scale,
             with G_r a row's gradient over a sequence: of the documents that are apart, if there are any. None where
             sequences cannot be told apart.
+        removed: () float64, the mean over the tokens that it saw of the squared product of the output and its gradient:
+            twice what it costs a token if the output, bias included, is taken away. None where it was not asked for.
     """
 
     outputs: Tensor
@@ -73,6 +75,7 @@ class Sensitivity:
     of_weights: Tensor | None = None
     batches: Tensor | None = None
     directions: Tensor | None = None
+    removed: Tensor | None = None
 
     @property
     def of_errors(self) -> Tensor:
@@ -107,6 +110,7 @@ class _Squares:
         self._of_weights: Tensor | float = 0.0
         self._energy = 0.0
         self._directions: Tensor | None = None
+        self._removed: float | None = None
         self.batches: dict[int, float] = {}
 
     def add(self, gradient: Tensor, batch: Batch, index: int, entered: Tensor | None, sequences: bool = True) -> None:
@@ -125,6 +129,11 @@ class _Squares:
         if entered is not None and inputs is not None and len(inputs) == len(squares):
             square = self._add_of_weights(gradient, squares, batch, entered, inputs, sequences)
         self.batches[index] = self.batches.get(index, 0.0) + float(square.sum())
+
+    def add_removed(self, gradient: Tensor, batch: Batch, out: Tensor) -> None:
+        """Add what it costs a batch's tokens if the products (..., out) are taken away."""
+        products = (batch.counted(gradient.detach()).float() * batch.counted(out).float()).sum(1)
+        self._removed = (self._removed or 0.0) + float(products.double().square().sum())
 
     def add_looked_up(self, gradient: Tensor, batch: Batch, index: int, ids: Tensor) -> None:
         """Add a batch's rows looked up.
@@ -199,6 +208,11 @@ class _Squares:
         return (self._of_weights / self._energy).float()
 
     @property
+    def removed(self) -> Tensor | None:
+        """() float64, the mean over tokens; None where it was not asked for."""
+        return None if self._removed is None else torch.tensor(self._removed / max(1, self.tokens), dtype=torch.float64)
+
+    @property
     def directions(self) -> Tensor | None:
         """(:data:`DIRECTIONS`, in) float32; None where there are none."""
         return self._directions if self._directions is not None and self._directions.any() else None
@@ -239,6 +253,7 @@ class ReverseWalk:
         cap: bytes of what leaves the units that may be kept in memory; what is more goes to mapped files.
         scratch: directory of those files; None is the system's.
         apart: documents that say in which directions errors matter, since solvers are judged on these; none: all do.
+        removable: disk names of sites whose outputs may be taken away.
     """
 
     def __init__(
@@ -253,8 +268,10 @@ class ReverseWalk:
         cap: int | None = None,
         scratch: Path | None = None,
         apart: Collection[str] = (),
+        removable: Collection[str] = (),
     ) -> None:
         self._left = cap
+        self._removable = removable
         self._apart = apart
         self._scratch = scratch
         self.model = model
@@ -423,6 +440,9 @@ class ReverseWalk:
         squares = self._squares.setdefault((name, expert), _Squares(self._apart, self._draws))
         entered, one = self._entered.pop((name, expert), None), self.sources[name].site.kind != "experts"
         out.register_hook(lambda gradient: squares.add(gradient[..., part], batch, index, entered, one))
+        if name in self._removable:
+            given = out.detach()[..., part].clone()  # what comes after may change it in place
+            out.register_hook(lambda gradient: squares.add_removed(gradient[..., part], batch, given))
 
     def _watch_lookup(self, name: str, out: Tensor, ids: Any, part: slice) -> None:
         """Of an embedding: its rows looked up (ids a tensor), or the product of a head tied to it (ids a number)."""
@@ -469,6 +489,7 @@ class ReverseWalk:
             of_weights=squares.of_weights,
             batches=self._by_batch(squares),
             directions=squares.directions,
+            removed=squares.removed,
         )
 
     def _by_batch(self, squares: _Squares) -> Tensor:

@@ -4,7 +4,8 @@ the original model.
 An option's loss is half the mean of ``gradient² * change²`` over a site's outputs, summed over its rows: ``sum_r g_r
 (Δ_r H Δ_rᵀ) / 2`` nats of KL per token, with g the sensitivity of each output and H the Gram of the inputs. Rounding
 on the option's grid gives Δ; what the solver is expected to gain over rounding is a factor: what its feedback, made of
-all but some documents, leaves on those.
+all but some documents, leaves on those. Of a dropped output projection what is taken away is known token by token, and
+so is its product with the gradients: half the mean of its square, with nothing taken for independent but the tokens.
 """
 
 from __future__ import annotations
@@ -129,11 +130,12 @@ class Probe:
     def _sensitivities(self) -> Mapping[str, list[Sensitivity]]:
         """What the reverse walk finds, or found in an earlier job."""
         found = self.reuse.sensitivities()
-        if not found:
+        if not found or any(own.removed is None and own.share for name in self.zeroed for own in found.get(name, ())):
             walked, how = self.walked, self.calibration
             found = ReverseWalk(
                 walked.model, self.structure, walked.sources, self._few(), walked.hold, walked.release,
                 cap=how.hidden_cap, scratch=how.scratch, apart=walked.apart,
+                removable=self.zeroed,
             ).run()  # fmt: skip
             self.reuse.keep_sensitivities(found)
         return found
@@ -238,6 +240,9 @@ class Probe:
                 )
             for index, choice in enumerate(choices):
                 if choice.kept or form_of(choice) is not None:
+                    continue
+                if not choice.solved and site.name in self.zeroed and sensitivity.removed is not None:
+                    losses[index] += float(sensitivity.removed) * share / 2
                     continue
                 change = self._change(site, weight, choice)
                 if sensitivity.inputs is not None:

@@ -28,7 +28,7 @@ from slimwright.job.walked import WalkedModel
 from slimwright.plan import Edit
 from slimwright.search.options import Option
 
-PARTS = ("inputs", "of_weights", "batches", "directions")
+PARTS = ("inputs", "of_weights", "batches", "directions", "removed")
 """Tensors that a sensitivity may lack, in the order of its fields."""
 
 

@@ -225,6 +225,36 @@ def test_errors_of_weights_cost_by_the_weights_gradient_over_each_sequence(
     torch.testing.assert_close(looked_up.of_weights.double() * tokens, squares, rtol=1e-3, atol=1e-9)
 
 
+def test_what_taking_an_output_away_costs() -> None:
+    """The square of its product with its gradient, bias included; of those asked for alone."""
+    structure = discover(Checkpoint.open(str(cached("gpt2", torch.float32))))
+    sites = [site for site in structure.sites.values() if site.role in ("o", "down")]
+    source, _, cls, inputs, walk = reversed_walk("gpt2", removable={site.name for site in sites})
+    found = walk.run()
+    model = cls.from_pretrained(source.model_path, dtype=torch.float32).eval()
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, out: Tensor) -> None:
+        out.retain_grad()
+        seen[name] = out
+
+    for site in sites:
+        module = model.get_submodule(site.module)
+        module.register_forward_hook(lambda m, args, out, name=site.name: keep(name, out))
+    logits = model(**inputs[0].inputs)["logits"].flatten(0, 1)
+    chance = torch.softmax(logits.detach(), -1)
+    labels = torch.multinomial(chance, 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    assert len(sites) >= 4
+    for site in sites:
+        out, gradient = seen[site.name], seen[site.name].grad
+        assert gradient is not None and found[site.name][0].removed is not None
+        expected = (out.detach() * gradient).sum(-1).square().mean()
+        assert float(found[site.name][0].removed) == pytest.approx(float(expected), rel=1e-3)
+    others = [own for name, members in found.items() for own in members if name not in {site.name for site in sites}]
+    assert others and all(own.removed is None for own in others)
+
+
 def test_padding_counts_nowhere() -> None:
     walks = [reversed_walk("llama")[-1] for _ in range(2)]
     ids = walks[0].batches[0].inputs["input_ids"]
