@@ -225,10 +225,12 @@ def row_energy(gradient: Tensor, x: Tensor) -> Tensor:
         gradient: (tokens, out) float32 at the product.
         x: (tokens, in) float32.
     """
-    tokens, (outs, columns) = len(x), (gradient.shape[1], x.shape[1])
+    (tokens, columns), outs = x.shape, gradient.shape[1]
+    parts = gradient.split(max(1, GRADIENT_ELEMENTS // max(tokens, columns)), dim=1)
     if tokens * (outs + columns) < outs * columns:
-        return (gradient * ((x @ x.t()) @ gradient)).sum(0, dtype=torch.float64).clamp_(min=0)
-    parts = gradient.split(max(1, GRADIENT_ELEMENTS // columns), dim=1)
+        products = x @ x.t()
+        sums = [(products @ part).mul_(part).sum(0, dtype=torch.float64) for part in parts]
+        return torch.cat(sums).clamp_(min=0)
     return torch.cat([(part.t() @ x).square_().sum(1, dtype=torch.float64) for part in parts])
 
 
