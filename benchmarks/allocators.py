@@ -225,7 +225,7 @@ def table_rows(name: str, options: argparse.Namespace, folder: Path) -> list[Row
 
         chosen = search(table.table, subject.bytes_of(BITS) - subject.rest, solver, table.pairs, evaluate)
         seconds += time.perf_counter() - started
-        evaluates = solver.startswith("evolutionary") or loss in ("measured", "pairs")
+        evaluates = solver.startswith("evolutionary") or loss_estimate(loss).measures
         used = evaluator.evaluations if evaluates else before
         rows.append(
             {

@@ -125,10 +125,15 @@ class _Squares:
         gradient = gradient.detach()
         squares = batch.counted(gradient).float().square()
         square = self._add(squares)
-        inputs = None if entered is None else batch.counted(entered)
-        if entered is not None and inputs is not None and len(inputs) == len(squares):
-            square = self._add_of_weights(gradient, squares, batch, entered, inputs, sequences)
-        self.batches[index] = self.batches.get(index, 0.0) + float(square.sum())
+        if entered is not None and len(inputs := batch.counted(entered)) == len(squares):
+            energy = inputs.float().square().sum(1)
+            self._energy += float(energy.sum(dtype=torch.float64))
+            x = batch.by_rows(entered) if sequences else None
+            if x is None and sequences and entered.ndim >= 3:  # windows or crops: each is a sequence
+                x = entered.flatten(1, -2)
+            square = (energy @ squares).double() if x is None else self._of_sequences(gradient, batch, x)
+            self._of_weights = self._of_weights + square
+        self._add_to_batch(index, square)
 
     def add_removed(self, gradient: Tensor, batch: Batch, out: Tensor) -> None:
         """Add what it costs a batch's tokens if the products (..., out) are taken away."""
@@ -144,6 +149,7 @@ class _Squares:
         """
         gradient = gradient.detach()
         square = self._add(batch.counted(gradient).float().square())
+        self._energy = float(self.tokens)
         rows = batch.by_rows(gradient)
         if rows is not None and ids.numel() == rows.shape[0] * rows.shape[1]:
             mask = batch.masks.get(tuple(rows.shape[:2]))
@@ -153,9 +159,8 @@ class _Squares:
                 unique, places = looked.unique(return_inverse=True)
                 sums = own.new_zeros(len(unique), own.shape[1]).index_add_(0, places, own)
                 square += sums.square_().sum(0, dtype=torch.float64)
-        self._energy += len(batch.counted(gradient))
         self._of_weights = self._of_weights + square
-        self.batches[index] = self.batches.get(index, 0.0) + float(square.sum())
+        self._add_to_batch(index, square)
 
     def _add(self, squares: Tensor) -> Tensor:
         """Add squared gradients (tokens, out) at the outputs; their sum over the tokens."""
@@ -164,27 +169,20 @@ class _Squares:
         self.tokens += len(squares)
         return square
 
-    def _add_of_weights(
-        self, gradient: Tensor, squares: Tensor, batch: Batch, entered: Tensor, inputs: Tensor, sequences: bool
-    ) -> Tensor:
-        """Add squared gradients (out,) of the rows of the weight, which are returned."""
-        energy = inputs.float().square().sum(1)
-        self._energy += float(energy.sum(dtype=torch.float64))
-        x = batch.by_rows(entered) if sequences else None
-        if x is None and sequences and entered.ndim >= 3:  # windows or crops: each is a sequence
-            x = entered.flatten(1, -2)
-        if x is None:
-            square = (energy @ squares).double()
-        else:
-            g = gradient.reshape(*x.shape[:2], -1)
-            mask = batch.masks.get(tuple(x.shape[:2]))
-            if mask is not None:
-                g = g * mask[..., None]
-            square = torch.zeros(g.shape[-1], dtype=torch.float64)
-            for gradients, own in zip(g, x, strict=True):
-                square += row_energy(gradients.float(), own.float())
-            self._add_directions(g, batch, x)
-        self._of_weights = self._of_weights + square
+    def _add_to_batch(self, index: int, square: Tensor) -> None:
+        self.batches[index] = self.batches.get(index, 0.0) + float(square.sum())
+
+    def _of_sequences(self, gradient: Tensor, batch: Batch, x: Tensor) -> Tensor:
+        """(out,) float64, squared lengths of the rows of the weight's gradients over sequences (rows, tokens, in),
+        summed; adds to the directions."""
+        gradient = gradient.reshape(*x.shape[:2], -1)
+        mask = batch.masks.get(tuple(x.shape[:2]))
+        if mask is not None:
+            gradient = gradient * mask[..., None]
+        self._add_directions(gradient, batch, x)
+        square = torch.zeros(gradient.shape[-1], dtype=torch.float64)
+        for own, inputs in zip(gradient, x, strict=True):
+            square += row_energy(own.float(), inputs.float())
         return square
 
     def _add_directions(self, gradient: Tensor, batch: Batch, x: Tensor) -> None:

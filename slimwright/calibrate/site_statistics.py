@@ -34,6 +34,16 @@ class Apart:
     inputs: Tensor
     share: float
 
+    def take_from(self, gram: Tensor, order: Tensor | None = None) -> None:
+        """Take the inputs out of a Gram (in, in), in its memory.
+
+        Args:
+            order: (in,) in which it has the inputs; None: their own.
+        """
+        for part in self.inputs.split(SUBTRACTED_TOKENS):
+            x = part.float() if order is None else part.float()[:, order]
+            gram.addmm_(x.t(), x, alpha=-self.share / self.inputs.shape[0])
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SiteStatistics:
@@ -114,9 +124,7 @@ class SiteStatistics:
         if self.gram is None or self.apart is None:
             return self.gram
         rest = self.gram.clone()
-        for part in self.apart.inputs.split(SUBTRACTED_TOKENS):
-            inputs = part.float()
-            rest.addmm_(inputs.t(), inputs, alpha=-self.apart.share / self.apart.inputs.shape[0])
+        self.apart.take_from(rest)
         return rest
 
     def with_survey(self, survey: Any) -> SiteStatistics:
@@ -168,9 +176,8 @@ def _factor(gram: Tensor, damp: float, order: Tensor | None, apart: Apart | None
     failed = torch.empty((), dtype=torch.int32)
     for _ in range(60):
         lower = _reordered(gram, backwards).t()  # symmetric; stored by columns it is factorized where it lies
-        for part in parts:
-            inputs = part.float()[:, backwards]
-            lower.t().addmm_(inputs.t(), inputs, alpha=-weight)
+        if apart is not None:
+            apart.take_from(lower.t(), backwards)
         lower.diagonal().copy_(diagonal + damping)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed and torch.isfinite(lower.diagonal()).all():

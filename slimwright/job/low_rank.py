@@ -112,14 +112,14 @@ def low_rank_losses(
     alone = {place: form.rank for place, form in forms.items() if form.base is None}
     if alone:
         weight, outputs = read(), outputs.float()
-        judged = stats.gram is not None and directions is not None
-        factors = spectrum(weight, stats.gram_of_rest() if judged else stats.gram, torch.float32)
+        factors = spectrum(weight, stats.gram if directions is None else stats.gram_of_rest(), torch.float32)
         energy = outputs @ factors.outputs
         total, held = float(energy.sum()), energy.cumsum(0)
         for place, rank in alone.items():
             kept = float(held[min(rank, len(held)) - 1])
-            left = max(0.0, total - kept)
-            if stats.gram is not None and directions is not None:
+            if stats.gram is None or directions is None:
+                left = max(0.0, total - kept)
+            else:
                 moved = weight @ directions.t() - factors.left[:, :rank] @ (factors.right[:rank] @ directions.t())
                 cost = float(outputs @ moved.square().sum(1)) / float(directions.square().sum())
                 left = cost * float(stats.gram.diagonal().sum())

@@ -253,10 +253,8 @@ class Probe:
                     assert gram is not None
                     error = ((change @ gram) * change).sum(1).clamp_(min=0)
                     losses[index] += float((error * outputs[rows]).sum()) * share * out / len(rows) / 2
-                    gain = None
-                    if matrix in trials:
-                        gain = tried_gain(choice, weight, change, stats, sensitivity.directions, outputs[rows])
-                    if gain is not None:
+                    told = stats, sensitivity.directions, outputs[rows]
+                    if matrix in trials and (gain := tried_gain(choice, weight, change, *told)) is not None:
                         tried.setdefault(index, []).append(gain)
         gained = {index: sum(found) / len(found) for index, found in tried.items()}
         losses = [loss * gained.get(index, gains[index]) for index, loss in enumerate(losses)]

@@ -283,6 +283,19 @@ def test_tokens_of_experts_count_for_themselves() -> None:
     assert others and all(own.directions is not None for own in others)
 
 
+def divergence_of(model: nn.Module, module: nn.Module, change: Tensor, batch: Batch) -> tuple[Tensor, float]:
+    """What a module is fed (tokens, in), and the summed KL of the model's output when its weight is changed."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_hook(lambda m, args, out: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        before = torch.log_softmax(model(**batch.inputs)["logits"], -1)
+        hook.remove()
+        module.weight += change
+        after = torch.log_softmax(model(**batch.inputs)["logits"], -1)
+        module.weight -= change
+    return seen[0], float((before.exp() * (before - after)).sum())
+
+
 def test_what_all_tokens_have_in_common_counts(tmp_path: Path) -> None:
     """Where every token's input has a large common part, errors of what attention reads cost more than independent
     tokens would: the divergence of a random change says so."""
@@ -302,18 +315,11 @@ def test_what_all_tokens_have_in_common_counts(tmp_path: Path) -> None:
         independent = coherent = divergence = 0.0
         assert own.of_weights is not None
         for batch in inputs:
-            seen: list[Tensor] = []
-            hook = module.register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0]))
-            with torch.no_grad():
-                before = torch.log_softmax(model(**batch.inputs)["logits"], -1)
-                hook.remove()
-                module.weight += change.t()
-                after = torch.log_softmax(model(**batch.inputs)["logits"], -1)
-                module.weight -= change.t()
-            moved = (seen[0].reshape(-1, site.columns) @ change.T).square()
+            seen, found_kl = divergence_of(model, module, change.t(), batch)
+            moved = (seen @ change.T).square()
             independent += float((moved @ own.outputs).sum()) / 2
             coherent += float((moved @ own.of_weights).sum()) / 2
-            divergence += float((before.exp() * (before - after)).sum())
+            divergence += found_kl
         assert 0.75 < divergence / coherent < 1.33 and divergence / independent > 1.33, site.name
 
 
@@ -341,17 +347,10 @@ def test_half_the_squared_change_is_the_kl_divergence() -> None:
         change = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(1)) * 0.01
         predicted = divergence = tokens = 0.0
         for batch in inputs:
-            seen: list[Tensor] = []
-            hook = module.register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0]))
-            with torch.no_grad():
-                before = torch.log_softmax(model(**batch.inputs)["logits"], -1)
-                hook.remove()
-                module.weight += change
-                after = torch.log_softmax(model(**batch.inputs)["logits"], -1)
-                module.weight -= change
-            moved = seen[0].reshape(-1, change.shape[1]) @ change.T
+            seen, found_kl = divergence_of(model, module, change, batch)
+            moved = seen @ change.T
             predicted += float((moved.square() @ found[key][0].outputs).sum()) / 2
-            divergence += float((before.exp() * (before - after)).sum())
+            divergence += found_kl
             tokens += moved.shape[0]
         ratios.append(predicted / divergence)
     assert all(0.4 < ratio < 2.5 for ratio in ratios), ratios
