@@ -297,8 +297,6 @@ def missing(peer: str, model: str) -> str:
         return "the weights are no Linear modules"
     if peer == "autoround" and model == "gpt2":
         return "its files do not say which weights are stored transposed, so that they cannot be read"
-    if peer == "autoround" and model == "minilm":
-        return "not tried: it is made for decoders"
     if peer == "llama.cpp" and not (LLAMA_CPP / "llama-imatrix").exists():
         return f"there is no {LLAMA_CPP / 'llama-imatrix'}"
     return ""

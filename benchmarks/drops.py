@@ -27,7 +27,6 @@ import slimwright
 from benchmarks.common import Row, exit_code, publish, scratch
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
-from slimwright.job.memory import MemoryWatch
 from slimwright.job.request import FitOptions
 from slimwright.job.running import measure_running
 from slimwright.model.discover import discover
@@ -128,9 +127,7 @@ def combined() -> list[Row]:
             out = folder / str(number)
             options = options if "plan" in options else {**options, "allow": ("drop",)}
             if "memory" in options:
-                beside = measure_running(
-                    folder / "0", FitOptions(source, context=options["context"]), MemoryWatch(None)
-                )
+                beside = measure_running(folder / "0", FitOptions(source, context=options["context"]), folder)
                 options["memory"] = f"{beside.anonymous + WEIGHTS_BYTES}B"
             report = slimwright.fit(source, str(out), calibration_tokens=CALIBRATION_TOKENS, quiet=True, **options)
             assigned = yaml.safe_load((out / "plan.yaml").read_text())

@@ -1,11 +1,12 @@
 """A model put on a grid by AutoRound, in its own environment: compress_autoround.py SPEC.json (compressing.py).
 
 Its defaults: 200 steps a block in batches of 8 sequences, symmetric groups of 128, every linear layer but the head;
-written in the layout of GPTQ checkpoints.
+written in the layout of GPTQ checkpoints. Rows of an encoder, which end with their document, are padded to one length.
 """
 
 import torch
 from compressing import Work
+from torch.nn.utils.rnn import pad_sequence
 
 BATCH = 8
 
@@ -15,9 +16,11 @@ def main() -> None:
     from auto_round import AutoRound
 
     work = Work()
-    rows = work.rows
+    rows = pad_sequence(work.rows, batch_first=True, padding_value=work.tokenizer.pad_token_id or 0)
+    real = torch.arange(rows.shape[1]) < torch.tensor([len(row) for row in work.rows])[:, None]
     data = [
-        {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in torch.stack(list(rows)).split(BATCH)
+        {"input_ids": part, "attention_mask": mask.long()}
+        for part, mask in zip(rows.split(BATCH), real.split(BATCH), strict=True)
     ]
     rounding = AutoRound(
         work.model, work.tokenizer, scheme=work.spec["scheme"], iters=200, batch_size=BATCH, nsamples=len(rows),

@@ -37,7 +37,7 @@ from slimwright.job.floors import Floor, Judged
 from slimwright.job.memory import MemoryWatch
 from slimwright.job.open import open_source
 from slimwright.job.request import FitOptions, FitReport, finished_report
-from slimwright.job.running import Running, check_running, first_guess, measure_running
+from slimwright.job.running import SMALL, Running, check_running, first_guess, measure_running
 from slimwright.model.discover import discover
 from slimwright.report import render_report
 from slimwright.sizes import parse_bytes
@@ -52,8 +52,8 @@ FIRST_WEIGHTS = 0.25
 """Share of a ``--memory``, without the KV cache, that the first candidate's weights have where the guess of what runs
 beside them leaves nothing."""
 
-LEAST_MEMORY_USED = 0.93
-"""Share of a ``--memory`` that a result uses at least."""
+LEAST_MEMORY_USED, MOST_MEMORY_AIMED = 0.93, 0.985
+"""Shares of a ``--memory`` that a result uses at least, and that a candidate after the first is to use."""
 
 FIRST_SHARE = 0.7
 """Predicted loss of the first candidate as a share of what the floors allow: measured losses were 1.1 to 1.4 times the
@@ -90,6 +90,12 @@ class Candidate:
     def kept(self) -> bool:
         """Whether it keeps every floor."""
         return all(one.met for one in self.judged)
+
+    @property
+    def total(self) -> int:
+        """Bytes that its run took."""
+        assert self.running is not None
+        return self.running.total
 
     @property
     def strain(self) -> float:
@@ -134,6 +140,30 @@ def next_loss(floors: Sequence[Floor], tried: Sequence[Candidate], last: bool) -
     return best.predicted * min(MOST_STEP, max(1 / MOST_STEP, factor))
 
 
+def weights_left(memory: int, ran: Sequence[Running], last: bool = False) -> int:
+    """Bytes that the next candidate's weights may have under a ``--memory``; not above 0 where nothing is left.
+
+    What runs of one result differ by is left free, as far as that leaves the candidate in the middle of what it may
+    use. Between one that took less and one that took more it is interpolated, since what runs beside weights depends on
+    their forms. If none has fitted, the last one leaves more: less used than it should be is better than nothing made.
+
+    Args:
+        ran: those that were tried, in order, before them the original if that was run.
+        last: no other will follow.
+    """
+    newest = ran[-1]
+    middle = (1 + LEAST_MEMORY_USED) / 2 * memory
+    aim = max(middle, MOST_MEMORY_AIMED * memory - newest.spread / 2)
+    if last and all(one.total > memory for one in ran):
+        aim = middle - newest.spread / 2
+    less = max((one for one in ran if one.total < aim), key=lambda one: one.total, default=None)
+    more = min((one for one in ran if one.total > aim), key=lambda one: one.total, default=None)
+    if less and more:
+        share = (aim - less.total) / (more.total - less.total)
+        return int(less.weights + share * (more.weights - less.weights))
+    return max(int(aim) - newest.anonymous, (memory - newest.anonymous) // 2)
+
+
 def _measured(journal: Journal) -> list[Candidate]:
     """The candidates that were measured, in order."""
     return [Candidate.from_json(journal.done[unit]) for unit in sorted(journal.done) if unit.startswith("measured-")]
@@ -170,6 +200,7 @@ class Confirmed:
         self.asked = asked
         self.watch = watch
         self.fit = fit
+        self.original: Running | None = None
         self.started = time.monotonic()
 
     def run(self) -> FitReport:
@@ -220,6 +251,7 @@ class Confirmed:
         """The best of at most three candidates."""
         asked = self.asked
         tried = _measured(journal)
+        self._run_original(held, source, journal)
         limits = self._limits(source, tried)
         while limits is not None and len(tried) < CANDIDATES:
             number = len(tried) + 1
@@ -238,6 +270,19 @@ class Confirmed:
         if not best.kept:
             raise QualityError(self._missed(held, tried, best))
         return best
+
+    def _run_original(self, held: Claim, source: Checkpoint, journal: Journal) -> None:
+        """Under a small ``--memory``, what a small model takes as it is. A first guess is as large as such a model, and
+        what runs beside weights grows with those that are kept."""
+        asked = self.asked
+        if asked.memory is None or max(source.total_bytes, parse_bytes(asked.memory, "--memory")) > SMALL:
+            return
+        if asked.cache is not None or source.quantization is not None:  # neither its cache nor its forms are theirs
+            return
+        if "original" not in journal.done:
+            journal.append("original", dataclasses.asdict(measure_running(source.path, asked, held.scratch)))
+            journal.commit()
+        self.original = Running(**journal.done["original"])
 
     def _limits(self, source: Checkpoint, tried: Sequence[Candidate]) -> dict[str, Any] | None:
         """Fields of the next candidate's request; None where there is nothing better to try."""
@@ -263,24 +308,18 @@ class Confirmed:
     def _memory_limits(self, source: Checkpoint, tried: Sequence[Candidate]) -> dict[str, Any] | None:
         assert self.asked.memory is not None
         memory = parse_bytes(self.asked.memory, "--memory")
-        if not tried:
-            cache, rest = first_guess(source, self.asked)
-            if cache >= memory:
-                raise InputError(
-                    f"--memory {self.asked.memory} cannot hold this model: the KV cache alone takes "
-                    f"{cache / 1e6:.3g} MB at this context."
-                )
-            left = memory - cache - rest
-            if left <= 0:  # a guess refuses nothing
-                left = int(FIRST_WEIGHTS * (memory - cache))
-        else:
-            newest = tried[-1].running
-            assert newest is not None
-            used = newest.total / memory
+        ran = [one for one in (self.original, *(candidate.running for candidate in tried)) if one is not None]
+        if tried:
+            used = tried[-1].total / memory
             most = used >= LEAST_MEMORY_USED or tried[-1].bytes >= source.total_bytes
             if most if used <= 1 else tried[-1].smallest:
                 return None
-            left = max(1, int(0.985 * memory) - newest.anonymous)
+        elif not ran:
+            cache, rest = first_guess(source, self.asked)
+            ran = [Running(0, 0, 0, cache, cache + rest)]
+        left = weights_left(memory, ran, last=len(tried) == CANDIDATES - 1)
+        if left <= 0:  # a guess refuses nothing
+            left = int(FIRST_WEIGHTS * (memory - ran[-1].cache)) if not tried else 1
         return {"size": f"{left}B"}
 
     def _measure(self, held: Claim, number: int, limits: dict[str, Any]) -> Candidate:
@@ -296,7 +335,7 @@ class Confirmed:
         data = report.data
         on = data.get("measured_on", {})
         judged = tuple(floor.judge(data["quality"], on, directory, job_time) for floor in self.floors)
-        running = None if asked.memory is None else measure_running(directory, asked, self.watch)
+        running = None if asked.memory is None else measure_running(directory, asked, held.scratch)
         predicted = data.get("search", {}).get("nats")
         return Candidate(number, data["size"]["after"], predicted, judged, running, smallest)
 
@@ -314,20 +353,20 @@ class Confirmed:
         """The smallest that keeps the floors (of a memory, the largest that fits), else the one that comes nearest."""
         if self.asked.memory is not None:
             memory = parse_bytes(self.asked.memory, "--memory")
-            fitting = [c for c in tried if c.running is not None and c.running.total <= memory]
+            fitting = [c for c in tried if c.total <= memory]
             if fitting:
                 return max(fitting, key=lambda c: c.bytes)
-            return min(tried, key=lambda c: c.running.total if c.running else 0)
+            return min(tried, key=lambda c: c.total)
         kept = [c for c in tried if c.kept]
         return min(kept, key=lambda c: c.bytes) if kept else min(tried, key=lambda c: c.strain)
 
     def _check_memory(self, best: Candidate) -> None:
         assert self.asked.memory is not None and best.running is not None
         memory = parse_bytes(self.asked.memory, "--memory")
-        if best.running.total > memory:
+        if best.total > memory:
             raise InputError(
                 f"--memory {self.asked.memory} is too little: the smallest candidate ran in "
-                f"{best.running.total / 1e6:.0f} MB ({best.bytes / 1e6:.0f} MB of weights, "
+                f"{best.total / 1e6:.0f} MB ({best.bytes / 1e6:.0f} MB of weights, "
                 f"{best.running.anonymous / 1e6:.0f} MB of KV cache and workspace)."
             )
 
@@ -388,7 +427,7 @@ class Confirmed:
         report["budget"] = {**report["budget"], "asked": asked.limit(), "bytes": limit}
         report["confirmation"] = {"chosen": best.number, "candidates": [candidate.to_json() for candidate in tried]}
         if best.running is not None:
-            report["running"] = dataclasses.asdict(best.running) | {"total": best.running.total}
+            report["running"] = dataclasses.asdict(best.running) | {"total": best.total}
         report["reproduce"] = asked.command()
         report["job"]["seconds"] = time.monotonic() - self.started
         report["job"]["evaluations"] *= len(tried)

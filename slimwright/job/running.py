@@ -12,7 +12,8 @@ import subprocess
 import sys
 import time
 import uuid
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from slimwright.job.memory import MemoryWatch, anonymous_bytes
 from slimwright.job.open import model_of
 from slimwright.job.request import FitOptions
 from slimwright.plan import KEEP
+from slimwright.sizes import parse_bytes
 
 USUAL_CONTEXT = 4096
 NEW_TOKENS = 4
@@ -33,6 +35,12 @@ NEW_TOKENS = 4
 
 MODULES = 60_000_000
 """Anonymous bytes that a loaded model's Python objects and torch's heap take, as a first guess (seen: 30 to 90 MB)."""
+
+SMALL = 150_000_000
+"""Bytes of a run below which what runs of one result differ by, 1 to 10 MB, is a part of it that counts."""
+
+RUNS = 5
+"""Runs of a small result."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,8 @@ class Running:
         context: tokens of a sequence; ``batch``: sequences.
         weights: the weight files, mapped.
         cache: keys and values (or states) at that context; they are part of ``anonymous``.
-        anonymous: peak of everything else: cache, workspace, objects.
+        anonymous: peak of everything else: cache, workspace, objects; of several runs the largest.
+        runs: how many; ``spread``: how far their peaks lie apart.
     """
 
     context: int
@@ -51,6 +60,8 @@ class Running:
     weights: int
     cache: int
     anonymous: int
+    runs: int = 1
+    spread: int = 0
 
     @property
     def total(self) -> int:
@@ -72,17 +83,24 @@ def context_of(config: Any, asked: FitOptions) -> tuple[int, int]:
 
 
 def check_running(source: Checkpoint, asked: FitOptions) -> None:
-    """Refuse before work what cannot run.
+    """Refuse before work what cannot run within ``--memory``.
 
     Raises:
-        InputError: more context than positions, or a model that reads no text.
+        InputError: more context than positions, a model that reads no text, or a cache that is larger than the memory.
     """
+    assert asked.memory is not None
     cls, config = model_of(source, asked.trust_remote_code)
     if cls.main_input_name != "input_ids":
         raise InputError(
             f"--memory runs a model on text, but {cls.__name__} reads '{cls.main_input_name}': give --size."
         )
     context_of(config, asked)
+    cache, _ = first_guess(source, asked)
+    if cache >= parse_bytes(asked.memory, "--memory"):
+        raise InputError(
+            f"--memory {asked.memory} cannot hold this model: the KV cache alone takes {cache / 1e6:.3g} MB at this "
+            "context."
+        )
 
 
 def first_guess(source: Checkpoint, asked: FitOptions) -> tuple[int, int]:
@@ -141,22 +159,36 @@ def cache_bytes(cls: Any, config: Any, context: int, batch: int, size: int, poli
     return total
 
 
-def measure_running(directory: Path, asked: FitOptions, watch: MemoryWatch) -> Running:
-    """Run a result at the context and batch that were asked for, in a fresh process.
+def measure_running(directory: Path, asked: FitOptions, scratch: Path) -> Running:
+    """Run a model at the context and batch that were asked for, in fresh processes: a small one :data:`RUNS` times,
+    since the addresses that the system draws decide what its heap can use again. What it takes is the model's, and
+    not counted as the job's.
+
+    Args:
+        scratch: where what the processes are told and answer is for a while.
 
     Raises:
-        SlimwrightError: the process failed.
+        SlimwrightError: a process failed.
     """
     source = Checkpoint.open(directory)
     config = model_of(source, asked.trust_remote_code)[1]
     context, batch = context_of(config, asked)
-    spec_path = directory.parent / f"running-{uuid.uuid4().hex}.json"
-    result = spec_path.with_suffix(".result")
     spec = {
         "directory": str(directory), "context": context, "batch": batch, "threads": torch.get_num_threads(),
-        "trust_remote_code": asked.trust_remote_code, "seed": asked.seed, "result": str(result),
+        "trust_remote_code": asked.trust_remote_code, "seed": asked.seed,
     }  # fmt: skip
-    spec_path.write_text(json.dumps(spec))
+    found = [_measured_once(spec, scratch)]
+    if found[0].total < SMALL:
+        with ThreadPoolExecutor(min(RUNS - 1, os.cpu_count() or 1)) as pool:
+            found += pool.map(lambda _: _measured_once(spec, scratch), range(RUNS - 1))
+    largest, smallest = max(one.anonymous for one in found), min(one.anonymous for one in found)
+    return replace(found[0], anonymous=largest, runs=len(found), spread=largest - smallest)
+
+
+def _measured_once(spec: dict[str, Any], scratch: Path) -> Running:
+    spec_path = scratch / f"running-{uuid.uuid4().hex}.json"
+    result = spec_path.with_suffix(".result")
+    spec_path.write_text(json.dumps(spec | {"result": str(result)}))
     environment = {**os.environ, "MALLOC_ARENA_MAX": "2", "TOKENIZERS_PARALLELISM": "false"}
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.pop("SLIMWRIGHT_CRASH_AT", None)
@@ -181,8 +213,8 @@ def measure_running(directory: Path, asked: FitOptions, watch: MemoryWatch) -> R
 
 
 def run(spec: dict[str, Any]) -> Running:
-    """Load and run one result; its cache at the end and its peak above a bare import."""
-    from slimwright.runtime.loading import load
+    """Load and run one model; its cache at the end and its peak above a bare import."""
+    from slimwright.runtime.loading import loaded
 
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(spec["seed"])
@@ -191,7 +223,7 @@ def run(spec: dict[str, Any]) -> Running:
     before = anonymous_bytes()
     context, batch = spec["context"], spec["batch"]
     with MemoryWatch(None) as watch, torch.inference_mode():
-        model = load(spec["directory"], trust_remote_code=spec["trust_remote_code"])
+        model = loaded(checkpoint, trust_remote_code=spec["trust_remote_code"])
         inner = model[0].auto_model if hasattr(model, "encode") else model
         vocabulary = inner.config.get_text_config().vocab_size
         cache = 0

@@ -36,13 +36,19 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
             f"'{directory}' was not written by slimwright: load it with from_pretrained, or compress it with "
             "`slimwright fit`."
         )
+    return loaded(checkpoint, **kwargs)
+
+
+def loaded(checkpoint: Checkpoint, **kwargs: Any) -> Any:
+    """As :func:`load`, of any checkpoint that transformers reads: what a result is compared with is loaded alike."""
     trusted = bool(kwargs.get("trust_remote_code"))
     if (checkpoint.path / "modules.json").exists():
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise InputError(
-                f"'{directory}' is a sentence-transformers directory: `pip install sentence-transformers` to load it."
+                f"'{checkpoint.path}' is a sentence-transformers directory: "
+                "`pip install sentence-transformers` to load it."
             ) from error
         kwargs.pop("trust_remote_code", None)
         return SentenceTransformer(str(checkpoint.path), model_kwargs=kwargs, trust_remote_code=trusted)

@@ -13,7 +13,7 @@ import pytest
 from slimwright.checkpoint import faults, weights_hash
 from slimwright.errors import InputError, QualityError
 from slimwright.job import candidates, parallel
-from slimwright.job.candidates import CANDIDATES, Candidate
+from slimwright.job.candidates import CANDIDATES, Candidate, weights_left
 from slimwright.job.fit import FitReport
 from slimwright.job.running import Running
 from tests.job.conftest import files, fitted, in_forked_child, tiny
@@ -108,7 +108,7 @@ def test_memory_of_the_running_result(tmp_path: Path, monkeypatch: pytest.Monkey
     """Weights take what the cache and the workspace leave; a wrong first guess is mended by what was measured."""
     ran: list[int] = []
 
-    def measured(directory: Path, asked: Any, watch: Any) -> Running:
+    def measured(directory: Path, asked: Any, scratch: Path) -> Running:
         weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
         ran.append(weights)
         return Running(64, 2, weights, 1_000_000, 6_000_000)
@@ -116,14 +116,14 @@ def test_memory_of_the_running_result(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(candidates, "measure_running", measured)
     monkeypatch.setattr(candidates, "first_guess", lambda source, asked: (45_000, 6_000_000))
     report = fitted(tiny(), tmp_path / "out", memory="6.09MB", context=64, batch=2, data="none")
-    assert len(ran) == 1 and ran[0] < 45_000
+    assert len(ran) == 2 and ran[1] < 45_000 < ran[0]  # a model so small is run as it is before anything is made of it
     assert 0.93 * 6.09e6 <= report["running"]["total"] <= 6.09e6
     assert report["running"]["total"] == report["running"]["weights"] + report["running"]["anonymous"]
     shutil.rmtree(tmp_path / "out")
     ran.clear()
     with pytest.raises(InputError, match=r"is too little: the smallest candidate ran in 6 MB"):
         fitted(tiny(), tmp_path / "out", memory="6.01MB", context=64, data="none")
-    assert len(ran) == 2 and ran[1] < ran[0]  # whole in a quarter of the memory, then the smallest
+    assert len(ran) == 2 and ran[1] < 45_000  # as it is, then the smallest
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,6 +133,38 @@ def test_a_guess_of_the_memory_refuses_nothing(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(candidates, "measure_running", lambda *_: Running(64, 2, 30_000, 1_000, 10_000))
     report = fitted(tiny(), tmp_path / "out", memory="40kB", context=64, batch=2, data="none")
     assert report["running"]["total"] == 40_000 and report["size"]["after"] < 40_000
+
+
+def ran(weights: int, beside: int, spread: int = 0) -> Running:
+    return Running(64, 1, weights, 0, beside, 5, spread)
+
+
+def test_the_weights_that_a_memory_leaves() -> None:
+    """To the next candidate, from runs that differ, and from forms that take more beside them than others."""
+    assert weights_left(100_000, [ran(60_000, 10_000)]) == 88_500  # 98.5 % of it
+    assert weights_left(100_000, [ran(60_000, 10_000, spread=2000)]) == 87_500
+    assert weights_left(100_000, [ran(60_000, 10_000, spread=9000)]) == 86_500  # the middle of what may be used
+    # Half of what was added to the weights came with as much beside them again: 98.5 % lies between.
+    assert weights_left(100_000, [ran(60_000, 20_000), ran(78_500, 38_500)]) == 69_250
+    # The last one leaves more where none has fitted.
+    tried = [ran(80_000, 30_000, 6000), ran(75_000, 28_000, 6000)]
+    assert weights_left(100_000, tried) == 68_500 and weights_left(100_000, tried, last=True) == 65_500
+
+
+def test_runs_that_differ_leave_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate whose run took too little, one whose run took too much: the third lies between."""
+    beside = iter((9_000, 5_000, 18_000, 8_000))  # of the original, then of the candidates
+
+    def measured(directory: Path, asked: Any, scratch: Path) -> Running:
+        weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+        return Running(64, 2, weights, 0, next(beside), 5, 12_000)
+
+    monkeypatch.setattr(candidates, "measure_running", measured)
+    report = fitted(tiny(), tmp_path / "out", memory="60kB", context=64, data="none")
+    first, second, third = report["confirmation"]["candidates"]
+    assert first["bytes"] < third["bytes"] < second["bytes"] and report["confirmation"]["chosen"] == 3
+    assert 0.93 * 60e3 <= report["running"]["total"] <= 60e3
+    assert report["running"]["runs"] == 5 and report["running"]["spread"] == 12_000
 
 
 def test_a_run_is_measured_in_a_fresh_process(tmp_path: Path) -> None:

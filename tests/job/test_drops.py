@@ -245,7 +245,7 @@ def test_a_search_drops_under_a_floor_and_a_memory_with_a_packed_cache(
 ) -> None:
     """The idle attention goes whatever limits the result; what the cache packs are the layers that are left."""
 
-    def running(directory: Path, asked: Any, watch: Any) -> Running:
+    def running(directory: Path, asked: Any, scratch: Path) -> Running:
         return Running(64, 1, Checkpoint.open(directory).total_bytes, 1000, 1_000_000)
 
     monkeypatch.setattr(candidates, "measure_running", running)
