@@ -49,8 +49,8 @@ CLOSE = 0.9
 """Share of what a floor allows, or of the memory, from which another candidate would save too little."""
 
 FIRST_WEIGHTS = 0.25
-"""Share of a ``--memory``, without the KV cache, that the first candidate's weights have where the guess of what runs
-beside them leaves nothing."""
+"""Share of a ``--memory``, without the KV cache, that the first candidate's weights have at least, whatever is guessed of
+what runs beside them."""
 
 LEAST_MEMORY_USED, MOST_MEMORY_AIMED = 0.93, 0.985
 """Shares of a ``--memory`` that a result uses at least, and that a candidate after the first is to use."""
@@ -141,7 +141,7 @@ def next_loss(floors: Sequence[Floor], tried: Sequence[Candidate], last: bool) -
 
 
 def weights_left(memory: int, ran: Sequence[Running], last: bool = False) -> int:
-    """Bytes that the next candidate's weights may have under a ``--memory``; not above 0 where nothing is left.
+    """Bytes that the next candidate's weights may have under a ``--memory``; below 1 where nothing is left.
 
     What runs of one result differ by is left free, as far as that leaves the candidate in the middle of what it may
     use. Between one that took less and one that took more it is interpolated, since what runs beside weights depends on
@@ -318,9 +318,10 @@ class Confirmed:
             cache, rest = first_guess(source, self.asked)
             ran = [Running(0, 0, 0, cache, cache + rest)]
         left = weights_left(memory, ran, last=len(tried) == CANDIDATES - 1)
-        if left <= 0:  # a guess refuses nothing
-            left = int(FIRST_WEIGHTS * (memory - ran[-1].cache)) if not tried else 1
-        return {"size": f"{left}B"}
+        share = int(FIRST_WEIGHTS * (memory - ran[-1].cache))
+        if not tried and (self.original is None or share < source.total_bytes):  # a guess refuses nothing
+            left = max(left, share)
+        return {"size": f"{max(1, left)}B"}
 
     def _measure(self, held: Claim, number: int, limits: dict[str, Any]) -> Candidate:
         """Make one candidate and measure it."""
