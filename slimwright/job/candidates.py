@@ -55,9 +55,6 @@ of what runs beside them."""
 LEAST_MEMORY_USED, MOST_MEMORY_AIMED = 0.93, 0.985
 """Shares of a ``--memory`` that a result uses at least, and that a candidate after the first is to use."""
 
-FAR = 0.1
-"""Share of the memory that is aimed at, from which on a candidate differs by its forms, not only by its size."""
-
 FIRST_SHARE = 0.7
 """Predicted loss of the first candidate as a share of what the floors allow: measured losses were 1.1 to 1.4 times the
 predicted ones (docs/search.md)."""
@@ -147,9 +144,8 @@ def weights_left(memory: int, ran: Sequence[Running], last: bool = False) -> int
     """Bytes that the next candidate's weights may have under a ``--memory``; below 1 where nothing is left.
 
     What runs of one result differ by is left free, as far as that leaves the candidate in the middle of what it may
-    use. From far off it is interpolated between one that took less and one that took more, since what runs beside
-    weights depends on their forms. If none has fitted, the last one leaves more: less used than it should be is better
-    than nothing made.
+    use. Between one that took less and one that took more it is interpolated, since what runs beside weights depends on
+    their forms. If none has fitted, the last one leaves more: less used than it should be is better than nothing made.
 
     Args:
         ran: those that were tried, in order, before them the original if that was run.
@@ -162,7 +158,7 @@ def weights_left(memory: int, ran: Sequence[Running], last: bool = False) -> int
         aim = middle - newest.spread / 2
     less = max((one for one in ran if one.total < aim), key=lambda one: one.total, default=None)
     more = min((one for one in ran if one.total > aim), key=lambda one: one.total, default=None)
-    if less and more and abs(newest.total - aim) > FAR * aim:
+    if less and more:
         share = (aim - less.total) / (more.total - less.total)
         return int(less.weights + share * (more.weights - less.weights))
     return max(int(aim) - newest.anonymous, (memory - newest.anonymous) // 2)
