@@ -100,7 +100,7 @@ FORMS = ("int4:g64", "int2:g64+lowrank:r16:int4:g64", "int3:g64", "lowrank:r64:i
 SEARCHES: dict[str, dict[str, Any]] = {
     "searched, --size 2.2bit": {"size": "2.2bit"},
     "searched, --keep kl:0.4": {"keep": ("kl:0.4",)},
-    "searched, --memory": {"memory": "", "context": 256},
+    "searched, --memory": {"memory": "", "context": 512, "batch": 4},
     "searched, --size 2.2bit --cache": {"size": "2.2bit", "cache": "cache/kivi,bits=4"},
 }
 CALIBRATION_TOKENS = 8192
@@ -127,7 +127,8 @@ def combined() -> list[Row]:
             out = folder / str(number)
             options = options if "plan" in options else {**options, "allow": ("drop",)}
             if "memory" in options:
-                beside = measure_running(folder / "0", FitOptions(source, context=options["context"]), folder)
+                like = FitOptions(source, context=options["context"], batch=options["batch"])
+                beside = measure_running(folder / "0", like, folder)
                 options["memory"] = f"{beside.anonymous + WEIGHTS_BYTES}B"
             report = slimwright.fit(source, str(out), calibration_tokens=CALIBRATION_TOKENS, quiet=True, **options)
             assigned = yaml.safe_load((out / "plan.yaml").read_text())
