@@ -367,8 +367,8 @@ class Confirmed:
         if best.total > memory:
             raise InputError(
                 f"--memory {self.asked.memory} is too little: the smallest candidate ran in "
-                f"{best.total / 1e6:.0f} MB ({best.bytes / 1e6:.0f} MB of weights, "
-                f"{best.running.anonymous / 1e6:.0f} MB of KV cache and workspace)."
+                f"{best.total / 1e6:.1f} MB ({best.bytes / 1e6:.1f} MB of weights, "
+                f"{best.running.anonymous / 1e6:.1f} MB of KV cache and workspace)."
             )
 
     def _missed(self, held: Claim, tried: Sequence[Candidate], best: Candidate) -> str:

@@ -121,7 +121,7 @@ def test_memory_of_the_running_result(tmp_path: Path, monkeypatch: pytest.Monkey
     assert report["running"]["total"] == report["running"]["weights"] + report["running"]["anonymous"]
     shutil.rmtree(tmp_path / "out")
     ran.clear()
-    with pytest.raises(InputError, match=r"is too little: the smallest candidate ran in 6 MB"):
+    with pytest.raises(InputError, match=r"is too little: the smallest candidate ran in 6\.0 MB"):
         fitted(tiny(), tmp_path / "out", memory="6.01MB", context=64, data="none")
     assert len(ran) == 2 and ran[1] < 45_000  # as it is, then the smallest
     assert list(tmp_path.iterdir()) == []
