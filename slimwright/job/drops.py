@@ -6,7 +6,6 @@ together.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -98,7 +97,10 @@ class _Tree:
             for name in rest
             if name not in self.structure.sites and name not in self.structure.ties
         )
-        left = entry_cost(TensorEntry(drop.mark, torch.uint8, (1,)), self.budget) if drop.mark else 0
+        if children:  # as much as its sublayers leave, which are dropped where no config can be without it
+            left = kept + sum(child.drop.cost for child in children)
+        else:
+            left = entry_cost(TensorEntry(drop.mark, torch.uint8, (1,)), self.budget) if drop.mark else 0
         option = Option(drop.name, DROP, left, 0.0, choice=drop)
         return Node(option, tuple(scope for scope in self.scopes(drop) if scope not in voided), tuple(children), kept)
 
@@ -147,7 +149,7 @@ def with_drop_losses(
         parts = [child.drop for child in children]
         if not children:
             parts = [zeroed[scope] for scope in node.scopes if scope in zeroed]
-        loss, error = math.fsum(part.loss for part in parts), math.fsum(part.error for part in parts)
+        loss, error = sum(part.loss for part in parts), sum(part.error for part in parts)  # in the order of a front
         return replace(node, drop=replace(node.drop, loss=loss, error=error), children=children)
 
     return plain, [known(node) for node in nodes]

@@ -99,7 +99,7 @@ def _front(node: Node, table: Table) -> _Front:
         whole = whole.joined(_Front.of(table[scope]))
     for child in node.children:
         whole = whole.joined(_front(child, table))
-    return whole.beside(_Front.of([node.drop]))
+    return _Front.of([node.drop]).beside(whole)  # of equals the drop: it leaves a model of less parts
 
 
 def reduced(table: Table, nodes: Sequence[Node]) -> dict[str, list[Option]]:

@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import slimwright
 from slimwright.checkpoint import Checkpoint, faults
-from slimwright.errors import InputError
+from slimwright.errors import BudgetError, InputError
 from slimwright.job import candidates, parallel
 from slimwright.job.fit import FitReport, fit
 from slimwright.job.open import open_source
@@ -200,6 +200,7 @@ def test_refuses_all_blocks_and_edits_of_two_kinds(tmp_path: Path) -> None:
 
 def test_a_crash_between_units_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "_pool", None)  # threads do not survive a fork
+    cached("qwen2", torch.float32)  # before a child would build it for itself
 
     def run(folder: str) -> FitReport:
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -260,6 +261,17 @@ def test_a_search_drops_under_a_floor_and_a_memory_with_a_packed_cache(
         assert len(report["cache"]["layers"]) == 1
         model = AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32)
         assert torch.isfinite(model(torch.arange(10, 22)[None]).logits).all()
+
+
+def test_the_smallest_size_there_can_be(idle_attention: str, tmp_path: Path) -> None:
+    """No config describes a model without blocks: all sublayers are dropped, and what that leaves was priced."""
+    with pytest.raises(BudgetError) as raised:
+        searched(idle_attention, tmp_path / "none", size="1B")
+    report = searched(idle_attention, tmp_path / "out", size=f"{raised.value.smallest}B")
+    assert report.out is not None and report["verified"]["ok"]
+    assert raised.value.smallest - 200 <= report["size"]["after"] <= raised.value.smallest
+    edits = yaml.safe_load((report.out / "plan.yaml").read_text())["edits"]
+    assert len(edits) == 2 * AutoConfig.from_pretrained(idle_attention).num_hidden_layers
 
 
 def test_a_rule_keeps_what_it_binds(idle_attention: str, tmp_path: Path) -> None:

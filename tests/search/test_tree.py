@@ -66,6 +66,14 @@ def test_finds_the_best_of_all_ways(seed: int, solver: str) -> None:
             assert ("mlp" in found.choices) != ({"g2", "g3"} <= found.choices.keys())
 
 
+def test_a_whole_part_goes_before_its_halves() -> None:
+    """At the same cost and loss."""
+    halves = tuple(Node(Option(name, DROP, 2, 0.5), (name[0],)) for name in ("attention", "mlp"))
+    table = {scope: [Option(scope, "int4", 50, 0.1)] for scope in ("a", "m")}
+    found = search_tree(table, [Node(Option("block", DROP, 4, 1.0), (), halves)], 4, search)
+    assert {name: option.label for name, option in found.choices.items()} == {"block": DROP}
+
+
 def test_without_nodes_it_is_the_solver() -> None:
     table = random_table(random.Random(3), 4)
     assert search_tree(table, [], 200, search) == search(table, 200)
