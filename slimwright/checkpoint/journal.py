@@ -3,7 +3,8 @@
 A line is the CRC-32 of its JSON in eight hex digits, a space, the JSON and a newline. The first says which job it is
 (`{"journal": 1, "key": ...}`), every other one which unit is done, with what later units need to know of it
 (`{"unit": ..., "payload": ...}`). Lines are only ever appended; a tail that a crash cut short or mixed up fails its
-checksum and is dropped when the journal is opened.
+checksum and is dropped when the journal is opened. All lines of a commit but its last say `"more": true`: of a commit
+that was cut short nothing counts, since what was found together may not be found again for a part of it.
 """
 
 import functools
@@ -38,7 +39,7 @@ class Journal:
         self.key = key
         self.done = done
         self._descriptor = descriptor
-        self._pending: list[tuple[str, Any, bytes]] = []
+        self._pending: list[tuple[str, Any]] = []
         self._lock = threading.Lock()
 
     @classmethod
@@ -73,9 +74,9 @@ class Journal:
 
     def append(self, unit: str, payload: Any = None) -> None:
         """Note that `unit` is finished; it counts from the next `commit` on. `payload` is any JSON value."""
-        line = _line({"unit": unit, "payload": payload})
+        copied = json.loads(json.dumps(payload, allow_nan=False))
         with self._lock:
-            self._pending.append((unit, json.loads(line[9:])["payload"], line))
+            self._pending.append((unit, copied))
 
     def commit(self) -> None:
         """Bring all appended units to the disk at once. SlimwrightError if the disk is full: then none is noted."""
@@ -83,7 +84,8 @@ class Journal:
             pending, self._pending = self._pending, []
             if not pending:
                 return
-            content = b"".join(line for _, _, line in pending)
+            records = [{"unit": unit, "payload": payload} for unit, payload in pending]
+            content = b"".join(_line(record | {"more": True}) for record in records[:-1]) + _line(records[-1])
             faults.reach("journal")
             faults.reach("torn-journal", lambda: os.write(self._descriptor, content[: len(content) // 2]))
             before = os.fstat(self._descriptor).st_size
@@ -97,7 +99,7 @@ class Journal:
                 raise SlimwrightError(
                     f"{shown(self.path)} cannot be written ({error.strerror}): free space, then run again to resume."
                 ) from error
-            self.done.update((unit, payload) for unit, payload, _ in pending)
+            self.done.update(pending)
             faults.reach("journal")
 
     def close(self) -> None:
@@ -156,9 +158,9 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def _read(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The whole records at the beginning of a journal, and how many bytes they are."""
+    """The records of the whole commits at the beginning of a journal, and how many bytes they are."""
     records: list[dict[str, Any]] = []
-    position = 0
+    position, whole, kept = 0, 0, 0
     while (end := content.find(b"\n", position)) >= 0:
         line = content[position:end]
         text = line[9:]
@@ -172,4 +174,6 @@ def _read(content: bytes) -> tuple[list[dict[str, Any]], int]:
             break
         records.append(record)
         position = end + 1
-    return records, position
+        if "more" not in record:
+            whole, kept = len(records), position
+    return records[:whole], kept

@@ -40,6 +40,23 @@ def test_a_tail_cut_at_any_byte_is_dropped(tmp_path: Path) -> None:
             assert journal.done["next"] == 1
 
 
+def test_a_commit_counts_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    """What was found together may not be found again for a part of it: a block's layers solved on one Gram."""
+    make(tmp_path / "j")
+    before = (tmp_path / "j").stat().st_size
+    with Journal.open(tmp_path / "j", "key") as journal:
+        for unit in "abc":
+            journal.append(unit, unit)
+        journal.commit()
+        assert list(journal.done)[3:] == ["a", "b", "c"]
+    whole = (tmp_path / "j").read_bytes()
+    for length in range(before, len(whole) + 1):
+        (tmp_path / "j").write_bytes(whole[:length])
+        with Journal.open(tmp_path / "j", "key") as journal:
+            assert len(journal.done) == (6 if length == len(whole) else 3)
+        assert (tmp_path / "j").stat().st_size == (len(whole) if length == len(whole) else before)
+
+
 def test_a_damaged_line_ends_the_journal(tmp_path: Path) -> None:
     lines = make(tmp_path / "j")
     lines[2] = lines[2].replace(b'"rank":1', b'"rank":7')
