@@ -146,9 +146,12 @@ def edit_plan(file: Path, choose: random.Random) -> None:
         )
         return
     value = yaml.safe_load(text)
-    for _ in range(choose.randint(1, 3)):
-        value = edit(value, choose)
-    file.write_bytes(yaml.safe_dump(value, allow_unicode=True).encode("utf-8", "surrogatepass"))
+    try:
+        for _ in range(choose.randint(1, 3)):
+            value = edit(value, choose)
+        file.write_bytes(yaml.safe_dump(value, allow_unicode=True).encode("utf-8", "surrogatepass"))
+    except RecursionError:  # a value too deep to be edited again, or written
+        return
 
 
 def prepare(kind: str, directory: Path, bases: Path, choose: random.Random, steps: list[Step]) -> tuple[str, list[str]]:
