@@ -34,6 +34,16 @@ class Apart:
     inputs: Tensor
     share: float
 
+    @property
+    def weight(self) -> float:
+        """What one of the inputs weighs in the Gram."""
+        return self.share / self.inputs.shape[0]
+
+    def take_from_diagonal(self, diagonal: Tensor) -> None:
+        """Take the inputs out of a Gram's diagonal (in,), in its memory."""
+        for part in self.inputs.split(SUBTRACTED_TOKENS):
+            diagonal -= part.float().square().sum(0) * self.weight
+
     def take_from(self, gram: Tensor, order: Tensor | None = None) -> None:
         """Take the inputs out of a Gram (in, in), in its memory.
 
@@ -42,7 +52,7 @@ class Apart:
         """
         for part in self.inputs.split(SUBTRACTED_TOKENS):
             x = part.float() if order is None else part.float()[:, order]
-            gram.addmm_(x.t(), x, alpha=-self.share / self.inputs.shape[0])
+            gram.addmm_(x.t(), x, alpha=-self.weight)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,10 +170,9 @@ class SiteStatistics:
 
 def _factor(gram: Tensor, damp: float, order: Tensor | None, apart: Apart | None = None) -> tuple[Tensor, float]:
     """:meth:`SiteStatistics.factor`, in the memory of one matrix beside the Gram."""
-    diagonal, parts = gram.diagonal().clone(), () if apart is None else apart.inputs.split(SUBTRACTED_TOKENS)
-    weight = 0.0 if apart is None else apart.share / apart.inputs.shape[0]
-    for part in parts:
-        diagonal -= part.float().square().sum(0) * weight
+    diagonal = gram.diagonal().clone()
+    if apart is not None:
+        apart.take_from_diagonal(diagonal)
     mean = float(diagonal.mean())
     if not math.isfinite(mean):
         raise InputError("The Gram holds NaN or Inf.")

@@ -37,7 +37,7 @@ from slimwright.job.floors import Floor, Judged
 from slimwright.job.memory import MemoryWatch
 from slimwright.job.open import open_source
 from slimwright.job.request import FitOptions, FitReport, finished_report
-from slimwright.job.running import SMALL, Running, check_running, first_guess, measure_running
+from slimwright.job.running import SMALL, Running, check_running, measure_running
 from slimwright.model.discover import discover
 from slimwright.report import render_report
 from slimwright.sizes import parse_bytes
@@ -200,6 +200,8 @@ class Confirmed:
         self.asked = asked
         self.watch = watch
         self.fit = fit
+        self.memory = None if asked.memory is None else parse_bytes(asked.memory, "--memory")
+        self.guess = (0, 0)
         self.original: Running | None = None
         self.started = time.monotonic()
 
@@ -213,7 +215,7 @@ class Confirmed:
         asked = self.asked
         source = open_source(asked.model)
         if asked.memory is not None:
-            check_running(source, asked)
+            self.guess = check_running(source, asked)
         self._check_tokens(source)
         if asked.dry_run:
             return self._forecast(source)
@@ -275,7 +277,7 @@ class Confirmed:
         """Under a small ``--memory``, what a small model takes as it is. A first guess is as large as such a model, and
         what runs beside weights grows with those that are kept."""
         asked = self.asked
-        if asked.memory is None or max(source.total_bytes, parse_bytes(asked.memory, "--memory")) > SMALL:
+        if self.memory is None or max(source.total_bytes, self.memory) > SMALL:
             return
         if asked.cache is not None or source.quantization is not None:  # neither its cache nor its forms are theirs
             return
@@ -287,8 +289,8 @@ class Confirmed:
     def _limits(self, source: Checkpoint, tried: Sequence[Candidate]) -> dict[str, Any] | None:
         """Fields of the next candidate's request; None where there is nothing better to try."""
         asked = self.asked
-        if asked.memory is not None:
-            return self._memory_limits(source, tried)
+        if self.memory is not None:
+            return self._memory_limits(source, tried, self.memory)
         if asked.size is not None or asked.grid is not None or asked.plan is not None:
             return None if tried else {}
         if not tried:
@@ -305,9 +307,7 @@ class Confirmed:
         near = min(abs(math.log(wanted / c.predicted)) for c in tried if c.predicted)
         return None if near < 0.02 and any(c.kept for c in tried) else {"predicted_loss": wanted}
 
-    def _memory_limits(self, source: Checkpoint, tried: Sequence[Candidate]) -> dict[str, Any] | None:
-        assert self.asked.memory is not None
-        memory = parse_bytes(self.asked.memory, "--memory")
+    def _memory_limits(self, source: Checkpoint, tried: Sequence[Candidate], memory: int) -> dict[str, Any] | None:
         ran = [one for one in (self.original, *(candidate.running for candidate in tried)) if one is not None]
         if tried:
             used = tried[-1].total / memory
@@ -315,8 +315,7 @@ class Confirmed:
             if most if used <= 1 else tried[-1].smallest:
                 return None
         elif not ran:
-            cache, rest = first_guess(source, self.asked)
-            ran = [Running(0, 0, 0, cache, cache + rest)]
+            ran = [Running(0, 0, 0, self.guess[0], sum(self.guess))]
         left = weights_left(memory, ran, last=len(tried) == CANDIDATES - 1)
         share = int(FIRST_WEIGHTS * (memory - ran[-1].cache))
         if not tried and (self.original is None or share < source.total_bytes):  # a guess refuses nothing
@@ -352,9 +351,8 @@ class Confirmed:
 
     def _best(self, tried: Sequence[Candidate]) -> Candidate:
         """The smallest that keeps the floors (of a memory, the largest that fits), else the one that comes nearest."""
-        if self.asked.memory is not None:
-            memory = parse_bytes(self.asked.memory, "--memory")
-            fitting = [c for c in tried if c.total <= memory]
+        if self.memory is not None:
+            fitting = [c for c in tried if c.total <= self.memory]
             if fitting:
                 return max(fitting, key=lambda c: c.bytes)
             return min(tried, key=lambda c: c.total)
@@ -362,9 +360,8 @@ class Confirmed:
         return min(kept, key=lambda c: c.bytes) if kept else min(tried, key=lambda c: c.strain)
 
     def _check_memory(self, best: Candidate) -> None:
-        assert self.asked.memory is not None and best.running is not None
-        memory = parse_bytes(self.asked.memory, "--memory")
-        if best.total > memory:
+        assert self.memory is not None and best.running is not None
+        if best.total > self.memory:
             raise InputError(
                 f"--memory {self.asked.memory} is too little: the smallest candidate ran in "
                 f"{best.total / 1e6:.1f} MB ({best.bytes / 1e6:.1f} MB of weights, "
@@ -424,7 +421,7 @@ class Confirmed:
         """A candidate's report as that of this job."""
         asked = self.asked
         tried = _measured(journal)
-        limit = best.bytes if asked.memory is None else parse_bytes(asked.memory, "--memory")
+        limit = best.bytes if self.memory is None else self.memory
         report["budget"] = {**report["budget"], "asked": asked.limit(), "bytes": limit}
         report["confirmation"] = {"chosen": best.number, "candidates": [candidate.to_json() for candidate in tried]}
         if best.running is not None:
@@ -440,8 +437,8 @@ class Confirmed:
         """What one candidate takes, times those that are measured at most."""
         asked = self.asked
         limits: dict[str, Any] = {}
-        if asked.memory is not None:
-            limits = self._memory_limits(source, []) or {}
+        if self.memory is not None:
+            limits = self._memory_limits(source, [], self.memory) or {}
         elif asked.size is None and asked.grid is None and asked.plan is None:
             limits = {"predicted_loss": first_loss(self.floors)}
         request = dataclasses.replace(asked, **limits, memory=None, context=None, batch=None, keep=())

@@ -134,8 +134,7 @@ class Probe:
             walked, how = self.walked, self.calibration
             found = ReverseWalk(
                 walked.model, self.structure, walked.sources, self._few(), walked.hold, walked.release,
-                cap=how.hidden_cap, scratch=how.scratch, apart=walked.apart,
-                removable=self.zeroed,
+                cap=how.hidden_cap, scratch=how.scratch, apart=walked.apart, removable=self.zeroed,
             ).run()  # fmt: skip
             self.reuse.keep_sensitivities(found)
         return found

@@ -82,8 +82,8 @@ def context_of(config: Any, asked: FitOptions) -> tuple[int, int]:
     return asked.context or min(USUAL_CONTEXT, longest or USUAL_CONTEXT), asked.batch or 1
 
 
-def check_running(source: Checkpoint, asked: FitOptions) -> None:
-    """Refuse before work what cannot run within ``--memory``.
+def check_running(source: Checkpoint, asked: FitOptions) -> tuple[int, int]:
+    """Refuse before work what cannot run within ``--memory``; :func:`first_guess` of what can.
 
     Raises:
         InputError: more context than positions, a model that reads no text, or a cache that is larger than the memory.
@@ -95,12 +95,13 @@ def check_running(source: Checkpoint, asked: FitOptions) -> None:
             f"--memory runs a model on text, but {cls.__name__} reads '{cls.main_input_name}': give --size."
         )
     context_of(config, asked)
-    cache, _ = first_guess(source, asked)
+    cache, rest = first_guess(source, asked)
     if cache >= parse_bytes(asked.memory, "--memory"):
         raise InputError(
             f"--memory {asked.memory} cannot hold this model: the KV cache alone takes {cache / 1e6:.3g} MB at this "
             "context."
         )
+    return cache, rest
 
 
 def first_guess(source: Checkpoint, asked: FitOptions) -> tuple[int, int]:
@@ -269,7 +270,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-__all__ = ["Running", "check_running", "context_of", "first_guess", "measure_running"]
+__all__ = ["Running", "check_running", "context_of", "measure_running"]
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv))

@@ -114,7 +114,7 @@ def test_memory_of_the_running_result(tmp_path: Path, monkeypatch: pytest.Monkey
         return Running(64, 2, weights, 1_000_000, 6_000_000)
 
     monkeypatch.setattr(candidates, "measure_running", measured)
-    monkeypatch.setattr(candidates, "first_guess", lambda source, asked: (45_000, 6_000_000))
+    monkeypatch.setattr("slimwright.job.running.first_guess", lambda source, asked: (45_000, 6_000_000))
     report = fitted(tiny(), tmp_path / "out", memory="6.09MB", context=64, batch=2, data="none")
     assert len(ran) == 2 and ran[1] < 45_000 < ran[0]  # a model so small is run as it is before anything is made of it
     assert 0.93 * 6.09e6 <= report["running"]["total"] <= 6.09e6
@@ -129,7 +129,7 @@ def test_memory_of_the_running_result(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_guess_of_the_memory_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it takes for too little is tried."""
-    monkeypatch.setattr(candidates, "first_guess", lambda source, asked: (1000, 6_000_000))
+    monkeypatch.setattr("slimwright.job.running.first_guess", lambda source, asked: (1000, 6_000_000))
     monkeypatch.setattr(candidates, "measure_running", lambda *_: Running(64, 2, 30_000, 1_000, 10_000))
     report = fitted(tiny(), tmp_path / "out", memory="40kB", context=64, batch=2, data="none")
     assert report["running"]["total"] == 40_000 and report["size"]["after"] < 40_000

@@ -250,7 +250,7 @@ def test_a_search_drops_under_a_floor_and_a_memory_with_a_packed_cache(
         return Running(64, 1, Checkpoint.open(directory).total_bytes, 1000, 1_000_000)
 
     monkeypatch.setattr(candidates, "measure_running", running)
-    monkeypatch.setattr(candidates, "first_guess", lambda source, asked: (0, 1_000_000))
+    monkeypatch.setattr("slimwright.job.running.first_guess", lambda source, asked: (0, 1_000_000))
     policy = "cache/kivi,bits=4,residual_length=32"
     for name, limit in {"floor": {"keep": ("kl:0.5",)}, "memory": {"memory": "1.05MB", "context": 64}}.items():
         report = searched(idle_attention, tmp_path / name, size=None, cache=policy, **limit)
