@@ -128,7 +128,7 @@ def combined() -> list[Row]:
             options = options if "plan" in options else {**options, "allow": ("drop",)}
             if "memory" in options:
                 like = FitOptions(source, context=options["context"], batch=options["batch"])
-                beside = measure_running(folder / "0", like, folder)
+                beside = measure_running(folder / "0", like, folder, low_memory=True)
                 options["memory"] = f"{beside.anonymous + WEIGHTS_BYTES}B"
             report = slimwright.fit(source, str(out), calibration_tokens=CALIBRATION_TOKENS, quiet=True, **options)
             assigned = yaml.safe_load((out / "plan.yaml").read_text())

@@ -124,12 +124,13 @@ class Plan(BaseModel):
     edits: list[Edit] = Field(default_factory=list)
     activations: dict[str, str] = Field(default_factory=dict)
     cache: dict[str, str] = Field(default_factory=dict)
+    low_memory: bool = False
     adapters: dict[str, Any] = Field(default_factory=dict)
     variants: dict[str, Any] = Field(default_factory=dict)
     heal: list[Any] = Field(default_factory=list)
 
     def to_yaml(self) -> str:
-        empty = ("edits", "activations", "cache", "adapters", "variants", "heal")
+        empty = ("edits", "activations", "cache", "low_memory", "adapters", "variants", "heal")
         data = {key: value for key, value in self.model_dump().items() if key not in empty or value}
         if self.edits:
             data["edits"] = [edit.written() for edit in self.edits]

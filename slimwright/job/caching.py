@@ -60,7 +60,7 @@ def cache_formats(
     packable = attention_layers(config)
     if 0 not in packable.values():
         raise InputError(refusal(config))
-    layers = _layer_names(config, structure)
+    layers = layer_names(config, structure)
     ordered = sorted(assignments.items(), key=lambda item: (sum(mark not in "*?[" for mark in item[0]), item[0]))
     chosen: dict[int, KvFormat] = {}
     for pattern, spec in ordered:
@@ -79,7 +79,7 @@ def cache_formats(
     return chosen
 
 
-def _layer_names(config: PretrainedConfig, structure: Structure) -> dict[str, int]:
+def layer_names(config: PretrainedConfig, structure: Structure) -> dict[str, int]:
     """Index in the cache by the block's module path."""
     count = len(DynamicCache(config=config).layers)
     stacks = [stack for stack in structure.stacks if len(stack.blocks) == count]
@@ -98,7 +98,7 @@ def written_formats(
         return dict(formats)
     gone = {drop.block for drop in view.blocks()}
     silent = {drop.block for drop in view.sublayers() if drop.attention}
-    layers = {index: name for name, index in _layer_names(model_of(source, trusted)[1], structure).items()}
+    layers = {index: name for name, index in layer_names(model_of(source, trusted)[1], structure).items()}
     kept = [index for index, name in layers.items() if name not in gone]
     return {new: formats[i] for new, i in enumerate(kept) if i in formats and layers[i] not in silent}
 
@@ -189,4 +189,12 @@ def outputs_with_cache(model: Any, formats: Mapping[int, KvFormat], inputs: Mapp
     return logits if set(formats) <= seen else None
 
 
-__all__ = ["cache_facts", "cache_formats", "check_cache", "outputs_with_cache", "parse_policy", "written_formats"]
+__all__ = [
+    "cache_facts",
+    "cache_formats",
+    "check_cache",
+    "layer_names",
+    "outputs_with_cache",
+    "parse_policy",
+    "written_formats",
+]

@@ -13,7 +13,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ from slimwright.evaluate.retrieval import QUERIES
 from slimwright.job import verify as verification
 from slimwright.job.floors import Floor, Judged
 from slimwright.job.memory import MemoryWatch
-from slimwright.job.open import open_source
-from slimwright.job.request import FitOptions, FitReport, finished_report
-from slimwright.job.running import SMALL, Running, check_running, measure_running
+from slimwright.job.open import model_of, open_source
+from slimwright.job.request import DEFAULT_SEARCH, FitOptions, FitReport, finished_report
+from slimwright.job.running import SMALL, Running, cache_by_block, check_running, context_of, measure_running
 from slimwright.model.discover import discover
 from slimwright.report import render_report
 from slimwright.sizes import parse_bytes
@@ -59,6 +60,9 @@ FIRST_SHARE = 0.7
 """Predicted loss of the first candidate as a share of what the floors allow: measured losses were 1.1 to 1.4 times the
 predicted ones (docs/search.md)."""
 
+ROUNDED, ROUNDING = "int4:row", "quantize/rtn"
+"""What a small model is plainly rounded to, and how, to see what it runs in."""
+
 MOST_STEP = 8.0
 """Factor by which the predicted loss changes from one candidate to the next, at most."""
 
@@ -76,6 +80,7 @@ class Candidate:
         predicted: its predicted loss; None where nothing was searched.
         judged: against every floor.
         running: memory of a run, where that is limited.
+        cached: bytes of keys and values that its limit counted beside the weights.
         smallest: whether no smaller one is possible.
     """
 
@@ -85,6 +90,7 @@ class Candidate:
     judged: tuple[Judged, ...] = ()
     running: Running | None = None
     smallest: bool = False
+    cached: int = 0
 
     @property
     def kept(self) -> bool:
@@ -110,7 +116,7 @@ class Candidate:
     def from_json(cls, found: dict[str, Any]) -> Candidate:
         judged = tuple(Judged(**one) for one in found["judged"])
         running = None if found["running"] is None else Running(**found["running"])
-        return cls(found["number"], found["bytes"], found["predicted"], judged, running, found["smallest"])
+        return cls(**{**found, "judged": judged, "running": running})
 
 
 def next_loss(floors: Sequence[Floor], tried: Sequence[Candidate], last: bool) -> float:
@@ -148,7 +154,7 @@ def weights_left(memory: int, ran: Sequence[Running], last: bool = False) -> int
     their forms. If none has fitted, the last one leaves more: less used than it should be is better than nothing made.
 
     Args:
-        ran: those that were tried, in order, before them the original if that was run.
+        ran: those that were tried, in order, before them what else was run.
         last: no other will follow.
     """
     newest = ran[-1]
@@ -162,6 +168,13 @@ def weights_left(memory: int, ran: Sequence[Running], last: bool = False) -> int
         share = (aim - less.total) / (more.total - less.total)
         return int(less.weights + share * (more.weights - less.weights))
     return max(int(aim) - newest.anonymous, (memory - newest.anonymous) // 2)
+
+
+def _with_cache(running: Running, cached: int) -> Running:
+    """A run whose keys and values count beside the weights, which a limit decides, not beside what comes on top."""
+    return dataclasses.replace(
+        running, weights=running.weights + cached, cache=running.cache - cached, anonymous=running.anonymous - cached
+    )  # fmt: skip
 
 
 def _measured(journal: Journal) -> list[Candidate]:
@@ -202,7 +215,10 @@ class Confirmed:
         self.fit = fit
         self.memory = None if asked.memory is None else parse_bytes(asked.memory, "--memory")
         self.guess = (0, 0)
-        self.original: Running | None = None
+        self.cached = 0
+        """Bytes of keys and values that the limits of candidates count, since drops free some of them."""
+        self.extremes: list[Running] = []
+        """Runs of what is no candidate."""
         self.started = time.monotonic()
 
     def run(self) -> FitReport:
@@ -216,6 +232,9 @@ class Confirmed:
         source = open_source(asked.model)
         if asked.memory is not None:
             self.guess = check_running(source, asked)
+            if "drop" in asked.families:
+                structure = discover(source, trust_remote_code=asked.trust_remote_code)
+                self.cached = sum(cache_by_block(source, structure, self._run_as(source)).values())
         self._check_tokens(source)
         if asked.dry_run:
             return self._forecast(source)
@@ -253,7 +272,7 @@ class Confirmed:
         """The best of at most three candidates."""
         asked = self.asked
         tried = _measured(journal)
-        self._run_original(held, source, journal)
+        self._run_extremes(held, source, journal)
         limits = self._limits(source, tried)
         while limits is not None and len(tried) < CANDIDATES:
             number = len(tried) + 1
@@ -273,18 +292,35 @@ class Confirmed:
             raise QualityError(self._missed(held, tried, best))
         return best
 
-    def _run_original(self, held: Claim, source: Checkpoint, journal: Journal) -> None:
-        """Under a small ``--memory``, what a small model takes as it is. A first guess is as large as such a model, and
-        what runs beside weights grows with those that are kept."""
-        asked = self.asked
+    def _run_extremes(self, held: Claim, source: Checkpoint, journal: Journal) -> None:
+        """Under a small ``--memory``, what a small model takes as it is and plainly rounded to 4 bits. A first guess is
+        as large as such a model, and what runs beside weights grows with those that stay in 16 bits."""
         if self.memory is None or max(source.total_bytes, self.memory) > SMALL:
             return
-        if asked.cache is not None or source.quantization is not None:  # neither its cache nor its forms are theirs
+        if source.quantization is not None:  # its forms are not theirs
             return
-        if "original" not in journal.done:
-            journal.append("original", dataclasses.asdict(measure_running(source.path, asked, held.scratch)))
+        if self.asked.cache is None:
+            self._run_once("original", journal, lambda: measure_running(source.path, self.asked, held.scratch, True))
+        with suppress(InputError):  # not every rule and shape can be so
+            self._run_once("rounded", journal, lambda: self._rounded(held))
+
+    def _run_once(self, name: str, journal: Journal, run: Callable[[], Running]) -> None:
+        """Measure something that is no candidate, or take what an earlier run of the job has measured."""
+        if name not in journal.done:
+            journal.append(name, dataclasses.asdict(run()))
             journal.commit()
-        self.original = Running(**journal.done["original"])
+        self.extremes.append(Running(**journal.done[name]))
+
+    def _rounded(self, held: Claim) -> Running:
+        directory = held.scratch / "rounded"
+        request = dataclasses.replace(
+            self._request({}), out=str(directory), grid=ROUNDED, method=ROUNDING, search=DEFAULT_SEARCH, loss=None,
+            folds=None, activations=None, allow=(), data="none", eval_tokens=64, eval_queries=None, quiet=True,
+        )  # fmt: skip
+        self.fit(request)
+        found = measure_running(directory, self.asked, held.scratch)
+        shutil.rmtree(directory)
+        return found
 
     def _limits(self, source: Checkpoint, tried: Sequence[Candidate]) -> dict[str, Any] | None:
         """Fields of the next candidate's request; None where there is nothing better to try."""
@@ -308,18 +344,18 @@ class Confirmed:
         return None if near < 0.02 and any(c.kept for c in tried) else {"predicted_loss": wanted}
 
     def _memory_limits(self, source: Checkpoint, tried: Sequence[Candidate], memory: int) -> dict[str, Any] | None:
-        ran = [one for one in (self.original, *(candidate.running for candidate in tried)) if one is not None]
+        ran = [_with_cache(one, self.cached) for one in self.extremes]
+        ran += [_with_cache(one.running, one.cached) for one in tried if one.running is not None]
         if tried:
             used = tried[-1].total / memory
             most = used >= LEAST_MEMORY_USED or tried[-1].bytes >= source.total_bytes
             if most if used <= 1 else tried[-1].smallest:
                 return None
         elif not ran:
-            ran = [Running(0, 0, 0, self.guess[0], sum(self.guess))]
+            ran = [_with_cache(Running(0, 0, 0, self.guess[0], sum(self.guess)), self.cached)]
         left = weights_left(memory, ran, last=len(tried) == CANDIDATES - 1)
-        share = int(FIRST_WEIGHTS * (memory - ran[-1].cache))
-        if not tried and (self.original is None or share < source.total_bytes):  # a guess refuses nothing
-            left = max(left, share)
+        if not tried and not self.extremes:  # a guess refuses nothing
+            left = max(left, int(FIRST_WEIGHTS * (memory - ran[-1].cache)))
         return {"size": f"{max(1, left)}B"}
 
     def _measure(self, held: Claim, number: int, limits: dict[str, Any]) -> Candidate:
@@ -328,7 +364,7 @@ class Confirmed:
         directory = self._directory(held, number)
         job_time = None if asked.job_time is None else asked.job_time - (time.monotonic() - self.started)
         request = dataclasses.replace(
-            asked, **limits, memory=None, context=None, batch=None, keep=(), out=str(directory), job_time=job_time,
+            self._request(limits), out=str(directory), job_time=job_time,
             published_as=asked.published_as or str(held.out),
         )  # fmt: skip
         report, smallest = self._fitted(request)
@@ -336,8 +372,19 @@ class Confirmed:
         on = data.get("measured_on", {})
         judged = tuple(floor.judge(data["quality"], on, directory, job_time) for floor in self.floors)
         running = None if asked.memory is None else measure_running(directory, asked, held.scratch)
-        predicted = data.get("search", {}).get("nats")
-        return Candidate(number, data["size"]["after"], predicted, judged, running, smallest)
+        searched = data.get("search", {})
+        cached = searched.get("cache_bytes", self.cached)
+        return Candidate(number, data["size"]["after"], searched.get("nats"), judged, running, smallest, cached)
+
+    def _request(self, limits: Mapping[str, Any]) -> FitOptions:
+        """What a candidate is asked as."""
+        asked = self.asked if self.memory is None else self._run_as(open_source(self.asked.model))
+        return dataclasses.replace(asked, **limits, memory=None, context=None, batch=None, keep=())
+
+    def _run_as(self, source: Checkpoint) -> FitOptions:
+        """What was asked, with the tokens and sequences that the result will hold."""
+        config = model_of(source, self.asked.trust_remote_code)[1]
+        return dataclasses.replace(self.asked, running=context_of(config, self.asked))
 
     def _fitted(self, request: FitOptions) -> tuple[FitReport, bool]:
         """A fit; where a memory leaves less to the weights than any choice takes, that of the smallest choice, which a
@@ -441,8 +488,7 @@ class Confirmed:
             limits = self._memory_limits(source, [], self.memory) or {}
         elif asked.size is None and asked.grid is None and asked.plan is None:
             limits = {"predicted_loss": first_loss(self.floors)}
-        request = dataclasses.replace(asked, **limits, memory=None, context=None, batch=None, keep=())
-        report, _ = self._fitted(request)
+        report, _ = self._fitted(self._request(limits))
         most = 1 if not limits else CANDIDATES
         forecast = report.data["forecast"]
         forecast["seconds"] *= most

@@ -10,7 +10,15 @@ from typing import Any
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.job.build import Calibration
-from slimwright.job.drops import kept_bytes, with_drop_choices, with_drop_losses, with_drops, zeroed_sites
+from slimwright.job.drops import (
+    freed,
+    kept_bytes,
+    with_cache,
+    with_drop_choices,
+    with_drop_losses,
+    with_drops,
+    zeroed_sites,
+)
 from slimwright.job.evaluator import Evaluator
 from slimwright.job.losses import LossEstimate, Probed, Scored, Scoring, loss_estimate
 from slimwright.job.probe import Probe
@@ -79,6 +87,7 @@ class Choosing:
         )  # fmt: skip
         self.nodes: Sequence[Node] = self.target.nodes
         self.rest = self.target.rest
+        self.held = self.target.held
         wanted = asked.data != "none" or bool(self.nodes)
         self.calibration = calibration() if wanted else None
         self.found = {k.removeprefix("score:"): v for k, v in self.journal.done.items() if k.startswith("score:")}
@@ -103,7 +112,8 @@ class Choosing:
         nats = 1.0 if estimate.nats else DATA_FREE_NATS / self.structure.parameters
         allocation, target = self._allocation(table, nodes, scored, nats)
         self.journal.commit()
-        limit = self.target.budget - self.rest if self.asked.predicted_loss is None else allocation.cost
+        cached = self.target.cached - freed(nodes, self.held, allocation.choices)
+        limit = self.target.budget - self.rest - cached if self.asked.predicted_loss is None else allocation.cost
         searched = {
             "solver": self.asked.search,
             "loss": estimate.spec,
@@ -113,6 +123,7 @@ class Choosing:
             "error": scored.error(allocation.choices.values()),
             "exact": allocation.exact,
             "evaluations": self.evaluations,
+            **({"cache_bytes": cached} if self.target.cached else {}),
             "curve": [list(point) for point in curve(reduced(table, nodes), self.rest)],
             "everywhere": [list(point) for point in everywhere(table, self.rest + kept_bytes(nodes))],
             "families": [list(point) for point in single_families(table, nodes, limit, self.rest)],
@@ -131,7 +142,7 @@ class Choosing:
             )
         if self.nodes and not apart:
             self.rest += kept_bytes(self.nodes)
-            self.nodes = ()
+            self.nodes, self.held = (), {}
             self.note("Nothing was dropped: what a drop costs is found block by block, and this model runs whole.")
         return estimate
 
@@ -212,7 +223,8 @@ class Choosing:
         if self.asked.predicted_loss is not None:
             allocation = smallest_for(reduced(table, nodes), self.asked.predicted_loss / nats, allocated)
             return search_tree(table, nodes, allocation.cost, allocated) if nodes else allocation, target.name
-        allocation = search_tree(table, nodes, target.budget - self.rest, allocated)
+        beside = self.rest + target.cached - sum(self.held.values())
+        allocation = search_tree(table, with_cache(nodes, self.held), target.budget - beside, allocated)
         if not target.alternatives:
             return allocation, target.name
         return for_others(allocation, table, target.budget, target.alternatives, self.asked.search, self.note)

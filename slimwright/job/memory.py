@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 import psutil
 
@@ -39,27 +39,8 @@ def memory_cap(asked: str | None) -> int:
     return int(psutil.virtual_memory().available * 0.8)
 
 
-def trim() -> None:
-    """Give freed heap pages back to the system, so that finished work does not count against the cap."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def reuse_freed_pages() -> None:
-    """Let the allocator keep what tiles free for the next tile, instead of giving it back and faulting it in again:
-    1.4 times the speed of solving on one core. :func:`trim` gives it back when a phase is over."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((_MMAP_THRESHOLD, 8 << 20), (_TRIM_THRESHOLD, 256 << 20), (_TOP_PAD, 16 << 20)):
-            libc.mallopt(parameter, value)
-
-
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-"""Parameters of glibc's mallopt."""
-
-
 class MemoryWatch:
-    """Samples this process and its :attr:`children` every 20 ms; remembers the peak above the start, enforces a cap.
+    """Samples this process and its :attr:`children`; remembers the peak above the start, enforces a cap.
 
     When the cap is passed, :attr:`exceeded` is set, the children are terminated, and the next :meth:`check` raises.
 
@@ -67,6 +48,9 @@ class MemoryWatch:
         children: process ids that whoever starts a process adds. They are not searched for: that reads every process
             of the machine, and a fifth of a core spent so held up the threads that solve.
     """
+
+    interval: ClassVar[float] = 0.02
+    """Seconds between samples."""
 
     def __init__(self, cap: int | None) -> None:
         self.cap = cap
@@ -77,8 +61,12 @@ class MemoryWatch:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="slimwright-memory", daemon=True)
 
+    def _used(self) -> int:
+        """Bytes above the start."""
+        return anonymous_bytes() + sum(map(anonymous_bytes, tuple(self.children))) - self.baseline
+
     def _sample(self) -> None:
-        used = anonymous_bytes() + sum(map(anonymous_bytes, tuple(self.children))) - self.baseline
+        used = self._used()
         self.peak = max(self.peak, used)
         if self.cap is not None and used > self.cap and not self.exceeded:
             self.exceeded = True
@@ -87,7 +75,7 @@ class MemoryWatch:
                     os.kill(child, signal.SIGTERM)
 
     def _run(self) -> None:
-        while not self._stop.wait(0.02):
+        while not self._stop.wait(self.interval):
             self._sample()
 
     def check(self) -> None:
@@ -111,3 +99,49 @@ class MemoryWatch:
     ) -> None:
         self._stop.set()
         self._thread.join()
+
+
+class PeakWatch(MemoryWatch):
+    """A watch of this process alone that sees what lies between samples too: an activation lives for a millisecond.
+
+    Of every interval the kernel knows the most resident pages of all kinds; what is mapped of files at its end, or was
+    at its start, is taken from them. Where the kernel does not let the interval begin anew, samples alone count.
+    """
+
+    interval = 0.005
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self._mapped = 0
+        self._lock = threading.Lock()
+
+    def _used(self) -> int:
+        with self._lock:
+            found = _resident()
+            mapped = found.get("RssFile", 0) + found.get("RssShmem", 0)
+            used = found.get("RssAnon", 0)
+            if self._mapped:
+                used = max(used, found.get("VmHWM", 0) - max(mapped, self._mapped))
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+                self._mapped = mapped
+            except OSError:
+                self._mapped = 0
+        return used - self.baseline
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._sample()
+
+
+def _resident() -> dict[str, int]:
+    """Bytes by the kernel's name (``VmHWM``, ``RssAnon``, ``RssFile``, ``RssShmem``) of this process; empty where the
+    kernel does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":") for line in lines if line.startswith(("VmHWM:", "Rss")))
+    return {name: int(value.split()[0]) * 1024 for name, value in pairs}

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from slimwright.job.memory import reuse_freed_pages
+from slimwright.heap import reuse_freed_pages
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

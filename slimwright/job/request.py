@@ -51,6 +51,9 @@ class FitOptions:
     keep: tuple[str, ...] = ()
     predicted_loss: float | None = None
     """Nats per token to stay under, by the prediction, with the fewest bytes: how a floor's candidates are made."""
+    running: tuple[int, int] | None = None
+    """(tokens, sequences) that the result will hold when it runs: how a memory's candidates are made. Where parts may
+    be dropped, ``size`` counts their keys and values beside the weights."""
     grid: str | None = None
     plan: str | None = None
     rules: tuple[str, ...] = ()
@@ -146,6 +149,7 @@ class FitOptions:
         return {
             "size": self.size, "memory": self.memory, "context": self.context, "batch": self.batch,
             "keep": list(self.keep), "predicted_loss": self.predicted_loss, "eval_tokens": self.eval_tokens,
+            **({} if self.running is None else {"running": list(self.running)}),
             **({} if self.eval_queries is None else {"eval_queries": self.eval_queries}),
             "grid": self.grid, "plan": plan, "rules": list(self.rules), "method": self.method,
             "folds": None if self.folds is None else list(self.folds), "data_digest": self.data_digest,

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,10 +21,12 @@ import transformers
 
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError, SlimwrightError
-from slimwright.job.caching import parse_policy
-from slimwright.job.memory import MemoryWatch, anonymous_bytes
+from slimwright.heap import return_large_buffers
+from slimwright.job.caching import layer_names, parse_policy
+from slimwright.job.memory import PeakWatch
 from slimwright.job.open import model_of
 from slimwright.job.request import FitOptions
+from slimwright.model.structure import Structure
 from slimwright.plan import KEEP
 from slimwright.sizes import parse_bytes
 
@@ -96,7 +97,7 @@ def check_running(source: Checkpoint, asked: FitOptions) -> tuple[int, int]:
         )
     context_of(config, asked)
     cache, rest = first_guess(source, asked)
-    if cache >= parse_bytes(asked.memory, "--memory"):
+    if cache >= parse_bytes(asked.memory, "--memory") and "drop" not in asked.families:
         raise InputError(
             f"--memory {asked.memory} cannot hold this model: the KV cache alone takes {cache / 1e6:.3g} MB at this "
             "context."
@@ -112,9 +113,9 @@ def first_guess(source: Checkpoint, asked: FitOptions) -> tuple[int, int]:
     text = config.get_text_config()
     hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "n_embd", 0) or 1024)
     ffn = int(getattr(text, "intermediate_size", 0) or 4 * hidden)
-    size = (source_dtype(source)).itemsize
+    size = source_dtype(source).itemsize
     workspace = batch * context * size * (4 * hidden + 3 * ffn)
-    return cache_bytes(cls, config, context, batch, size, asked.cache), MODULES + workspace
+    return sum(cache_bytes(cls, config, context, batch, size, asked.cache)), MODULES + workspace
 
 
 def source_dtype(source: Checkpoint) -> torch.dtype:
@@ -126,15 +127,16 @@ def source_dtype(source: Checkpoint) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
-def cache_bytes(cls: Any, config: Any, context: int, batch: int, size: int, policy: str | None) -> int:
-    """Bytes of keys and values: one token on the meta device shows every layer's shapes.
+def cache_bytes(cls: Any, config: Any, context: int, batch: int, size: int, policy: str | None) -> list[int]:
+    """Bytes of keys and values by layer: one token on the meta device shows every layer's shapes. Empty where that
+    cannot be found.
 
     Args:
         size: bytes of a value.
         policy: the cache policy that is asked for, applied to every layer that keeps all tokens.
     """
     if not hasattr(cls, "can_generate") or not cls.can_generate():
-        return 0
+        return []
     with torch.device("meta"):
         model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
     ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
@@ -143,30 +145,43 @@ def cache_bytes(cls: Any, config: Any, context: int, batch: int, size: int, poli
         with torch.no_grad():
             made = model(**inputs, use_cache=True)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
-        return 0  # the measured candidate will tell
+        return []  # the measured candidate will tell
     cache = getattr(made, "past_key_values", None)
-    total = 0
+    found = []
     format = None if policy in (None, KEEP) else parse_policy(str(policy)).format()
     for layer in getattr(getattr(cache, "self_attention_cache", cache), "layers", []):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None:
+            found.append(0)
             continue
         sliding = getattr(layer, "sliding_window", None) or 0
         tokens = min(context, sliding) if sliding else context
         if format is not None and not sliding:
-            total += format.nbytes(tokens, batch, keys.shape[1], keys.shape[-1], values.shape[-1], size)
+            found.append(format.nbytes(tokens, batch, keys.shape[1], keys.shape[-1], values.shape[-1], size))
         else:
-            total += batch * tokens * keys.shape[1] * (keys.shape[-1] + values.shape[-1]) * size
-    return total
+            found.append(batch * tokens * keys.shape[1] * (keys.shape[-1] + values.shape[-1]) * size)
+    return found
 
 
-def measure_running(directory: Path, asked: FitOptions, scratch: Path) -> Running:
+def cache_by_block(source: Checkpoint, structure: Structure, asked: FitOptions) -> dict[str, int]:
+    """Bytes of the keys and values of each block (by module path) of a decoder at ``asked.running``."""
+    assert asked.running is not None
+    cls, config = model_of(source, asked.trust_remote_code)
+    if config.is_encoder_decoder:  # its decoder's blocks attend twice
+        return {}
+    found = cache_bytes(cls, config, *asked.running, source_dtype(source).itemsize, asked.cache)
+    names = layer_names(config, structure) if found else {}
+    return {name: found[index] for name, index in names.items() if index < len(found)}
+
+
+def measure_running(directory: Path, asked: FitOptions, scratch: Path, low_memory: bool = False) -> Running:
     """Run a model at the context and batch that were asked for, in fresh processes: a small one :data:`RUNS` times,
     since the addresses that the system draws decide what its heap can use again. What it takes is the model's, and
     not counted as the job's.
 
     Args:
         scratch: where what the processes are told and answer is for a while.
+        low_memory: whether the process returns large buffers to the system, as it does anyway where the model says so.
 
     Raises:
         SlimwrightError: a process failed.
@@ -176,7 +191,7 @@ def measure_running(directory: Path, asked: FitOptions, scratch: Path) -> Runnin
     context, batch = context_of(config, asked)
     spec = {
         "directory": str(directory), "context": context, "batch": batch, "threads": torch.get_num_threads(),
-        "trust_remote_code": asked.trust_remote_code, "seed": asked.seed,
+        "trust_remote_code": asked.trust_remote_code, "seed": asked.seed, "low_memory": low_memory,
     }  # fmt: skip
     found = [_measured_once(spec, scratch)]
     if found[0].total < SMALL:
@@ -190,7 +205,7 @@ def _measured_once(spec: dict[str, Any], scratch: Path) -> Running:
     spec_path = scratch / f"running-{uuid.uuid4().hex}.json"
     result = spec_path.with_suffix(".result")
     spec_path.write_text(json.dumps(spec | {"result": str(result)}))
-    environment = {**os.environ, "MALLOC_ARENA_MAX": "2", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.pop("SLIMWRIGHT_CRASH_AT", None)
     try:
@@ -221,9 +236,10 @@ def run(spec: dict[str, Any]) -> Running:
     torch.manual_seed(spec["seed"])
     checkpoint = Checkpoint.open(spec["directory"])
     model_of(checkpoint, spec["trust_remote_code"])  # the class is part of the import
-    before = anonymous_bytes()
     context, batch = spec["context"], spec["batch"]
-    with MemoryWatch(None) as watch, torch.inference_mode():
+    if spec["low_memory"]:
+        return_large_buffers()
+    with PeakWatch() as watch, torch.inference_mode():
         model = loaded(checkpoint, trust_remote_code=spec["trust_remote_code"])
         inner = model[0].auto_model if hasattr(model, "encode") else model
         vocabulary = inner.config.get_text_config().vocab_size
@@ -238,9 +254,8 @@ def run(spec: dict[str, Any]) -> Running:
             cache = _nbytes(getattr(made, "past_key_values", None))
         else:
             inner(input_ids=torch.randint(0, vocabulary, (batch, context)))
-        time.sleep(0.03)  # one more sample of the watch
     weights = checkpoint.total_bytes
-    return Running(context, batch, weights, cache, max(watch.peak, anonymous_bytes() - before))
+    return Running(context, batch, weights, cache, watch.peak)
 
 
 def _nbytes(cache: Any) -> int:

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import SlimwrightError
+from slimwright.heap import trim
 from slimwright.job.caching import cache_facts, check_cache, outputs_with_cache
 from slimwright.job.edits import WrittenCheckpoint, dropped, folded, rotated
 from slimwright.job.gathering import Gathering
 from slimwright.job.held_out import HeldOut, held_out, load_tokenizer, retrieval_quality
-from slimwright.job.memory import trim
 from slimwright.job.open import model_of, open_source
 from slimwright.job.source import (
     ParallelSource,

@@ -10,10 +10,10 @@ from slimwright.calibrate.statistics import Collector
 from slimwright.calibrate.walk import Step, walk_units
 from slimwright.calibrate.walk import Unit as WalkUnit
 from slimwright.checkpoint import Checkpoint, CheckpointWriter
+from slimwright.heap import trim
 from slimwright.job.build import Calibration, solved_line
 from slimwright.job.edits import WrittenCheckpoint
 from slimwright.job.ledger import ONLY_ZEROS, Entry
-from slimwright.job.memory import trim
 from slimwright.job.parallel import in_order
 from slimwright.job.tiles import Tile, TileResult, digest_of
 from slimwright.job.token_scores import token_weights

@@ -31,6 +31,7 @@ from slimwright.checkpoint import (
     write_config_atomic,
 )
 from slimwright.errors import SlimwrightError
+from slimwright.heap import trim
 from slimwright.job import verify as verification
 from slimwright.job.build import Calibration, build
 from slimwright.job.caching import written_formats
@@ -39,7 +40,7 @@ from slimwright.job.choosing import Choosing
 from slimwright.job.edits import dropped_view, dropped_written, folded, original, save_scales
 from slimwright.job.fold_walk import FoldWalk, usual_grid
 from slimwright.job.ledger import dead_inputs
-from slimwright.job.memory import MemoryWatch, trim
+from slimwright.job.memory import MemoryWatch
 from slimwright.job.open import model_of
 from slimwright.job.passes import Pass, run_passes
 from slimwright.job.progress import Reporter
@@ -191,11 +192,13 @@ class Work:
         plan, source, held = state.planned(), state.source, state.held
         plan.source, plan.fingerprint = self.asked.model, fingerprint(original(source))
         plan.cache = dict(state.target.cache)
+        plan.low_memory = plan.low_memory or self.asked.running is not None
         state.units = plan_units(source, state.structure, plan)
         layout = layout_of(state.units, state.structure, self.asked.max_shard_bytes)
-        if state.target.fixed is None and plan.target == OWN and layout.total_bytes > state.target.budget:
+        taken = layout.total_bytes + state.searched.get("cache_bytes", 0)
+        if state.target.fixed is None and plan.target == OWN and taken > state.target.budget:
             raise SlimwrightError(
-                f"The plan takes {layout.total_bytes} bytes, more than the {state.target.budget} asked: this is a "
+                f"The plan takes {taken} bytes, more than the {state.target.budget} asked: this is a "
                 "defect of slimwright; nothing was published."
             )
         renamed = {
@@ -258,7 +261,7 @@ class Work:
             roundings = {name(unit.name): unit.activations for unit in units if unit.activations is not None}
             config["quantization_config"] = write_config(
                 {name(own): grid for own, grid in grids.items()}, plan.fingerprint, dense, roundings,
-                formats, left,
+                formats, left, plan.low_memory,
             )  # fmt: skip
         if all(config.get(key) is None for key in ("dtype", "torch_dtype")) and any(u.solved or u.cast for u in units):
             # where the config has none, transformers takes that of the first tensor, which may be 16 bits only here

@@ -7,14 +7,15 @@
      "dense": {"bfloat16:896x4864": [...], "float32:768x3072:t": [...]}, "fingerprint": "<of the source>",
      "activations": {"int8:token": [...]}, "cache": {"kv4:g32:w128": [0, 1, ...]},
      "dropped": {"modules": {"zeros:896:2": ["model.layers.3.self_attn", ...], "pass": [...]},
-                 "tensors": {"bfloat16:896x896": [...]}, "marks": [...]}}
+                 "tensors": {"bfloat16:896x896": [...]}, "marks": [...]}, "low_memory": true}
 
-Names are disk names of weights; a layer's experts may be collapsed to ``...experts.[0-127].w1.weight``. Everything that
-is not named is a plain tensor. ``activations``, which may be missing, says how the inputs of weights are rounded
+Names are disk names of weights; a layer's experts may be collapsed to ``...experts.[0-127].w1.weight``. Everything
+that is not named is a plain tensor. ``activations``, which may be missing, says how the inputs of weights are rounded
 (:mod:`slimwright.weights.activations`); ``cache``, which may be missing, how layers keep their keys and values
 (:mod:`slimwright.runtime.kv_format`); ``dropped``, which may be missing, what stands for sublayers that are not there
-(:class:`Dropped`). Every older version is read (``read_config``), a newer one refused. Version 2 brought low-rank
-forms; what has none is written as version 1, which older programs read.
+(:class:`Dropped`); ``low_memory``, which may be missing, that the process which loads the model is to return large
+buffers to the system (:func:`slimwright.heap.return_large_buffers`). Every older version is read (``read_config``), a
+newer one refused. Version 2 brought low-rank forms; what has none is written as version 1, which older programs read.
 """
 
 from __future__ import annotations
@@ -137,6 +138,7 @@ def write_config(
     activations: Mapping[str, Activations] | None = None,
     cache: Mapping[int, KvFormat] | None = None,
     dropped: Dropped | None = None,
+    low_memory: bool = False,
 ) -> dict[str, Any]:
     """The ``quantization_config`` for weights by disk name in their forms.
 
@@ -147,6 +149,7 @@ def write_config(
         activations: how what enters a weight is rounded, by disk name; left out of the config where there is none.
         cache: format of the keys and values by layer.
         dropped: what is not there.
+        low_memory: whether the process that loads the model is to return large buffers to the system.
     """
     by_grid: dict[str, list[str]] = {}
     by_form: dict[str, list[str]] = {}
@@ -171,6 +174,7 @@ def write_config(
         "fingerprint": fingerprint,
         **({"cache": layers} if layers else {}),
         **({"dropped": dropped.to_json()} if dropped is not None and dropped.forms else {}),
+        **({"low_memory": True} if low_memory else {}),
     }
 
 
@@ -266,6 +270,18 @@ def read_cache(config: Mapping[str, Any]) -> dict[int, KvFormat]:
     found: dict[int, KvFormat] = {}
     for spec, layers in lists.items():
         found |= dict.fromkeys(layers, KvFormat.parse(str(spec)))
+    return found
+
+
+def read_low_memory(config: Mapping[str, Any]) -> bool:
+    """Whether the process that loads the model is to return large buffers to the system.
+
+    Raises:
+        InputError: neither true nor false.
+    """
+    found = config.get("low_memory", False)
+    if not isinstance(found, bool):
+        raise InputError("quantization_config.low_memory must be true or false: the file is damaged.")
     return found
 
 

@@ -20,8 +20,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimwright.errors import InputError
+from slimwright.heap import return_large_buffers
 from slimwright.model.dropped import drop_module, is_dropped, restored
-from slimwright.runtime.format import DenseForm, read_activations, read_cache, read_config, read_dense, read_dropped
+from slimwright.runtime.format import (
+    DenseForm,
+    read_activations,
+    read_cache,
+    read_config,
+    read_dense,
+    read_dropped,
+    read_low_memory,
+)
 from slimwright.runtime.kv_format import KvFormat
 from slimwright.runtime.modules import (
     DenseExpertLeaf,
@@ -160,6 +169,7 @@ class SlimwrightQuantizer(HfQuantizer):
         self.activations = read_activations(quantization_config.to_dict())
         self.cache: dict[int, KvFormat] = read_cache(quantization_config.to_dict())
         self.gone = read_dropped(quantization_config.to_dict())
+        self.low_memory = read_low_memory(quantization_config.to_dict())
         self.part_names: set[str] = set()
         self.dropped: list[tuple[list[str], list[str]]] = []
         self.tied: dict[str, str] = {}
@@ -232,6 +242,8 @@ class SlimwrightQuantizer(HfQuantizer):
                 f"config.json says that {_first(lacking)} {'is' if len(lacking) == 1 else 'are'} packed, but no weight "
                 "file holds it: a file is missing or of another model."
             )
+        if self.low_memory:
+            return_large_buffers()
         dtypes = _Dtypes(model, kwargs.get("dtype"))
         ties = {
             prefix: module.get_expanded_tied_weights_keys(all_submodels=False)

@@ -16,6 +16,7 @@ from slimwright.job import candidates, parallel
 from slimwright.job.candidates import CANDIDATES, Candidate, weights_left
 from slimwright.job.fit import FitReport
 from slimwright.job.running import Running
+from slimwright.runtime.loading import load
 from tests.job.conftest import files, fitted, in_forked_child, tiny
 
 
@@ -108,7 +109,7 @@ def test_memory_of_the_running_result(tmp_path: Path, monkeypatch: pytest.Monkey
     """Weights take what the cache and the workspace leave; a wrong first guess is mended by what was measured."""
     ran: list[int] = []
 
-    def measured(directory: Path, asked: Any, scratch: Path) -> Running:
+    def measured(directory: Path, asked: Any, scratch: Path, low_memory: bool = False) -> Running:
         weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
         ran.append(weights)
         return Running(64, 2, weights, 1_000_000, 6_000_000)
@@ -116,15 +117,36 @@ def test_memory_of_the_running_result(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(candidates, "measure_running", measured)
     monkeypatch.setattr("slimwright.job.running.first_guess", lambda source, asked: (45_000, 6_000_000))
     report = fitted(tiny(), tmp_path / "out", memory="6.09MB", context=64, batch=2, data="none")
-    assert len(ran) == 2 and ran[1] < 45_000 < ran[0]  # a model so small is run as it is before anything is made of it
+    original, rounded, candidate = ran  # a model so small is run as it is and plainly rounded before anything is made
+    assert candidate < 45_000 < rounded < original
     assert 0.93 * 6.09e6 <= report["running"]["total"] <= 6.09e6
     assert report["running"]["total"] == report["running"]["weights"] + report["running"]["anonymous"]
     shutil.rmtree(tmp_path / "out")
     ran.clear()
     with pytest.raises(InputError, match=r"is too little: the smallest candidate ran in 6\.0 MB"):
         fitted(tiny(), tmp_path / "out", memory="6.01MB", context=64, data="none")
-    assert len(ran) == 2 and ran[1] < 45_000  # as it is, then the smallest
+    original, rounded, smallest = ran
+    assert smallest < 45_000 < rounded < original
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_that_fits_a_memory_returns_large_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any process that loads it, and when its plan is run again."""
+    monkeypatch.setattr(candidates, "measure_running", lambda *_: Running(64, 2, 30_000, 1_000, 10_000))
+    report = fitted(tiny(), tmp_path / "out", memory="40kB", context=64, data="none")
+    assert report.out is not None
+    told: list[bool] = []
+    monkeypatch.setattr("slimwright.runtime.quantizer.return_large_buffers", lambda: told.append(True))
+    load(report.out)
+    assert told == [True]
+    again = fitted(tiny(), tmp_path / "again", plan=str(report.out / "plan.yaml"), method=None, data="none")
+    config = (report.out / "config.json").read_bytes()
+    assert again.out is not None and (again.out / "config.json").read_bytes() == config and b'"low_memory"' in config
+    sized = fitted(tiny(), tmp_path / "sized", size="40kB", data="none")
+    assert sized.out is not None and b'"low_memory"' not in (sized.out / "config.json").read_bytes()
+    (report.out / "config.json").write_bytes(config.replace(b'"low_memory": true', b'"low_memory": "yes"'))
+    with pytest.raises(InputError, match="low_memory must be true or false"):
+        load(report.out)
 
 
 def test_a_guess_of_the_memory_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,9 +175,9 @@ def test_the_weights_that_a_memory_leaves() -> None:
 
 def test_runs_that_differ_leave_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A candidate whose run took too little, one whose run took too much: the third lies between."""
-    beside = iter((9_000, 5_000, 18_000, 8_000))  # of the original, then of the candidates
+    beside = iter((9_000, 10_000, 5_000, 14_000, 8_000))  # of the original, rounded plainly, then of the candidates
 
-    def measured(directory: Path, asked: Any, scratch: Path) -> Running:
+    def measured(directory: Path, asked: Any, scratch: Path, low_memory: bool = False) -> Running:
         weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
         return Running(64, 2, weights, 0, next(beside), 5, 12_000)
 

@@ -17,10 +17,13 @@ import slimwright
 from slimwright.checkpoint import Checkpoint, faults
 from slimwright.errors import BudgetError, InputError
 from slimwright.job import candidates, parallel
+from slimwright.job.drops import cache_of_drops, drop_nodes, freed, kept_bytes, with_cache
 from slimwright.job.fit import FitReport, fit
 from slimwright.job.open import open_source
-from slimwright.job.running import Running
+from slimwright.job.request import FitOptions
+from slimwright.job.running import Running, cache_by_block
 from slimwright.model.discover import discover
+from slimwright.model.surgery import droppable
 from slimwright.plan import method_on
 from tests.families import cached
 from tests.job.conftest import files, fitted, in_forked_child
@@ -261,6 +264,50 @@ def test_a_search_drops_under_a_floor_and_a_memory_with_a_packed_cache(
         assert len(report["cache"]["layers"]) == 1
         model = AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32)
         assert torch.isfinite(model(torch.arange(10, 22)[None]).logits).all()
+
+
+def test_bytes_of_the_cache_that_drops_free(idle_attention: str) -> None:
+    source = open_source(idle_attention)
+    structure = discover(source)
+    by_block = cache_by_block(source, structure, FitOptions(idle_attention, running=(64, 3)))
+    config = AutoConfig.from_pretrained(idle_attention)
+    layer = 3 * 64 * config.num_key_value_heads * 2 * (config.hidden_size // config.num_attention_heads) * 4
+    assert by_block == dict.fromkeys((f"model.layers.{i}" for i in range(config.num_hidden_layers)), layer)
+    nodes = drop_nodes(source, structure, droppable(source, structure), {}, 1 << 20)
+    held = cache_of_drops(nodes, by_block)
+    assert sum(held.values()) == layer * config.num_hidden_layers
+    for dropped in (["model.layers.0"], ["model.layers.0.self_attn", "model.layers.1.mlp"]):
+        assert freed(nodes, held, dropped) == layer
+    counted = with_cache(nodes, held)
+    assert kept_bytes(counted) == kept_bytes(nodes) + layer * config.num_hidden_layers
+    assert [node.drop for node in counted] == [node.drop for node in nodes]  # what is dropped holds nothing
+
+
+def test_a_memory_that_only_the_cache_exceeds(
+    idle_attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention goes although every weight could stay; what is left is used."""
+    source = open_source(idle_attention)
+    layer = cache_by_block(source, discover(source), FitOptions(idle_attention, running=(128, 64)))["model.layers.0"]
+
+    def measured(directory: Path, asked: Any, scratch: Path, low_memory: bool = False) -> Running:
+        plan = directory / "plan.yaml"
+        edits = yaml.safe_load(plan.read_text()).get("edits", []) if plan.exists() else []
+        gone = {edit["drop"].split(".")[2] for edit in edits if not edit["drop"].endswith("mlp")}
+        cache = (2 - len(gone)) * layer
+        return Running(128, 64, Checkpoint.open(directory).total_bytes, cache, cache + 100_000)
+
+    monkeypatch.setattr(candidates, "measure_running", measured)
+    asked = {"size": None, "context": 128, "batch": 64}
+    limit = layer + 250_000
+    report = searched(idle_attention, tmp_path / "out", memory=f"{limit}B", **asked)
+    assert report.out is not None and report["verified"]["ok"]
+    plan = yaml.safe_load((report.out / "plan.yaml").read_text())
+    assert {edit["drop"] for edit in plan["edits"]} == {"model.layers.1.self_attn"}
+    assert 0.93 * limit <= report["running"]["total"] <= limit and report["running"]["cache"] == layer
+    assert report["search"]["cache_bytes"] == layer
+    with pytest.raises(InputError, match="the KV cache alone takes"):
+        searched(idle_attention, tmp_path / "none", memory=f"{limit}B", **{**asked, "allow": ()})
 
 
 def test_the_smallest_size_there_can_be(idle_attention: str, tmp_path: Path) -> None:
