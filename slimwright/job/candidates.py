@@ -217,8 +217,8 @@ class Confirmed:
         self.guess = (0, 0)
         self.cached = 0
         """Bytes of keys and values that the limits of candidates count, since drops free some of them."""
-        self.extremes: list[Running] = []
-        """Runs of what is no candidate."""
+        self.extremes: dict[str, Running] = {}
+        """Runs of what is no candidate: ``original``, ``rounded``."""
         self.started = time.monotonic()
 
     def run(self) -> FitReport:
@@ -309,7 +309,7 @@ class Confirmed:
         if name not in journal.done:
             journal.append(name, dataclasses.asdict(run()))
             journal.commit()
-        self.extremes.append(Running(**journal.done[name]))
+        self.extremes[name] = Running(**journal.done[name])
 
     def _rounded(self, held: Claim) -> Running:
         directory = held.scratch / "rounded"
@@ -344,7 +344,7 @@ class Confirmed:
         return None if near < 0.02 and any(c.kept for c in tried) else {"predicted_loss": wanted}
 
     def _memory_limits(self, source: Checkpoint, tried: Sequence[Candidate], memory: int) -> dict[str, Any] | None:
-        ran = [_with_cache(one, self.cached) for one in self.extremes]
+        ran = [_with_cache(one, self.cached) for one in self.extremes.values()]
         ran += [_with_cache(one.running, one.cached) for one in tried if one.running is not None]
         if tried:
             used = tried[-1].total / memory
@@ -354,7 +354,10 @@ class Confirmed:
         elif not ran:
             ran = [_with_cache(Running(0, 0, 0, self.guess[0], sum(self.guess)), self.cached)]
         left = weights_left(memory, ran, last=len(tried) == CANDIDATES - 1)
-        if not tried and not self.extremes:  # a guess refuses nothing
+        if not tried and "rounded" in self.extremes:  # where 8 bits are enough, nothing else comes on top
+            packed = weights_left(memory, ran[-1:])
+            left = packed if packed - self.cached < 2 * self.extremes["rounded"].weights else left
+        elif not tried and not self.extremes:  # a guess refuses nothing
             left = max(left, int(FIRST_WEIGHTS * (memory - ran[-1].cache)))
         return {"size": f"{max(1, left)}B"}
 
