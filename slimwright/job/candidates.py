@@ -315,7 +315,7 @@ class Confirmed:
         directory = held.scratch / "rounded"
         request = dataclasses.replace(
             self._request({}), out=str(directory), grid=ROUNDED, method=ROUNDING, search=DEFAULT_SEARCH, loss=None,
-            folds=None, activations=None, allow=(), data="none", eval_tokens=64, eval_queries=None, quiet=True,
+            folds=None, activations=None, allow=(), data="none", eval_tokens=64, eval_queries=2, quiet=True,
         )  # fmt: skip
         self.fit(request)
         found = measure_running(directory, self.asked, held.scratch)
