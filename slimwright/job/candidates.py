@@ -34,11 +34,12 @@ from slimwright.checkpoint.publish import JOB_FILE
 from slimwright.errors import BudgetError, InputError, QualityError
 from slimwright.evaluate.retrieval import QUERIES
 from slimwright.job import verify as verification
+from slimwright.job.beside import Beside
 from slimwright.job.floors import Floor, Judged
 from slimwright.job.memory import MemoryWatch
 from slimwright.job.open import model_of, open_source
 from slimwright.job.request import DEFAULT_SEARCH, FitOptions, FitReport, finished_report
-from slimwright.job.running import SMALL, Running, cache_by_block, check_running, context_of, measure_running
+from slimwright.job.running import SMALL, Running, check_running, context_of, measure_running
 from slimwright.model.discover import discover
 from slimwright.report import render_report
 from slimwright.sizes import parse_bytes
@@ -80,7 +81,7 @@ class Candidate:
         predicted: its predicted loss; None where nothing was searched.
         judged: against every floor.
         running: memory of a run, where that is limited.
-        cached: bytes of keys and values that its limit counted beside the weights.
+        beside: bytes that its limit counted beside the weight files.
         smallest: whether no smaller one is possible.
     """
 
@@ -90,7 +91,7 @@ class Candidate:
     judged: tuple[Judged, ...] = ()
     running: Running | None = None
     smallest: bool = False
-    cached: int = 0
+    beside: int = 0
 
     @property
     def kept(self) -> bool:
@@ -170,11 +171,9 @@ def weights_left(memory: int, ran: Sequence[Running], last: bool = False) -> int
     return max(int(aim) - newest.anonymous, (memory - newest.anonymous) // 2)
 
 
-def _with_cache(running: Running, cached: int) -> Running:
-    """A run whose keys and values count beside the weights, which a limit decides, not beside what comes on top."""
-    return dataclasses.replace(
-        running, weights=running.weights + cached, cache=running.cache - cached, anonymous=running.anonymous - cached
-    )  # fmt: skip
+def _counted(running: Running, beside: int) -> Running:
+    """A run with what the search counts beside weight files among the weights, which a limit decides."""
+    return dataclasses.replace(running, weights=running.weights + beside, anonymous=running.anonymous - beside)
 
 
 def _measured(journal: Journal) -> list[Candidate]:
@@ -215,8 +214,7 @@ class Confirmed:
         self.fit = fit
         self.memory = None if asked.memory is None else parse_bytes(asked.memory, "--memory")
         self.guess = (0, 0)
-        self.cached = 0
-        """Bytes of keys and values that the limits of candidates count, since drops free some of them."""
+        self.beside = Beside()
         self.extremes: dict[str, Running] = {}
         """Runs of what is no candidate: ``original``, ``rounded``."""
         self.started = time.monotonic()
@@ -232,9 +230,8 @@ class Confirmed:
         source = open_source(asked.model)
         if asked.memory is not None:
             self.guess = check_running(source, asked)
-            if "drop" in asked.families:
-                structure = discover(source, trust_remote_code=asked.trust_remote_code)
-                self.cached = sum(cache_by_block(source, structure, self._run_as(source)).values())
+            structure = discover(source, trust_remote_code=asked.trust_remote_code)
+            self.beside = Beside.of(source, structure, self._run_as(source))
         self._check_tokens(source)
         if asked.dry_run:
             return self._forecast(source)
@@ -344,21 +341,22 @@ class Confirmed:
         return None if near < 0.02 and any(c.kept for c in tried) else {"predicted_loss": wanted}
 
     def _memory_limits(self, source: Checkpoint, tried: Sequence[Candidate], memory: int) -> dict[str, Any] | None:
-        ran = [_with_cache(one, self.cached) for one in self.extremes.values()]
-        ran += [_with_cache(one.running, one.cached) for one in tried if one.running is not None]
+        most = self.beside.most
+        ran = [_counted(one, most) for one in self.extremes.values()]
+        ran += [_counted(one.running, one.beside) for one in tried if one.running is not None]
         if tried:
             used = tried[-1].total / memory
             most = used >= LEAST_MEMORY_USED or tried[-1].bytes >= source.total_bytes
             if most if used <= 1 else tried[-1].smallest:
                 return None
         elif not ran:
-            ran = [_with_cache(Running(0, 0, 0, self.guess[0], sum(self.guess)), self.cached)]
+            ran = [_counted(Running(0, 0, 0, self.guess[0], sum(self.guess)), most)]
         left = weights_left(memory, ran, last=len(tried) == CANDIDATES - 1)
         if not tried and "rounded" in self.extremes:  # where 8 bits are enough, nothing else comes on top
             packed = weights_left(memory, ran[-1:])
-            left = packed if packed - self.cached < 2 * self.extremes["rounded"].weights else left
+            left = packed if packed - most < 2 * self.extremes["rounded"].weights else left
         elif not tried and not self.extremes:  # a guess refuses nothing
-            left = max(left, int(FIRST_WEIGHTS * (memory - ran[-1].cache)))
+            left = max(left, int(FIRST_WEIGHTS * (memory - self.guess[0] + most)))
         return {"size": f"{max(1, left)}B"}
 
     def _measure(self, held: Claim, number: int, limits: dict[str, Any]) -> Candidate:
@@ -376,8 +374,8 @@ class Confirmed:
         judged = tuple(floor.judge(data["quality"], on, directory, job_time) for floor in self.floors)
         running = None if asked.memory is None else measure_running(directory, asked, held.scratch)
         searched = data.get("search", {})
-        cached = searched.get("cache_bytes", self.cached)
-        return Candidate(number, data["size"]["after"], searched.get("nats"), judged, running, smallest, cached)
+        beside = searched.get("beside_bytes", self.beside.most)
+        return Candidate(number, data["size"]["after"], searched.get("nats"), judged, running, smallest, beside)
 
     def _request(self, limits: Mapping[str, Any]) -> FitOptions:
         """What a candidate is asked as."""

@@ -10,15 +10,7 @@ from typing import Any
 from slimwright.checkpoint import Checkpoint
 from slimwright.errors import InputError
 from slimwright.job.build import Calibration
-from slimwright.job.drops import (
-    freed,
-    kept_bytes,
-    with_cache,
-    with_drop_choices,
-    with_drop_losses,
-    with_drops,
-    zeroed_sites,
-)
+from slimwright.job.drops import kept_bytes, with_drop_choices, with_drop_losses, with_drops, zeroed_sites
 from slimwright.job.evaluator import Evaluator
 from slimwright.job.losses import LossEstimate, Probed, Scored, Scoring, loss_estimate
 from slimwright.job.probe import Probe
@@ -87,7 +79,6 @@ class Choosing:
         )  # fmt: skip
         self.nodes: Sequence[Node] = self.target.nodes
         self.rest = self.target.rest
-        self.held = self.target.held
         wanted = asked.data != "none" or bool(self.nodes)
         self.calibration = calibration() if wanted else None
         self.found = {k.removeprefix("score:"): v for k, v in self.journal.done.items() if k.startswith("score:")}
@@ -112,8 +103,8 @@ class Choosing:
         nats = 1.0 if estimate.nats else DATA_FREE_NATS / self.structure.parameters
         allocation, target = self._allocation(table, nodes, scored, nats)
         self.journal.commit()
-        cached = self.target.cached - freed(nodes, self.held, allocation.choices)
-        limit = self.target.budget - self.rest - cached if self.asked.predicted_loss is None else allocation.cost
+        beside = self.target.beside.of_choices(allocation.choices, nodes)
+        limit = self.target.budget - self.rest - beside if self.asked.predicted_loss is None else allocation.cost
         searched = {
             "solver": self.asked.search,
             "loss": estimate.spec,
@@ -123,7 +114,7 @@ class Choosing:
             "error": scored.error(allocation.choices.values()),
             "exact": allocation.exact,
             "evaluations": self.evaluations,
-            **({"cache_bytes": cached} if self.target.cached else {}),
+            **({} if self.asked.running is None else {"beside_bytes": beside}),
             "curve": [list(point) for point in curve(reduced(table, nodes), self.rest)],
             "everywhere": [list(point) for point in everywhere(table, self.rest + kept_bytes(nodes))],
             "families": [list(point) for point in single_families(table, nodes, limit, self.rest)],
@@ -142,7 +133,7 @@ class Choosing:
             )
         if self.nodes and not apart:
             self.rest += kept_bytes(self.nodes)
-            self.nodes, self.held = (), {}
+            self.nodes = ()
             self.note("Nothing was dropped: what a drop costs is found block by block, and this model runs whole.")
         return estimate
 
@@ -223,8 +214,9 @@ class Choosing:
         if self.asked.predicted_loss is not None:
             allocation = smallest_for(reduced(table, nodes), self.asked.predicted_loss / nats, allocated)
             return search_tree(table, nodes, allocation.cost, allocated) if nodes else allocation, target.name
-        beside = self.rest + target.cached - sum(self.held.values())
-        allocation = search_tree(table, with_cache(nodes, self.held), target.budget - beside, allocated)
+        beside = target.beside
+        left = target.budget - self.rest - beside.rest(nodes)
+        allocation = search_tree(beside.of_table(table), beside.of_nodes(nodes), left, allocated)
         if not target.alternatives:
             return allocation, target.name
         return for_others(allocation, table, target.budget, target.alternatives, self.asked.search, self.note)

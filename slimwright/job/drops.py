@@ -6,7 +6,7 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -112,39 +112,6 @@ def _all(nodes: Sequence[Node]) -> list[Node]:
 def kept_bytes(nodes: Sequence[Node]) -> int:
     """Bytes of what leaves no choice inside the nodes where nothing is dropped."""
     return sum(node.kept for node in _all(nodes))
-
-
-def cache_of_drops(nodes: Sequence[Node], by_block: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of keys and values that dropping a node alone frees, by its name.
-
-    Args:
-        by_block: bytes by the block's module path.
-    """
-    found = {}
-    for node in _all(nodes):
-        drop: Drop = node.drop.choice
-        inside = drop.whole_block and any(child.drop.choice.attention for child in node.children)
-        if not inside and (drop.attention or drop.whole_block):
-            found[drop.name] = by_block.get(drop.block, 0)
-    return found
-
-
-def with_cache(nodes: Sequence[Node], held: Mapping[str, int]) -> list[Node]:
-    """The nodes, each of which holds its keys and values where it is not dropped."""
-    return [
-        replace(node, kept=node.kept + held.get(node.drop.scope, 0), children=tuple(with_cache(node.children, held)))
-        for node in nodes
-    ]
-
-
-def freed(nodes: Sequence[Node], held: Mapping[str, int], dropped: Collection[str]) -> int:
-    """Bytes of keys and values that drops free together.
-
-    Args:
-        dropped: names of the nodes that are dropped.
-    """
-    gone = [inner for node in _all(nodes) if node.drop.scope in dropped for inner in _all([node])]
-    return sum(held.get(node.drop.scope, 0) for node in gone)
 
 
 def voided_tensors(nodes: Sequence[Node]) -> set[str]:

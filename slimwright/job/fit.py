@@ -21,9 +21,10 @@ from slimwright.checkpoint import (
 )
 from slimwright.errors import BudgetError, InputError
 from slimwright.job.aim import Aim
+from slimwright.job.beside import Beside
 from slimwright.job.caching import EVERYWHERE, cache_formats
 from slimwright.job.calibration import with_data
-from slimwright.job.drops import cache_of_drops, drop_nodes, voided_tensors, with_cache
+from slimwright.job.drops import drop_nodes, voided_tensors
 from slimwright.job.edits import dropped, rotated
 from slimwright.job.fixed import fixed_plan
 from slimwright.job.forecast import Evaluations, Forecast, forecast, measure_rates
@@ -45,7 +46,6 @@ from slimwright.job.result import (
     REPORT_VERSION,
     model_facts,
 )
-from slimwright.job.running import cache_by_block
 from slimwright.job.state import Target
 from slimwright.job.targets import TargetOptions, aim_at, aims_of_auto, fit_for_target, wants_target
 from slimwright.job.units import Unit, keep_all, layout_of, plan_units
@@ -149,10 +149,8 @@ class _Job:
         formats = cache_formats(cached, source, structure, asked.trust_remote_code)
         bound = bind(rules, structure) if rules else {}
         kept = plan_units(source, structure, keep_all(structure, ""))
-        by_block: dict[str, int] = {}
-        if asked.running is not None and "drop" in asked.families:
-            by_block = cache_by_block(source, structure, asked)
-        budget, copied = self._budget(source, structure, fixed, kept, sum(by_block.values()))
+        beside = Beside.of(source, structure, asked)
+        budget, copied = self._budget(source, structure, fixed, kept, beside)
         if copied:
             edits, ranges, (source, structure) = (), False, plain
             fixed = keep_all(structure, "the budget is above the source")
@@ -161,7 +159,7 @@ class _Job:
         if fixed is None and "drop" in asked.families:
             found_drops = droppable(*plain, asked.trust_remote_code)
         options, rest, nodes = (
-            self._options(source, structure, kept, bound, budget, found_drops, aim, aims, by_block)
+            self._options(source, structure, kept, bound, budget, found_drops, aim, aims, beside)
             if fixed is None
             else ({}, 0, [])
         )
@@ -205,8 +203,7 @@ class _Job:
             work = Work(asked, self.watch, self.started, self.notes)
             target = Target(
                 budget, fixed, options, rest, predicted, state, found, edits, ranges, cached, formats, nodes,
-                cache_of_drops(nodes, by_block), sum(by_block.values()), found_drops,
-                aim.profile.name if aim is not None else OWN, others,
+                found_drops, beside, aim.profile.name if aim is not None else OWN, others,
             )  # fmt: skip
             try:
                 return work.run(held, source, structure, target)
@@ -250,10 +247,10 @@ class _Job:
         return sum(entry_cost(entry, limit) for entry in entries) + overhead_bound(limit, self.asked.max_shard_bytes)
 
     def _budget(
-        self, source: Checkpoint, structure: Structure, fixed: Plan | None, kept: list[Unit], cached: int
+        self, source: Checkpoint, structure: Structure, fixed: Plan | None, kept: list[Unit], beside: Beside
     ) -> tuple[int, bool]:
-        """Bytes of the weight files, with those of a cache that counts too, and whether that is at least what the
-        source takes."""
+        """Bytes of the weight files, and of what counts beside them, and whether that is at least what the source
+        takes."""
         if fixed is not None:
             units = plan_units(source, structure, fixed)
             return layout_of(units, structure, self.asked.max_shard_bytes).total_bytes, False
@@ -263,7 +260,7 @@ class _Job:
         budget = parse_size(self.asked.size, structure.parameters)
         # a checkpoint as it is loads everywhere but where it takes another container
         copies = not self.asked.rules and self.asked.target != "gguf"
-        return (whole, True) if budget >= whole + cached and copies else (budget, False)
+        return (whole, True) if budget >= whole + beside.most and copies else (budget, False)
 
     def _options(
         self,
@@ -275,13 +272,10 @@ class _Job:
         found: Droppable | None,
         aim: Aim | None,
         aims: Sequence[Aim],
-        by_block: Mapping[str, int],
+        beside: Beside,
     ) -> tuple[dict[str, list[Option]], int, list[Node]]:
         """Options with their costs; the bytes of everything that leaves no choice, headers included; and what may be
         dropped, as ``found`` says.
-
-        Args:
-            by_block: bytes of keys and values that count too, by block.
 
         Raises:
             BudgetError: the budget is below the smallest possible, which is named.
@@ -301,9 +295,7 @@ class _Job:
             return options, rest, nodes
 
         def least(options: Mapping[str, list[Option]], rest: int, nodes: Sequence[Node]) -> int:
-            held = cache_of_drops(nodes, by_block)
-            whole = rest + sum(by_block.values()) - sum(held.values())
-            return smallest_tree_cost(options, with_cache(nodes, held)) + whole
+            return smallest_tree_cost(beside.of_table(options), beside.of_nodes(nodes)) + rest + beside.rest(nodes)
 
         options, rest, nodes = costs(budget)
         smallest = least(options, rest, nodes)

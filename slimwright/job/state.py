@@ -15,6 +15,7 @@ from slimwright.checkpoint import (
 )
 from slimwright.errors import InputError, SlimwrightError
 from slimwright.job import verify as verification
+from slimwright.job.beside import Beside
 from slimwright.job.build import Calibration
 from slimwright.job.forecast import Forecast
 from slimwright.job.ledger import Entry, check_complete
@@ -35,8 +36,8 @@ class Target:
     """What the job works towards: bytes, the plan where it is fixed, else the options and the bytes of all that is no
     site, the forecast, the state of the source, the documents to calibrate on, what is done to the model first,
     whether scales of activations are to be found, the plan's cache and its formats by layer, what the search may drop,
-    bytes of keys and values that the budget counts (by what frees them when it is dropped, and in all), in whose form
-    the result is to be, and the forms of others that are taken where they lose little."""
+    what the budget counts beside weight files, in whose form the result is to be, and the forms of others that are
+    taken where they lose little."""
 
     budget: int
     fixed: Plan | None
@@ -50,9 +51,8 @@ class Target:
     cache: Mapping[str, str] = field(default_factory=dict)
     formats: Mapping[int, KvFormat] = field(default_factory=dict)
     nodes: Sequence[Node] = ()
-    held: Mapping[str, int] = field(default_factory=dict)
-    cached: int = 0
     droppable: Droppable | None = None
+    beside: Beside = Beside()
     name: str = OWN
     alternatives: Sequence[TargetOptions] = ()
 

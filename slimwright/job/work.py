@@ -195,7 +195,7 @@ class Work:
         plan.low_memory = plan.low_memory or self.asked.running is not None
         state.units = plan_units(source, state.structure, plan)
         layout = layout_of(state.units, state.structure, self.asked.max_shard_bytes)
-        taken = layout.total_bytes + state.searched.get("cache_bytes", 0)
+        taken = layout.total_bytes + state.searched.get("beside_bytes", 0)
         if state.target.fixed is None and plan.target == OWN and taken > state.target.budget:
             raise SlimwrightError(
                 f"The plan takes {taken} bytes, more than the {state.target.budget} asked: this is a "

@@ -9,14 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from slimwright.checkpoint import faults, weights_hash
 from slimwright.errors import InputError, QualityError
 from slimwright.job import candidates, parallel
+from slimwright.job.beside import Beside
 from slimwright.job.candidates import CANDIDATES, Candidate, weights_left
 from slimwright.job.fit import FitReport
+from slimwright.job.open import open_source
+from slimwright.job.request import FitOptions
 from slimwright.job.running import Running
+from slimwright.model.discover import discover
 from slimwright.runtime.loading import load
+from slimwright.search import Option
+from tests.families import cached
 from tests.job.conftest import files, fitted, in_forked_child, tiny
 
 
@@ -147,6 +154,27 @@ def test_a_result_that_fits_a_memory_returns_large_buffers(tmp_path: Path, monke
     (report.out / "config.json").write_bytes(config.replace(b'"low_memory": true', b'"low_memory": "yes"'))
     with pytest.raises(InputError, match="low_memory must be true or false"):
         load(report.out)
+
+
+def test_a_memory_counts_copies(tmp_path: Path) -> None:
+    """A float32 model copies what is stored in 16 bits when it is loaded, so nothing would be gained by that."""
+    model = str(cached("qwen2", torch.float32))
+    source = open_source(model)
+    structure = discover(source)
+    beside = Beside.of(source, structure, FitOptions(model, running=(8, 1)))
+    group, sites = next(iter(structure.choice_groups().items()))
+    size = sum(source.tensors[site.name].nbytes for site in sites)
+    options = [
+        Option(group, "bf16", size // 2, 0.1),
+        Option(group, "keep", size, 0.0),
+        Option(group, "int4:row", 9, 1.0),
+    ]
+    counted = beside.of_table({group: options})[group]
+    assert [after.cost - before.cost for before, after in zip(options, counted, strict=True)] == [size, 0, 0]
+    assert beside.of_choices({group: options[0]}, []) == size and beside.of_choices({group: options[1]}, []) == 0
+    report = fitted(model, tmp_path / "out", grid="bf16", data="none")
+    assert report.out is not None and next(load(report.out).parameters()).dtype == torch.float32
+    assert Beside.of(source, structure, FitOptions(model)).of_table({group: options})[group] == options
 
 
 def test_a_guess_of_the_memory_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

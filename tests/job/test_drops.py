@@ -17,7 +17,8 @@ import slimwright
 from slimwright.checkpoint import Checkpoint, faults
 from slimwright.errors import BudgetError, InputError
 from slimwright.job import candidates, parallel
-from slimwright.job.drops import cache_of_drops, drop_nodes, freed, kept_bytes, with_cache
+from slimwright.job.beside import Beside
+from slimwright.job.drops import drop_nodes, kept_bytes
 from slimwright.job.fit import FitReport, fit
 from slimwright.job.open import open_source
 from slimwright.job.request import FitOptions
@@ -25,6 +26,7 @@ from slimwright.job.running import Running, cache_by_block
 from slimwright.model.discover import discover
 from slimwright.model.surgery import droppable
 from slimwright.plan import method_on
+from slimwright.search import Option
 from tests.families import cached
 from tests.job.conftest import files, fitted, in_forked_child
 
@@ -274,12 +276,14 @@ def test_bytes_of_the_cache_that_drops_free(idle_attention: str) -> None:
     layer = 3 * 64 * config.num_key_value_heads * 2 * (config.hidden_size // config.num_attention_heads) * 4
     assert by_block == dict.fromkeys((f"model.layers.{i}" for i in range(config.num_hidden_layers)), layer)
     nodes = drop_nodes(source, structure, droppable(source, structure), {}, 1 << 20)
-    held = cache_of_drops(nodes, by_block)
-    assert sum(held.values()) == layer * config.num_hidden_layers
+    beside = Beside(by_block)
+    assert sum(beside.held(nodes).values()) == beside.most == layer * config.num_hidden_layers
     for dropped in (["model.layers.0"], ["model.layers.0.self_attn", "model.layers.1.mlp"]):
-        assert freed(nodes, held, dropped) == layer
-    counted = with_cache(nodes, held)
-    assert kept_bytes(counted) == kept_bytes(nodes) + layer * config.num_hidden_layers
+        choices = {name: Option(name, "drop", 0, 0.0) for name in dropped}
+        assert beside.of_choices(choices, nodes) == beside.most - layer
+    counted = beside.of_nodes(nodes)
+    assert beside.rest(nodes) == 0 and beside.rest([]) == beside.most
+    assert kept_bytes(counted) == kept_bytes(nodes) + beside.most
     assert [node.drop for node in counted] == [node.drop for node in nodes]  # what is dropped holds nothing
 
 
@@ -305,7 +309,7 @@ def test_a_memory_that_only_the_cache_exceeds(
     plan = yaml.safe_load((report.out / "plan.yaml").read_text())
     assert {edit["drop"] for edit in plan["edits"]} == {"model.layers.1.self_attn"}
     assert 0.93 * limit <= report["running"]["total"] <= limit and report["running"]["cache"] == layer
-    assert report["search"]["cache_bytes"] == layer
+    assert report["search"]["beside_bytes"] == layer
     with pytest.raises(InputError, match="the KV cache alone takes"):
         searched(idle_attention, tmp_path / "none", memory=f"{limit}B", **{**asked, "allow": ()})
 
