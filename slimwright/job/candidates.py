@@ -64,6 +64,9 @@ predicted ones (docs/search.md)."""
 ROUNDED, ROUNDING = "int4:row", "quantize/rtn"
 """What a small model is plainly rounded to, and how, to see what it runs in."""
 
+PACKED_MOST = 2.2
+"""Weights of a model whose layers are all packed, as a multiple of the rounded one's, at most."""
+
 MOST_STEP = 8.0
 """Factor by which the predicted loss changes from one candidate to the next, at most."""
 
@@ -147,22 +150,22 @@ def next_loss(floors: Sequence[Floor], tried: Sequence[Candidate], last: bool) -
     return best.predicted * min(MOST_STEP, max(1 / MOST_STEP, factor))
 
 
-def weights_left(memory: int, ran: Sequence[Running], last: bool = False) -> int:
+def weights_left(memory: int, ran: Sequence[Running], careful: bool = False) -> int:
     """Bytes that the next candidate's weights may have under a ``--memory``; below 1 where nothing is left.
 
     What runs of one result differ by is left free, as far as that leaves the candidate in the middle of what it may
     use. Between one that took less and one that took more it is interpolated, since what runs beside weights depends on
-    their forms. If none has fitted, the last one leaves more: less used than it should be is better than nothing made.
+    their forms.
 
     Args:
         ran: those that were tried, in order, before them what else was run.
-        last: no other will follow.
+        careful: whether to leave more: less used than should be is better than nothing made.
     """
     newest = ran[-1]
     middle = (1 + LEAST_MEMORY_USED) / 2 * memory
     aim = max(middle, MOST_MEMORY_AIMED * memory - newest.spread / 2)
-    if last and all(one.total > memory for one in ran):
-        aim = middle - newest.spread / 2
+    if careful:
+        aim = middle - newest.spread
     less = max((one for one in ran if one.total < aim), key=lambda one: one.total, default=None)
     more = min((one for one in ran if one.total > aim), key=lambda one: one.total, default=None)
     if less and more:
@@ -351,10 +354,11 @@ class Confirmed:
                 return None
         elif not ran:
             ran = [_counted(Running(0, 0, 0, self.guess[0], sum(self.guess)), most)]
-        left = weights_left(memory, ran, last=len(tried) == CANDIDATES - 1)
-        if not tried and "rounded" in self.extremes:  # where 8 bits are enough, nothing else comes on top
-            packed = weights_left(memory, ran[-1:])
-            left = packed if packed - most < 2 * self.extremes["rounded"].weights else left
+        last = len(tried) == CANDIDATES - 1
+        left = weights_left(memory, ran, careful=last and all(one.total > memory for one in tried))
+        if not tried and "rounded" in self.extremes:  # up to 9 bits nothing else comes on top
+            packed = most + int(PACKED_MOST * self.extremes["rounded"].weights)
+            left = max(left, min(packed, weights_left(memory, ran[-1:])))
         elif not tried and not self.extremes:  # a guess refuses nothing
             left = max(left, int(FIRST_WEIGHTS * (memory - self.guess[0] + most)))
         return {"size": f"{max(1, left)}B"}

@@ -196,9 +196,9 @@ def test_the_weights_that_a_memory_leaves() -> None:
     assert weights_left(100_000, [ran(60_000, 10_000, spread=9000)]) == 86_500  # the middle of what may be used
     # Half of what was added to the weights came with as much beside them again: 98.5 % lies between.
     assert weights_left(100_000, [ran(60_000, 20_000), ran(78_500, 38_500)]) == 69_250
-    # The last one leaves more where none has fitted.
+    # The last one, where none has fitted, leaves more.
     tried = [ran(80_000, 30_000, 6000), ran(75_000, 28_000, 6000)]
-    assert weights_left(100_000, tried) == 68_500 and weights_left(100_000, tried, last=True) == 65_500
+    assert weights_left(100_000, tried) == 68_500 and weights_left(100_000, tried, careful=True) == 62_500
 
 
 def test_runs_that_differ_leave_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
