@@ -234,12 +234,11 @@ def run(spec: dict[str, Any]) -> Running:
 
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(spec["seed"])
-    checkpoint = Checkpoint.open(spec["directory"])
-    model_of(checkpoint, spec["trust_remote_code"])  # the class is part of the import
     context, batch = spec["context"], spec["batch"]
     if spec["low_memory"]:
         return_large_buffers()
     with PeakWatch() as watch, torch.inference_mode():
+        checkpoint = Checkpoint.open(spec["directory"])
         model = loaded(checkpoint, trust_remote_code=spec["trust_remote_code"])
         inner = model[0].auto_model if hasattr(model, "encode") else model
         vocabulary = inner.config.get_text_config().vocab_size
