@@ -349,8 +349,8 @@ class Confirmed:
         ran += [_counted(one.running, one.beside) for one in tried if one.running is not None]
         if tried:
             used = tried[-1].total / memory
-            most = used >= LEAST_MEMORY_USED or tried[-1].bytes >= source.total_bytes
-            if most if used <= 1 else tried[-1].smallest:
+            enough = used >= LEAST_MEMORY_USED or tried[-1].bytes >= source.total_bytes
+            if enough if used <= 1 else tried[-1].smallest:
                 return None
         elif not ran:
             ran = [_counted(Running(0, 0, 0, self.guess[0], sum(self.guess)), most)]
