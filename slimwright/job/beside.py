@@ -6,7 +6,7 @@ with in more, is copied when it is loaded, while one that is stored as it is, or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from slimwright.checkpoint import Checkpoint
@@ -16,7 +16,7 @@ from slimwright.model.structure import Structure
 from slimwright.model.surgery import Drop
 from slimwright.plan import CAST_GRIDS, cast_dtype
 from slimwright.search import Option
-from slimwright.search.tree import Node
+from slimwright.search.tree import Node, all_nodes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Beside:
     def held(self, nodes: Sequence[Node]) -> dict[str, int]:
         """Bytes of keys and values that dropping a node alone frees, by its name."""
         found = {}
-        for node in _all(nodes):
+        for node in all_nodes(nodes):
             drop: Drop = node.drop.choice
             inside = drop.whole_block and any(child.drop.choice.attention for child in node.children)
             if not inside and (drop.attention or drop.whole_block):
@@ -84,13 +84,11 @@ class Beside:
 
     def of_choices(self, choices: Mapping[str, Option], nodes: Sequence[Node]) -> int:
         """What an allocation takes beside the weight files."""
-        gone = {inner.drop.scope for node in _all(nodes) if node.drop.scope in choices for inner in _all([node])}
+        gone = {
+            inner.drop.scope for node in all_nodes(nodes) if node.drop.scope in choices for inner in all_nodes([node])
+        }
         freed = sum(size for name, size in self.held(nodes).items() if name in gone)
         return self.most - freed + sum(map(self._copy, choices.values()))
 
     def _copy(self, option: Option) -> int:
         return self.copies.get(option.key, 0)
-
-
-def _all(nodes: Iterable[Node]) -> list[Node]:
-    return [inner for node in nodes for inner in (node, *_all(node.children))]

@@ -37,9 +37,9 @@ from slimwright.job import verify as verification
 from slimwright.job.beside import Beside
 from slimwright.job.floors import Floor, Judged
 from slimwright.job.memory import MemoryWatch
-from slimwright.job.open import model_of, open_source
+from slimwright.job.open import open_source
 from slimwright.job.request import DEFAULT_SEARCH, FitOptions, FitReport, finished_report
-from slimwright.job.running import SMALL, Running, check_running, context_of, measure_running
+from slimwright.job.running import SMALL, Running, check_running, measure_running
 from slimwright.model.discover import discover
 from slimwright.report import render_report
 from slimwright.sizes import parse_bytes
@@ -216,8 +216,10 @@ class Confirmed:
         self.watch = watch
         self.fit = fit
         self.memory = None if asked.memory is None else parse_bytes(asked.memory, "--memory")
-        self.guess = (0, 0)
-        self.beside = Beside()
+        self.guess: Running | None = None
+        """Of a run under a ``--memory``, before anything was run."""
+        self.most = 0
+        """Bytes that limits of candidates count beside the weight files of a model of which nothing was dropped."""
         self.extremes: dict[str, Running] = {}
         """Runs of what is no candidate: ``original``, ``rounded``."""
         self.started = time.monotonic()
@@ -233,8 +235,9 @@ class Confirmed:
         source = open_source(asked.model)
         if asked.memory is not None:
             self.guess = check_running(source, asked)
-            structure = discover(source, trust_remote_code=asked.trust_remote_code)
-            self.beside = Beside.of(source, structure, self._run_as(source))
+            if "drop" in asked.families:
+                structure = discover(source, trust_remote_code=asked.trust_remote_code)
+                self.most = Beside.of(source, structure, self._request({})).most
         self._check_tokens(source)
         if asked.dry_run:
             return self._forecast(source)
@@ -297,9 +300,9 @@ class Confirmed:
         as large as such a model, and what runs beside weights grows with those that stay in 16 bits."""
         if self.memory is None or max(source.total_bytes, self.memory) > SMALL:
             return
-        if source.quantization is not None:  # its forms are not theirs
+        if source.quantization is not None:  # the forms of candidates are not its own
             return
-        if self.asked.cache is None:
+        if self.asked.cache is None:  # nor would the cache be
             self._run_once("original", journal, lambda: measure_running(source.path, self.asked, held.scratch, True))
         with suppress(InputError):  # not every rule and shape can be so
             self._run_once("rounded", journal, lambda: self._rounded(held))
@@ -344,8 +347,8 @@ class Confirmed:
         return None if near < 0.02 and any(c.kept for c in tried) else {"predicted_loss": wanted}
 
     def _memory_limits(self, source: Checkpoint, tried: Sequence[Candidate], memory: int) -> dict[str, Any] | None:
-        most = self.beside.most
-        ran = [_counted(one, most) for one in self.extremes.values()]
+        assert self.guess is not None
+        ran = [_counted(one, self.most) for one in self.extremes.values()]
         ran += [_counted(one.running, one.beside) for one in tried if one.running is not None]
         if tried:
             used = tried[-1].total / memory
@@ -353,14 +356,14 @@ class Confirmed:
             if enough if used <= 1 else tried[-1].smallest:
                 return None
         elif not ran:
-            ran = [_counted(Running(0, 0, 0, self.guess[0], sum(self.guess)), most)]
+            ran = [_counted(self.guess, self.most)]
         last = len(tried) == CANDIDATES - 1
         left = weights_left(memory, ran, careful=last and all(one.total > memory for one in tried))
         if not tried and "rounded" in self.extremes:  # up to 9 bits nothing else comes on top
-            packed = most + int(PACKED_MOST * self.extremes["rounded"].weights)
+            packed = self.most + int(PACKED_MOST * self.extremes["rounded"].weights)
             left = max(left, min(packed, weights_left(memory, ran[-1:])))
         elif not tried and not self.extremes:  # a guess refuses nothing
-            left = max(left, int(FIRST_WEIGHTS * (memory - self.guess[0] + most)))
+            left = max(left, int(FIRST_WEIGHTS * (memory - self.guess.cache + self.most)))
         return {"size": f"{max(1, left)}B"}
 
     def _measure(self, held: Claim, number: int, limits: dict[str, Any]) -> Candidate:
@@ -378,18 +381,15 @@ class Confirmed:
         judged = tuple(floor.judge(data["quality"], on, directory, job_time) for floor in self.floors)
         running = None if asked.memory is None else measure_running(directory, asked, held.scratch)
         searched = data.get("search", {})
-        beside = searched.get("beside_bytes", self.beside.most)
+        beside = searched.get("beside_bytes", self.most)
         return Candidate(number, data["size"]["after"], searched.get("nats"), judged, running, smallest, beside)
 
     def _request(self, limits: Mapping[str, Any]) -> FitOptions:
         """What a candidate is asked as."""
-        asked = self.asked if self.memory is None else self._run_as(open_source(self.asked.model))
-        return dataclasses.replace(asked, **limits, memory=None, context=None, batch=None, keep=())
-
-    def _run_as(self, source: Checkpoint) -> FitOptions:
-        """What was asked, with the tokens and sequences that the result will hold."""
-        config = model_of(source, self.asked.trust_remote_code)[1]
-        return dataclasses.replace(self.asked, running=context_of(config, self.asked))
+        running = None if self.guess is None else (self.guess.context, self.guess.batch)
+        return dataclasses.replace(
+            self.asked, **limits, memory=None, context=None, batch=None, keep=(), running=running
+        )  # fmt: skip
 
     def _fitted(self, request: FitOptions) -> tuple[FitReport, bool]:
         """A fit; where a memory leaves less to the weights than any choice takes, that of the smallest choice, which a

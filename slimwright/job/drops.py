@@ -20,7 +20,7 @@ from slimwright.model.structure import Structure
 from slimwright.model.surgery import Drop, Droppable
 from slimwright.plan import ZERO, Assignment
 from slimwright.search.options import Option
-from slimwright.search.tree import DROP, Node
+from slimwright.search.tree import DROP, Node, all_nodes
 
 ZEROED = Assignment(grid=ZERO)
 """The choice that stands for a group's output projections at zero while losses are found."""
@@ -105,13 +105,9 @@ class _Tree:
         return Node(option, tuple(scope for scope in self.scopes(drop) if scope not in voided), tuple(children), kept)
 
 
-def _all(nodes: Sequence[Node]) -> list[Node]:
-    return [inner for node in nodes for inner in (node, *_all(node.children))]
-
-
 def kept_bytes(nodes: Sequence[Node]) -> int:
     """Bytes of what leaves no choice inside the nodes where nothing is dropped."""
-    return sum(node.kept for node in _all(nodes))
+    return sum(node.kept for node in all_nodes(nodes))
 
 
 def voided_tensors(nodes: Sequence[Node]) -> set[str]:
@@ -121,7 +117,7 @@ def voided_tensors(nodes: Sequence[Node]) -> set[str]:
 
 def zeroed_sites(nodes: Sequence[Node]) -> frozenset[str]:
     """Disk names of the output projections of all sublayers."""
-    return frozenset(name for node in _all(nodes) if not node.children for name in node.drop.choice.outputs)
+    return frozenset(name for node in all_nodes(nodes) if not node.children for name in node.drop.choice.outputs)
 
 
 def with_drop_choices(

@@ -18,14 +18,21 @@ from slimwright.sizes import parse_bytes
 
 def anonymous_bytes(pid: int | str = "self") -> int:
     """RssAnon of one process in bytes; 0 if it is gone. Mapped file pages do not count: the kernel may evict them."""
+    found = _resident(pid)
+    if not found and pid != "self" and not os.path.isdir("/proc"):
+        return int(psutil.Process(int(pid)).memory_info().rss)
+    return found.get("RssAnon", 0)
+
+
+def _resident(pid: int | str = "self") -> dict[str, int]:
+    """Bytes of one process by the kernel's name (``VmHWM``, ``RssAnon``, ``RssFile``, ``RssShmem``); empty where the
+    kernel does not tell."""
     try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        pairs = (line.split(":") for line in lines if line.startswith(("VmHWM:", "Rss")))
+        return {name: int(value.split()[0]) * 1024 for name, value in pairs}
     except (OSError, ValueError):
-        if pid != "self" and not os.path.isdir("/proc"):
-            return int(psutil.Process(int(pid)).memory_info().rss)
-    return 0
+        return {}
 
 
 def memory_cap(asked: str | None) -> int:
@@ -113,20 +120,18 @@ class PeakWatch(MemoryWatch):
     def __init__(self) -> None:
         super().__init__(None)
         self._mapped = 0
-        self._lock = threading.Lock()
 
     def _used(self) -> int:
-        with self._lock:
-            found = _resident()
-            mapped = found.get("RssFile", 0) + found.get("RssShmem", 0)
-            used = found.get("RssAnon", 0)
-            if self._mapped:
-                used = max(used, found.get("VmHWM", 0) - max(mapped, self._mapped))
-            try:
-                Path("/proc/self/clear_refs").write_text("5")
-                self._mapped = mapped
-            except OSError:
-                self._mapped = 0
+        found = _resident()
+        mapped = found.get("RssFile", 0) + found.get("RssShmem", 0)
+        used = found.get("RssAnon", 0)
+        if self._mapped:
+            used = max(used, found.get("VmHWM", 0) - max(mapped, self._mapped))
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self._mapped = mapped
+        except OSError:
+            self._mapped = 0
         return used - self.baseline
 
     def __exit__(
@@ -134,14 +139,3 @@ class PeakWatch(MemoryWatch):
     ) -> None:
         super().__exit__(kind, error, trace)
         self._sample()
-
-
-def _resident() -> dict[str, int]:
-    """Bytes by the kernel's name (``VmHWM``, ``RssAnon``, ``RssFile``, ``RssShmem``) of this process; empty where the
-    kernel does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return {}
-    pairs = (line.split(":") for line in lines if line.startswith(("VmHWM:", "Rss")))
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs}

@@ -52,8 +52,8 @@ class FitOptions:
     predicted_loss: float | None = None
     """Nats per token to stay under, by the prediction, with the fewest bytes: how a floor's candidates are made."""
     running: tuple[int, int] | None = None
-    """(tokens, sequences) that the result will hold when it runs: how a memory's candidates are made. Where parts may
-    be dropped, ``size`` counts their keys and values beside the weights."""
+    """(tokens, sequences) that the result will hold when it runs: how a memory's candidates are made. ``size`` then
+    counts what :mod:`slimwright.job.beside` says beside the weights."""
     grid: str | None = None
     plan: str | None = None
     rules: tuple[str, ...] = ()

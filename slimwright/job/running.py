@@ -83,8 +83,8 @@ def context_of(config: Any, asked: FitOptions) -> tuple[int, int]:
     return asked.context or min(USUAL_CONTEXT, longest or USUAL_CONTEXT), asked.batch or 1
 
 
-def check_running(source: Checkpoint, asked: FitOptions) -> tuple[int, int]:
-    """Refuse before work what cannot run within ``--memory``; :func:`first_guess` of what can.
+def check_running(source: Checkpoint, asked: FitOptions) -> Running:
+    """Refuse before work what cannot run within ``--memory``; of what can, a guess of its run without the weights.
 
     Raises:
         InputError: more context than positions, a model that reads no text, or a cache that is larger than the memory.
@@ -95,14 +95,14 @@ def check_running(source: Checkpoint, asked: FitOptions) -> tuple[int, int]:
         raise InputError(
             f"--memory runs a model on text, but {cls.__name__} reads '{cls.main_input_name}': give --size."
         )
-    context_of(config, asked)
+    context, batch = context_of(config, asked)
     cache, rest = first_guess(source, asked)
     if cache >= parse_bytes(asked.memory, "--memory") and "drop" not in asked.families:
         raise InputError(
             f"--memory {asked.memory} cannot hold this model: the KV cache alone takes {cache / 1e6:.3g} MB at this "
             "context."
         )
-    return cache, rest
+    return Running(context, batch, 0, cache, cache + rest)
 
 
 def first_guess(source: Checkpoint, asked: FitOptions) -> tuple[int, int]:
@@ -284,7 +284,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-__all__ = ["Running", "check_running", "context_of", "measure_running"]
+__all__ = ["Running", "cache_by_block", "check_running", "measure_running"]
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv))

@@ -43,6 +43,11 @@ class Node:
         return (*self.scopes, *(scope for child in self.children for scope in child.inside()))
 
 
+def all_nodes(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes and everything in them, outermost first."""
+    return [inner for node in nodes for inner in (node, *all_nodes(node.children))]
+
+
 @dataclass(frozen=True, eq=False)
 class _Front:
     """A Pareto front: costs rise, losses fall; ``options`` gives what a point is made of."""
